@@ -1,0 +1,47 @@
+"""The KV cache: a value that goes in and comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from paligemma_jax.model.masks import Span
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys (after RoPE) and values of every layer, full length; all rows fill the same slots, so a pad in one row is just an invalid slot."""
+
+    k: Any  # list over layers of [B, S, K, H], or [L, B, S, K, H] with stacked layers
+    v: Any
+    span: Span  # of the S slots, shared by all layers
+    length: Array  # int32: the number of slots in use
+
+    @classmethod
+    def of(cls, k: Any, v: Any, span: Span, slots: int) -> KVCache:
+        """A cache of `slots` slots whose first T hold what a prefill computed: k, v as in the fields but of T slots."""
+        used = span.valid.shape[1]
+        if slots < used:
+            raise ValueError(f"a cache of {slots} slots cannot hold {used} tokens")
+
+        def pad(axis: int):
+            return lambda a: jnp.pad(a, [(0, slots - used if i == axis else 0) for i in range(a.ndim)])
+
+        k, v = jax.tree.map(lambda a: pad(a.ndim - 3)(a), (k, v))
+        return cls(k, v, jax.tree.map(pad(1), span), jnp.int32(used))
+
+    def extend(self, position: Array) -> KVCache:
+        """One more valid slot at position int32[B]; its k and v are written by `update`."""
+        new = Span(position[:, None], jnp.zeros_like(position, bool)[:, None], jnp.ones_like(position, bool)[:, None])
+        span = jax.tree.map(lambda slots, one: jax.lax.dynamic_update_slice(slots, one, (0, self.length)), self.span, new)
+        return replace(self, span=span, length=self.length + 1)
+
+
+def update(slots: Array, new: Array, start: Array) -> Array:
+    """`slots` [B, S, K, H] with `new` [B, 1, K, H] written at slot `start`."""
+    return jax.lax.dynamic_update_slice(slots, new, (0, start, 0, 0))

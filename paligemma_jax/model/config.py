@@ -1,0 +1,145 @@
+"""Architecture: frozen dataclasses whose fields bear the names of Hugging Face's config.json, with the published presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+GLOBAL = 2**30  # the "window" of a layer that has none: more tokens than any sequence holds
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """SigLIP image encoder; the defaults are So400m/14 at 224 pixels (arXiv:2303.15343, big_vision `models/vit.py`)."""
+
+    hidden_size: int = 1152
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    intermediate_size: int = 4304
+    patch_size: int = 14
+    image_size: int = 224
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Gemma 1 (`model_type="gemma"`) or Gemma 2 (`"gemma2"`) decoder; the defaults are Gemma 2 2B (arXiv:2408.00118)."""
+
+    model_type: Literal["gemma", "gemma2"] = "gemma2"
+    hidden_size: int = 2304
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    intermediate_size: int = 9216
+    vocab_size: int = 257216
+    query_pre_attn_scalar: float = 256.0
+    sliding_window: int | None = 4096
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def post_norms(self) -> bool:
+        """Gemma 2 also normalises what attention and MLP put out, before the residual is added."""
+        return self.model_type == "gemma2"
+
+    def windows(self, numerics: Numerics) -> tuple[int, ...]:
+        """The number of keys (itself included) that a causal query sees in each layer: local layers are 0, 2, 4, ..."""
+        local = self.sliding_window if numerics.sliding_window and self.sliding_window else GLOBAL
+        return tuple(local if layer % 2 == 0 else GLOBAL for layer in range(self.num_hidden_layers))
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Where transformers 5.23 and big_vision compute different numbers from the same weights: one field a difference.
+
+    Sources: transformers `models/gemma2/modeling_gemma2.py`, `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
+    """
+
+    sliding_window: bool  # big_vision has none; differs beyond 4,096 tokens (896 pixels)
+    capped_prefill: bool  # is the final softcap applied to teacher-forced logits and to the first generated token's
+    capped_decode: bool  # and to those of the later tokens (big_vision caps there, if the config says so)
+    first_position: int  # RoPE position of the first token; equal in exact arithmetic
+    rope_divides: bool  # position / timescale (big_vision) or position * inverse frequency
+    scale_query: bool  # scale the query (big_vision) or the scores
+    float32_activations: bool  # big_vision computes in float32 whatever the weights are
+
+
+NUMERICS = {
+    "transformers": Numerics(True, True, True, 1, False, False, False),
+    "big_vision": Numerics(False, False, True, 0, True, True, True),
+}
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """A whole PaliGemma. `numerics` names a profile of `NUMERICS`; `dtype` is the dtype of the activations ("float32", "bfloat16", "float16")."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    image_token_id: int = 257152
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+    pad_token_id: int = 0
+    numerics: Literal["transformers", "big_vision"] = "transformers"
+    dtype: str = "float32"
+
+    @property
+    def profile(self) -> Numerics:
+        return NUMERICS[self.numerics]
+
+    @property
+    def activation_dtype(self) -> str:
+        return "float32" if self.profile.float32_activations else self.dtype
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the published models were made for, image tokens included (Gemma's `max_position_embeddings`)."""
+        return 8192
+
+    @classmethod
+    def preset(cls, name: str) -> PaliGemmaConfig:
+        """The config called "3b-224", "10b-448", "28b-896", ..., "pg1-3b-224" (PaliGemma 1), or "tiny" (the embedded default)."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+
+_DECODERS = {
+    "3b": DecoderConfig(),
+    "10b": DecoderConfig(hidden_size=3584, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, intermediate_size=14336),
+    "28b": DecoderConfig(
+        hidden_size=4608, num_hidden_layers=46, num_attention_heads=32, num_key_value_heads=16, head_dim=128, intermediate_size=36864,
+        query_pre_attn_scalar=144.0,  # hidden_size / num_attention_heads, not head_dim
+    ),
+    "pg1-3b": DecoderConfig(
+        model_type="gemma", hidden_size=2048, num_hidden_layers=18, num_key_value_heads=1, intermediate_size=16384,
+        sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None,
+    ),
+}
+_TINY = PaliGemmaConfig(
+    VisionConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=344, image_size=112),
+    DecoderConfig(
+        hidden_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=384,
+        vocab_size=1600, query_pre_attn_scalar=40.0, sliding_window=32,
+    ),
+    image_token_id=1536,
+)
+PRESETS = {
+    f"{name}-{size}": PaliGemmaConfig(VisionConfig(image_size=size), decoder) for name, decoder in _DECODERS.items() for size in (224, 448, 896)
+} | {"tiny": _TINY}
+
+
+def with_resolution(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
+    """`config` for square images of `image_size` pixels."""
+    return replace(config, vision=replace(config.vision, image_size=image_size))

@@ -1,0 +1,154 @@
+"""The few parts that both towers use, how layers are run (`fold`) and how one looks inside (`collect`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+# Axis letters used in every einsum, comment and weight row:
+#   B batch   T query tokens   S key tokens (cache slots)   D decoder width    V vocabulary   L layers
+#   N heads   K key/value heads   G = N/K   H head size     F MLP width
+#   M images  P patches        U = patch*patch*3 pixels     W vision width
+
+
+class Einsum(nnx.Module):
+    """`einsum(equation, x, kernel) + bias` in x's dtype: every matrix product of the model, so LoRA and quantization have one thing to wrap.
+
+    The bias has the axes that kernel and output share. Weights are drawn from N(0, 1/fan_in).
+    """
+
+    def __init__(self, equation: str, shape: tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs):
+        operands, result = equation.split("->")
+        axes = dict(zip(operands.split(",")[1], shape))
+        fan_in = math.prod(size for axis, size in axes.items() if axis not in result)
+        self.equation = equation
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+        self.bias = nnx.Param(jnp.zeros([size for axis, size in axes.items() if axis in result])) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Gemma's: x / rms(x) * (1 + scale), all in float32, one cast at the end (transformers `Gemma2RMSNorm`)."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.zeros(size))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Biased variance, statistics in float32 (SigLIP)."""
+
+    def __init__(self, size: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size))
+        self.bias = nnx.Param(jnp.zeros(size))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def rope(x: Array, positions: Array, theta: float, divides: bool = False) -> Array:
+    """Rotates the halves of x [B, T, N, H] by its positions int32[B, T], in float32.
+
+    At position 4,400 the two ways to write the angle, position * inverse frequency (transformers) and position / timescale
+    (big_vision: `divides`), are 2.4e-4 apart in float32, so each profile has its own.
+    """
+    exponent = np.arange(0, x.shape[-1], 2, dtype=np.float32) / np.float32(x.shape[-1])
+    timescale = np.float32(theta) ** exponent
+    angle = positions[..., None, None].astype(jnp.float32)
+    angle = angle / timescale if divides else angle * (np.float32(1) / timescale)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def fold(block: Callable[..., tuple[Array, Any]], x: Array, layers: Any, *rows: Any) -> tuple[Array, Any]:
+    """Runs `x, y = block(layer, x, *row)` through all layers; returns the last x and the y of every layer.
+
+    `layers` is an `nnx.List` (a Python loop; `rows` are sequences, ys come back as a list) or what `stack` made of it
+    (one `jax.lax.scan`; rows and ys have a leading layer axis).
+    """
+    if not isinstance(layers, nnx.List):
+        if _collecting.get() is None:
+            return jax.lax.scan(lambda x, row: block(row[0], x, *row[1:]), x, (layers, *rows))
+        layers, rows = unstack(layers), tuple(unstack(row) for row in rows)
+    ys = []
+    for i, layer in enumerate(layers):
+        with scope(f"layers/{i}"):
+            x, y = block(layer, x, *(row[i] for row in rows))
+            stage("", x)
+        ys.append(y)
+    return x, ys
+
+
+def stack(layers: nnx.List) -> Any:
+    """The layers as one, each array with a leading layer axis: what `fold` scans over. Compile time no longer grows with depth."""
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
+
+
+def unstack(layers: Any) -> nnx.List:
+    """The inverse of `stack`."""
+    depth = len(jax.tree.leaves(layers)[0])
+    return nnx.List([jax.tree.map(lambda a, i=i: a[i], layers) for i in range(depth)])
+
+
+_collecting: ContextVar[tuple[dict[str, Array], str, bool] | None] = ContextVar("collecting", default=None)
+
+
+@contextmanager
+def collect(attention: bool = False) -> Iterator[dict[str, Array]]:
+    """Gathers what `stage` is given while the model is called inside; with `attention`, the attention weights too.
+
+    Works under `jax.jit` when the whole `with` lies inside the traced function. Outside of a `collect`, `stage` does nothing.
+    """
+    stages: dict[str, Array] = {}
+    token = _collecting.set((stages, "", attention))
+    try:
+        yield stages
+    finally:
+        _collecting.reset(token)
+
+
+def collects_attention() -> bool:
+    current = _collecting.get()
+    return current is not None and current[2]
+
+
+def stage(name: str, value: Array) -> Array:
+    """Names an intermediate result; returns it unchanged."""
+    if (current := _collecting.get()) is not None:
+        stages, prefix, _ = current
+        stages[f"{prefix}/{name}".strip("/")] = value
+    return value
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Prefixes the stages named inside, and the operations in a profile."""
+    current = _collecting.get()
+    token = _collecting.set(current and (current[0], f"{current[1]}/{name}".strip("/"), current[2]))
+    try:
+        with jax.named_scope(name):
+            yield
+    finally:
+        _collecting.reset(token)
