@@ -9,7 +9,9 @@ import sentencepiece
 from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
 
 ADDED = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-WORDS = "a cat and the dog sat on red green blue mat what color is this caption answer en detect segment ; street tree car person sky".split()
+WORDS = (
+    "a cat and the dog sat on red green blue mat what color is this caption answer en detect segment ; street tree car person sky"
+)
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?<>'\"()[]{}-_/\\@#"
 
 
@@ -21,7 +23,7 @@ def train_tokenizer(path, added: bool = True, spaces: bool = False, vocabulary: 
     `spaces` also makes pieces of space runs, as Gemma has. `<image>` is never inside: transformers adds it.
     """
     rng = random.Random(0)
-    sentences = [" ".join(rng.choices(WORDS, k=rng.randint(2, 9))) for _ in range(1000)] + list(ALPHABET)
+    sentences = [" ".join(rng.choices(WORDS.split(), k=rng.randint(2, 9))) for _ in range(1000)] + list(ALPHABET)
     symbols = ["<mask>"] + ["\n" * n for n in range(1, 6)] + (["▁" * n for n in range(2, 8)] if spaces else [])
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
