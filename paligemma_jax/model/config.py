@@ -88,8 +88,7 @@ class PaliGemmaConfig:
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     image_token_id: int = 257152
-    bos_token_id: int = 2
-    eos_token_id: int = 1
+    eos_token_ids: tuple[int, ...] = (1,)  # any of them ends an answer
     pad_token_id: int = 0
     numerics: Literal["transformers", "big_vision"] = "transformers"
     dtype: str = "float32"

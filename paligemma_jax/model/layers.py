@@ -112,6 +112,21 @@ def unstack(layers: Any) -> nnx.List:
     return nnx.List([jax.tree.map(lambda a, i=i: a[i], layers) for i in range(depth)])
 
 
+def parameters(model: Any) -> dict[str, Any]:
+    """Every parameter by its path, as "decoder/layers/3/attention/q/kernel"; values as the model holds them (arrays, shapes, shardings)."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    return {_path(path): leaf for path, leaf in leaves}
+
+
+def with_parameters(model: Any, values: Callable[[str], Any]) -> Any:
+    """The same model with `values(path)` in the place of every parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: values(_path(path)), model)
+
+
+def _path(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+
+
 _collecting: ContextVar[tuple[dict[str, Array], str, bool] | None] = ContextVar("collecting", default=None)
 
 

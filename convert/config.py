@@ -1,0 +1,104 @@
+"""Hugging Face's config.json <-> `PaliGemmaConfig`, both generations (transformers 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from paligemma_jax.model.config import DecoderConfig, PaliGemmaConfig, VisionConfig
+
+# What a key absent from config.json means: the defaults of the class that the nested model_type names.
+_VISION_DEFAULTS = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, patch_size=16, image_size=224, layer_norm_eps=1e-6
+)
+_TEXT_DEFAULTS = {
+    "gemma": dict(
+        hidden_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16, head_dim=256, intermediate_size=24576,
+        vocab_size=256000, rms_norm_eps=1e-6, rope_theta=10000.0,
+    ),
+    "gemma2": dict(
+        hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4, head_dim=256, intermediate_size=9216,
+        vocab_size=256000, rms_norm_eps=1e-6, rope_theta=10000.0,
+        query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    ),
+}  # fmt: skip
+# Settings that the model here does not have a switch for: any other value would be silently wrong.
+_VISION_FIXED = {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)}
+_TEXT_FIXED = {
+    "hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,),
+    "use_bidirectional_attention": (True, None),
+}  # fmt: skip
+
+
+def read_config(json: dict[str, Any], generation: dict[str, Any] | None = None) -> PaliGemmaConfig:
+    """The config that a config.json (and generation_config.json, for the ids that end an answer) describes; ValueError if it is another model's."""
+    if json.get("model_type") != "paligemma":
+        raise ValueError(f"config.json is that of a {json.get('model_type')!r} model; a PaliGemma checkpoint says model_type 'paligemma'")
+    vision, text = _VISION_DEFAULTS | _given(json, "vision_config"), _given(json, "text_config")
+    kind = text.get("model_type", "gemma")
+    if kind not in _TEXT_DEFAULTS:
+        raise ValueError(f"config.json: unknown text model_type {kind!r}; this model has a decoder for {', '.join(_TEXT_DEFAULTS)}")
+    text = {"model_type": kind} | _TEXT_DEFAULTS[kind] | (text.get("rope_parameters") or {}) | text
+    if kind == "gemma":  # a Gemma 1 decoder has none of these, whatever its config.json says
+        gemma1 = dict(sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None)
+        text |= gemma1 | {"query_pre_attn_scalar": text["head_dim"]}
+    _check(vision, _VISION_FIXED)
+    _check(text, _TEXT_FIXED)
+    _check({"rope_type": text.get("rope_type"), "rope_scaling": text.get("rope_scaling")}, {"rope_type": ("default", None), "rope_scaling": (None,)})
+    _check_layer_types(text)
+    eos = (generation or {}).get("eos_token_id", json.get("eos_token_id", 1))
+    return PaliGemmaConfig(
+        VisionConfig(**_known(VisionConfig, vision)),
+        DecoderConfig(**_known(DecoderConfig, text)),
+        image_token_id=json.get("image_token_index", json.get("image_token_id", 256000)),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (1 if eos is None else eos,),
+        pad_token_id=json.get("pad_token_id") or 0,
+    )
+
+
+def write_config(config: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 both read; `dtype` is that of the weights."""
+    vision, decoder = config.vision, config.decoder
+    text = {f.name: getattr(decoder, f.name) for f in fields(decoder)}
+    if decoder.model_type == "gemma":
+        for gemma2 in ("query_pre_attn_scalar", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+            del text[gemma2]
+    text |= {"hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": vision.num_patches, "dtype": dtype}
+    nested = {f.name: getattr(vision, f.name) for f in fields(vision)}
+    nested |= {"model_type": "siglip_vision_model", "projection_dim": decoder.hidden_size, "num_image_tokens": vision.num_patches}
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "image_token_index": config.image_token_id,
+        "bos_token_id": 2,
+        "eos_token_id": config.eos_token_ids[0],
+        "pad_token_id": config.pad_token_id,
+        "hidden_size": decoder.hidden_size,
+        "projection_dim": decoder.hidden_size,
+        "tie_word_embeddings": True,
+        "torch_dtype": dtype,
+        "text_config": text,
+        "vision_config": nested | {"vision_use_head": False},
+    }
+
+
+def _given(json: dict, key: str) -> dict[str, Any]:
+    if not isinstance(json.get(key), dict):
+        raise ValueError(f"config.json has no {key}: it is not that of a PaliGemma checkpoint")
+    return json[key]
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {f.name: values[f.name] for f in fields(cls)}
+
+
+def _check(values: dict[str, Any], allowed: dict[str, tuple]) -> None:
+    for key, choices in allowed.items():
+        if key in values and values[key] not in choices:
+            raise ValueError(f"config.json: {key} = {values[key]!r} is not supported; known: {', '.join(map(repr, choices))}")
+
+
+def _check_layer_types(text: dict[str, Any]) -> None:
+    expected = ["full_attention" if i % 2 else "sliding_attention" for i in range(text["num_hidden_layers"])]
+    if text["model_type"] == "gemma2" and (text.get("layer_types") or expected) != expected:
+        raise ValueError("config.json: layer_types is not the alternation sliding, full, sliding, ... of Gemma 2")
