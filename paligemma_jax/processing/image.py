@@ -13,7 +13,7 @@ def load_image(source: Source) -> Image.Image:
     """RGB image of a file, a PIL image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
 
     A source gives the pixels that transformers 5.23 gives for the same source, so files and open images differ in two ways:
-      * a path is rotated as its EXIF orientation says, and its transparency is dropped (transformers.image_utils.load_image);
+      * a file is rotated as its EXIF orientation says, and its alpha channel is dropped (transformers.image_utils.load_image);
       * a PIL image or an array is taken as it lies, and is composited on white where it is transparent (image_transforms.convert_to_rgb).
     Other modes go through PIL's `convert("RGB")`, also 16-bit greyscale, of which that makes everything above 255 white: scale such images first.
     Of an animation the current (first) frame is taken.
@@ -28,7 +28,7 @@ def load_image(source: Source) -> Image.Image:
     if isinstance(source, str | Path):
         if not Path(source).is_file():
             raise ValueError(f"no image file at {source}: check the path (a URL has to be downloaded first)")
-        return _decoded(lambda: _open(source), str(source))
+        return _decoded(lambda: _on_white(_open(source)), str(source))
     raise ValueError(f"an image is a path, a PIL image or a uint8 array, not {type(source).__name__}: convert it first")
 
 

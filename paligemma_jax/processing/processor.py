@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,7 @@ class Processor:
     def _length(self, heads: list[list[int]], tails: list[list[int]], length: int | None) -> int:
         lengths = [len(head) + len(tail) for head, tail in zip(heads, tails)]
         longest = max(lengths)
-        limit, name = min((self.context, "the context"), (length or self.context, "length"))
+        limit, name = min((self.context, "the context"), (self.context if length is None else length, "length"))
         if longest > limit:
             images = heads[lengths.index(longest)].count(self.tokenizer.image_id)
             raise ValueError(
@@ -94,7 +95,7 @@ class Processor:
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:
-    listed = list(texts) if isinstance(texts, list | tuple) else [texts]
+    listed: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
     for n, text in enumerate(listed):
         if not isinstance(text, str):
             raise ValueError(f"{name} {n} is {type(text).__name__}, not a str: pass text, or a list of texts")
@@ -108,14 +109,14 @@ def _place(images: Images, prompts: list[str]) -> tuple[list[Source], list[str]]
 
     transformers mends a batch in which only some prompts have `<image>` by writing bos into the others' words; here that is an error.
     """
-    entries = list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
+    entries: list[Any] = list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
     groups = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
     flat, given, wanted = list(chain(*groups)), [len(group) for group in groups], [prompt.count(IMAGE) for prompt in prompts]
     if not flat:
         raise ValueError("no image: PaliGemma reads at least one; pass a path, a PIL image or a uint8 array")
     if not any(wanted):
         if len(groups) != len(prompts):
-            raise ValueError(f"{len(groups)} images for {len(prompts)} prompts: pass one image, or one list of images, for each prompt")
+            raise ValueError(f"images for {len(groups)} prompts, but {len(prompts)} prompts: pass one image, or one list of images, for each prompt")
         return flat, [IMAGE * n + prompt for n, prompt in zip(given, prompts)]
     if not all(wanted):
         raise ValueError(f"prompt {wanted.index(0)} has no {IMAGE} but another has: write it into every prompt or into none")

@@ -58,7 +58,14 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it is: nothing is stripped or normalised, no bos or eos is added, and a literal `<bos>`, `<image>`, ... is one id."""
+        """Ids of `text` as it is: nothing is stripped or normalised, no bos or eos is added, and a literal `<bos>`, `<image>`, ... is one id.
+
+        Equal to transformers', except in runs of spaces that are longer than the longest space piece, or that have a literal U+2581 among
+        them: those are cut greedily here, as sentencepiece does, and there as the order of the merges in tokenizer.json has it.
+        Raises ValueError for a text that is not Unicode (lone surrogates, as undecodable bytes of a command line make them).
+        """
+        if bad := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"character {bad.start()} of the text is a lone surrogate, {bad[0]!r}: decode the text as UTF-8")
         parts = self._literal.split(text)  # text, literal, text, ..., text
         return [i for n, part in enumerate(parts) for i in ([self._ids[part]] if n % 2 else self._model.encode(part))]
 
