@@ -60,6 +60,7 @@ def test_modes_in_files(file, tmp_path):
     np.testing.assert_array_equal(load_image(path), load_image(str(path)))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_transparency_of_a_palette_and_of_grey(tmp_path):
     """The `transparency` entry of a PNG without alpha channel; the palette's is composited on white only when the image is open."""
     Image.fromarray(noise(40, 30) // 16).save(grey := tmp_path / "grey.png", transparency=3)

@@ -84,7 +84,7 @@ class Processor:
     def _length(self, heads: list[list[int]], tails: list[list[int]], length: int | None) -> int:
         lengths = [len(head) + len(tail) for head, tail in zip(heads, tails)]
         longest = max(lengths)
-        limit, name = min((self.context, "the context"), (self.context if length is None else length, "length"))
+        limit, name = (self.context, "the context") if length is None or length >= self.context else (length, "length")
         if longest > limit:
             images = heads[lengths.index(longest)].count(self.tokenizer.image_id)
             raise ValueError(
