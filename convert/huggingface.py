@@ -175,5 +175,3 @@ def _name(path: str, config: PaliGemmaConfig) -> str:
         if match := _pattern(pattern).fullmatch(path):
             return name.replace("*", match.group(1) if match.groups() else "")
     return path
-
-

@@ -13,9 +13,7 @@ CHUNK = 1024  # queries at a time, so that memory grows with T and not with T sq
 MASKED = -2.3819763e38  # finite: a row that sees nothing (a pad) gets a mean, not NaN
 
 
-def attend(
-    q: Array, k: Array, v: Array, *, scale: float, softcap: float | None = None, mask: tuple[Span, Span, Array | int] | None = None
-) -> Array:
+def attend(q: Array, k: Array, v: Array, *, scale: float, softcap: float | None = None, mask: tuple[Span, Span, Array | int] | None = None) -> Array:
     """Grouped-query attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; scores and softmax in float32.
 
     Query heads g*G .. g*G+G-1 share key/value head g. `mask` holds the arguments of `prefix_lm_mask` (None: all see all).

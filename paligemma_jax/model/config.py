@@ -118,19 +118,37 @@ _DECODERS = {
     "3b": DecoderConfig(),
     "10b": DecoderConfig(hidden_size=3584, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, intermediate_size=14336),
     "28b": DecoderConfig(
-        hidden_size=4608, num_hidden_layers=46, num_attention_heads=32, num_key_value_heads=16, head_dim=128, intermediate_size=36864,
+        hidden_size=4608,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        intermediate_size=36864,
         query_pre_attn_scalar=144.0,  # hidden_size / num_attention_heads, not head_dim
     ),
     "pg1-3b": DecoderConfig(
-        model_type="gemma", hidden_size=2048, num_hidden_layers=18, num_key_value_heads=1, intermediate_size=16384,
-        sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None,
+        model_type="gemma",
+        hidden_size=2048,
+        num_hidden_layers=18,
+        num_key_value_heads=1,
+        intermediate_size=16384,
+        sliding_window=None,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
     ),
 }
 _TINY = PaliGemmaConfig(
     VisionConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=344, image_size=112),
     DecoderConfig(
-        hidden_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=384,
-        vocab_size=1600, query_pre_attn_scalar=40.0, sliding_window=32,
+        hidden_size=160,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=384,
+        vocab_size=1600,
+        query_pre_attn_scalar=40.0,
+        sliding_window=32,
     ),
     image_token_id=1536,
 )

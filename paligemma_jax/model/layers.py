@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -136,7 +137,7 @@ def collect(attention: bool = False) -> Iterator[dict[str, Array]]:
 
     Works under `jax.jit` when the whole `with` lies inside the traced function. Outside of a `collect`, `stage` does nothing.
     """
-    stages: dict[str, Array] = {}
+    stages: dict[str, Array] = OrderedDict()  # jit sorts the keys of a plain dict
     token = _collecting.set((stages, "", attention))
     try:
         yield stages

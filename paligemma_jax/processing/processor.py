@@ -11,7 +11,7 @@ import numpy as np
 from paligemma_jax.processing.image import Source, pixels
 from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 
-Array = np.ndarray | jax.Array
+Array = Any  # numpy from the Processor, jax inside a compiled function
 Images = Source | Sequence[Source | Sequence[Source]]
 
 

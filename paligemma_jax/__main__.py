@@ -1,0 +1,3 @@
+from paligemma_jax.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""How the next token is chosen: one frozen dataclass a strategy. The filters are transformers' logits processors (5.23, NUMERICS section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The likeliest token; the first of several equally likely ones, as transformers takes it."""
+
+    def __call__(self, logits: Array, seen: Array | None, keys: Array) -> Array:
+        """float32[B, V] -> int32[B]"""
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    @property
+    def needs_seen(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random token from the filtered distribution.
+
+    The filters in the order of transformers: repetition_penalty, temperature, top_k, top_p, min_p; None, and 1.0 for the penalty, is off.
+    (transformers' generate() samples with top_k=50 where nothing is set; nothing is set here unless you do.)
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        rules = {
+            "temperature": self.temperature > 0,
+            "top_k": self.top_k is None or self.top_k >= 1,
+            "top_p": self.top_p is None or 0 < self.top_p <= 1,
+            "min_p": self.min_p is None or 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        for name, holds in rules.items():
+            if not holds:
+                hint = "; for the likeliest token use Greedy()" if name == "temperature" else ""
+                raise ValueError(f"Sample({name}={getattr(self, name)}) makes no sense{hint}")
+
+    @property
+    def needs_seen(self) -> bool:
+        return self.repetition_penalty != 1.0
+
+    def __call__(self, logits: Array, seen: Array | None, keys: Array) -> Array:
+        """float32[B, V], the ids that a row holds already bool[B, V], one random key a row -> int32[B]"""
+        return jax.vmap(jax.random.categorical)(keys, self.filter(logits, seen)).astype(jnp.int32)
+
+    def filter(self, logits: Array, seen: Array | None) -> Array:
+        """float32[B, V] -> the same, -inf where a token is ruled out."""
+        if self.repetition_penalty != 1.0:
+            penalized = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+            logits = jnp.where(jnp.asarray(seen), penalized, logits)
+        logits = logits / self.temperature
+        if self.top_k is not None:  # ties at the k-th place stay
+            logits = _keep(logits, logits >= jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:])
+        if self.top_p is not None and self.top_p < 1:
+            order = jnp.argsort(logits, axis=-1)  # ascending, stable: of tied tokens the later ids stay
+            mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1)
+            kept = (mass > 1 - self.top_p).at[:, -1].set(True)
+            logits = _keep(logits, jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1))
+        if self.min_p is not None:
+            probabilities = jax.nn.softmax(logits)
+            logits = _keep(logits, probabilities >= self.min_p * probabilities.max(axis=-1, keepdims=True))
+        return logits
+
+
+Sampler = Greedy | Sample
+
+
+def _keep(logits: Array, kept: Array) -> Array:
+    return jnp.where(kept, logits, -jnp.inf)
