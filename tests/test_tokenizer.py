@@ -85,7 +85,8 @@ def released_like(directory, file, content):
 def test_stated_ids_are_honoured(tmp_path):
     path = released_like(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": {"2000": {"content": "<image>"}, "1": {"content": "<eos>"}}})
     assert Tokenizer(path, image_token_id=2000).encode("<eos><image>") == [1, 2000]
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": 400, "<m": 2999, "<mine>": 3000} | {token: 401 + i for i, token in enumerate(ADDED)}))
+    stated = {"<image>": 400, "<m": 2999, "<mine>": 3000} | {token: 401 + i for i, token in enumerate(ADDED)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(stated))
     tokenizer = Tokenizer(path)
     assert tokenizer.encode("<image><loc0000><seg127><mine>") == [400, 401, 1552, 3000]
     assert tokenizer.vocab_size == 3001
