@@ -1,8 +1,33 @@
-"""PaliGemma 2 in JAX/Flax: the public door."""
+"""PaliGemma 2 in JAX/Flax: the public door. Its names are imported when first used, so that the command's --help need not wait for jax."""
 
-from paligemma_jax.inference.predictor import Predictor, load
-from paligemma_jax.inference.sampling import Greedy, Sample
-from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.processing.processor import Inputs
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from paligemma_jax.inference.predictor import Predictor, load
+    from paligemma_jax.inference.sampling import Greedy, Sample
+    from paligemma_jax.model.config import PaliGemmaConfig
+    from paligemma_jax.processing.processor import Inputs
 
 __all__ = ["Greedy", "Inputs", "PaliGemmaConfig", "Predictor", "Sample", "load"]
+
+_HOMES = {
+    "Greedy": "inference.sampling",
+    "Inputs": "processing.processor",
+    "PaliGemmaConfig": "model.config",
+    "Predictor": "inference.predictor",
+    "Sample": "inference.sampling",
+    "load": "inference.predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from itertools import islice
 from typing import Annotated
 
 import tyro
 
-Some = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
+Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
 
 
 def generate(
-    image: Some,
-    prompt: Some,
-    model: str = "tiny",
+    image: Images,
+    prompt: Texts,
+    model: Name = "tiny",
     max_new_tokens: int = 128,
-    dtype: str | None = None,
-    numerics: str = "transformers",
+    dtype: Dtype = None,
+    numerics: Name = "transformers",
     json: bool = False,
 ) -> None:
     """Answer prompts about images.
@@ -25,32 +30,37 @@ def generate(
     Example: paligemma-jax generate --image photo.jpg --prompt "caption en"
 
     Args:
-        image: Image files, one for each prompt. A single one serves all prompts. For several images in one prompt, write <image> into
-            the prompt once for each.
-        prompt: What to ask, as "caption en", "answer en where is the cat?", "detect cat". A single one serves all images.
-        model: "tiny" (embedded), a directory in Hugging Face layout, or a hub id like google/paligemma2-3b-mix-224.
+        image: Image files, one for each prompt, or one for all of them. For several images in one prompt write <image> into it for each.
+        prompt: What to ask: "caption en", "answer en where is the cat?", "detect cat". One for each image, or one for all of them.
+        model: tiny (embedded), a directory in Hugging Face layout, or a hub id like google/paligemma2-3b-mix-224.
         max_new_tokens: The longest answer, in tokens.
-        dtype: float32, bfloat16 or float16; by default the checkpoint's, and float32 on a CPU.
+        dtype: float32, bfloat16 or float16.
         numerics: transformers or big_vision, where the two compute different numbers.
-        json: Print one JSON object a prompt instead of text.
+        json: Print one JSON object a line, with image, prompt and answer, instead of text.
     """
     from paligemma_jax import load  # here, so that --help need not wait for jax
 
     images, prompts = _pair(list(image), list(prompt))
     answers = load(model, dtype=dtype, numerics=numerics).generate(images, prompts, max_new_tokens)
-    for i, (asked, answer) in enumerate(zip(prompts, answers)):
-        shown = images[i] if len(images) == len(prompts) else images
+    for shown, asked, answer in zip(images, prompts, answers):
+        shown = shown[0] if len(shown) == 1 else shown
         print(_json({"image": shown, "prompt": asked, "answer": answer}) if json else answer)
 
 
-def _pair(images: list[str], prompts: list[str]) -> tuple[list[str], list[str]]:
-    if any("<image>" in prompt for prompt in prompts):
-        return images, prompts
-    if len(prompts) == 1:
-        prompts = prompts * len(images)
-    if len(images) == 1:
-        images = images * len(prompts)
-    return images, prompts
+def _pair(images: list[str], prompts: list[str]) -> tuple[list[list[str]], list[str]]:
+    """The images of each prompt, and the prompts: as many as it has `<image>`, else one; a single prompt or image serves all of the others."""
+    wanted = [max(prompt.count("<image>"), 1) for prompt in prompts]
+    if set(wanted) == {1}:
+        prompts = prompts * len(images) if len(prompts) == 1 else prompts
+        images = images * len(prompts) if len(images) == 1 else images
+        wanted = [1] * len(prompts)
+    if sum(wanted) != len(images):
+        raise ValueError(
+            f"{len(images)} images do not fit {len(prompts)} prompts, which take {sum(wanted)}: "
+            "give one for all prompts, one for each, or one for every <image> in them"
+        )
+    remaining = iter(images)
+    return [list(islice(remaining, n)) for n in wanted], prompts
 
 
 def _json(value: object) -> str:
@@ -61,10 +71,29 @@ COMMANDS = {"generate": generate}
 
 
 def main() -> None:
+    """Runs what sys.argv asks for; alone, the command shows its help."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.")
-    except ValueError as error:
-        print(f"paligemma-jax: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=sys.argv[1:] or ["--help"])
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        _stop("interrupted", 130)
+    except BrokenPipeError:  # the reader, as in `| head`, has had enough: not even the flush at exit may complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        _stop(reason, 2)
+
+
+def _reason(error: Exception) -> str | None:
+    """What to tell of an error that its user can mend; None for any other, whose traceback is worth having."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory: give fewer images at once, fewer new tokens, --dtype bfloat16 or a smaller checkpoint"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return str(error) if isinstance(error, ValueError) else None
+
+
+def _stop(reason: str, code: int) -> None:
+    print(f"paligemma-jax: {reason}", file=sys.stderr)
+    raise SystemExit(code) from None
