@@ -23,7 +23,7 @@ _TEXT_DEFAULTS = {
     ),
 }  # fmt: skip
 # Settings that the model here does not have a switch for: any other value would be silently wrong.
-_VISION_FIXED = {"hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)}
+_VISION_FIXED = {"model_type": ("siglip_vision_model",), "hidden_act": ("gelu_pytorch_tanh",), "num_channels": (3,)}
 _TEXT_FIXED = {
     "hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh", None), "attention_bias": (False,),
     "use_bidirectional_attention": (True, None),
@@ -45,15 +45,16 @@ def read_config(json: dict[str, Any], generation: dict[str, Any] | None = None) 
     _check(vision, _VISION_FIXED)
     _check(text, _TEXT_FIXED)
     _check({"rope_type": text.get("rope_type"), "rope_scaling": text.get("rope_scaling")}, {"rope_type": ("default", None), "rope_scaling": (None,)})
-    _check_layer_types(text)
-    eos = (generation or {}).get("eos_token_id", json.get("eos_token_id", 1))
-    return PaliGemmaConfig(
-        VisionConfig(**_known(VisionConfig, vision)),
-        DecoderConfig(**_known(DecoderConfig, text)),
-        image_token_id=json.get("image_token_index", json.get("image_token_id", 256000)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (1 if eos is None else eos,),
-        pad_token_id=json.get("pad_token_id") or 0,
+    config = PaliGemmaConfig(
+        VisionConfig(**_known(VisionConfig, vision, "vision_config")),
+        DecoderConfig(**_known(DecoderConfig, text, "text_config")),
+        image_token_id=_id("image_token_index", json.get("image_token_index", json.get("image_token_id", 256000))),
+        eos_token_ids=_eos((generation or {}).get("eos_token_id", json.get("eos_token_id", 1))),
+        pad_token_id=_id("pad_token_id", json.get("pad_token_id") or 0),
     )
+    _check_layer_types(text)
+    _check_sizes(config)
+    return config
 
 
 def write_config(config: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
@@ -88,8 +89,37 @@ def _given(json: dict, key: str) -> dict[str, Any]:
     return json[key]
 
 
-def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    for f in fields(cls):
+        kind, _, optional = str(f.type).partition(" | ")
+        value, most = values[f.name], 1000 if f.name == "num_hidden_layers" else 2**31
+        if kind not in ("int", "float") or (optional and value is None):
+            continue
+        if type(value) not in (int, float)[: 1 + (kind == "float")] or not 0 < value < most:
+            raise ValueError(f"config.json: {where}.{f.name} = {value!r}; it is {'a whole' if kind == 'int' else 'a'} number above 0, below {most}")
     return {f.name: values[f.name] for f in fields(cls)}
+
+
+def _id(key: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**31:
+        raise ValueError(f"config.json: {key} = {value!r}; a token's id is a whole number from 0")
+    return value
+
+
+def _eos(value: Any) -> tuple[int, ...]:
+    return tuple(_id("eos_token_id", i) for i in (value if isinstance(value, list) and value else [1 if value is None else value]))
+
+
+def _check_sizes(config: PaliGemmaConfig) -> None:
+    vision, decoder = config.vision, config.decoder
+    rules = {
+        "vision_config.num_attention_heads divides hidden_size": vision.hidden_size % vision.num_attention_heads == 0,
+        "vision_config.patch_size divides image_size": vision.image_size % vision.patch_size == 0,
+        "text_config.num_key_value_heads divides num_attention_heads": decoder.num_attention_heads % decoder.num_key_value_heads == 0,
+        "text_config.head_dim is even": decoder.head_dim % 2 == 0,
+    }
+    if broken := [rule for rule, holds in rules.items() if not holds]:
+        raise ValueError(f"config.json: it does not hold that {' and '.join(broken)}")
 
 
 def _check(values: dict[str, Any], allowed: dict[str, tuple]) -> None:

@@ -105,7 +105,8 @@ def save(directory: Path, config: PaliGemmaConfig, parameters: dict[str, np.ndar
 
 def checkpoint_dtype(directory: Path) -> str:
     """The dtype of the weights: that of the largest tensor."""
-    return DTYPES.get(max(_headers(directory).values(), key=lambda entry: np.prod(entry[2]))[1], "float32")
+    tensors = _headers(directory).values()
+    return DTYPES.get(max(tensors, key=lambda entry: np.prod(entry[2]))[1], "float32") if tensors else "float32"
 
 
 def canonical(key: str) -> str:
@@ -118,10 +119,10 @@ def canonical(key: str) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError in one line if there is none."""
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{file.parent} has no {file.name}: it is not a Hugging Face checkpoint directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5,000 digits
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -134,6 +135,8 @@ def _headers(directory: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     for file in _files(directory):
         with _open(file) as tensors:
             for key in tensors.keys():
+                if key in found:
+                    raise ValueError(f"{directory}: {key} is in {found[key][0].name} and in {file.name}; download them again")
                 piece = tensors.get_slice(key)
                 found[key] = (file, piece.get_dtype(), tuple(piece.get_shape()))
     return found
@@ -145,10 +148,15 @@ def _files(directory: Path) -> list[Path]:
         if not (directory / "model.safetensors").exists():
             raise ValueError(f"{directory} has neither model.safetensors nor {INDEX}")
         return [directory / "model.safetensors"]
-    names = set((read_json(index).get("weight_map") or {}).values())
-    if missing := sorted(name for name in names if not (directory / str(name)).exists()):
-        raise ValueError(f"{directory}: the shard {', '.join(missing)} named in {INDEX} is missing; download it again")
-    return [directory / name for name in sorted(names)]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
+    names = sorted({str(name) for name in shards.values()})
+    if strange := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:  # "../x.safetensors" must not be opened
+        raise ValueError(f"{index} names {', '.join(map(repr, strange))}, not a .safetensors file of its own directory")
+    if missing := [name for name in names if not (directory / name).exists()]:
+        raise ValueError(f"{directory}: {', '.join(missing)}, named in {INDEX}, is missing; download it again")
+    return [directory / name for name in names]
 
 
 def _open(file: Path) -> Any:

@@ -39,6 +39,11 @@ def abstract(config: PaliGemmaConfig) -> PaliGemma:
     return nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
 
 
+def load_config(directory: Path) -> PaliGemmaConfig:
+    """The config of a directory that `resolve` found."""
+    return huggingface.load_config(directory)
+
+
 def load_model(directory: Path, dtype: str | None = None, numerics: str = "transformers") -> PaliGemma:
     """The model of a Hugging Face directory.
 
@@ -49,7 +54,7 @@ def load_model(directory: Path, dtype: str | None = None, numerics: str = "trans
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if numerics not in NUMERICS:
         raise ValueError(f"unknown numerics {numerics!r}; there are {', '.join(NUMERICS)}")
-    config = huggingface.load_config(directory)
+    config = load_config(directory)
     stored = huggingface.checkpoint_dtype(directory)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else stored)
     model = abstract(replace(config, dtype=dtype, numerics=numerics))
@@ -72,6 +77,6 @@ def _download(repo: str) -> Path:
         raise ValueError(f"{repo} does not exist on the hub, or is private and you are not logged in (`hf auth login`)") from None
     except errors.HFValidationError as error:
         raise ValueError(f"{repo} is neither a directory nor a valid hub id: {error}") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{repo} is not a directory here, and the hub cannot be reached: {first}") from None
+    except Exception as error:  # of the hub, of the network below it (httpx), of the disk
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{repo} is not a directory here, and cannot be downloaded: {first}") from None

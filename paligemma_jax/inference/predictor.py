@@ -96,11 +96,13 @@ def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str
     ValueError says in one line what is wrong with the source.
     """
     directory = checkpoint.resolve(source)
-    model = checkpoint.load_model(directory, dtype, numerics)
-    config = model.config
-    tokenizer = Tokenizer(directory / "tokenizer.model", config.image_token_id)
+    config = checkpoint.load_config(directory)
+    tokenizer = Tokenizer(directory / "tokenizer.model", config.image_token_id)  # before the weights: what is wrong is told at once
+    words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
+    if words > config.decoder.vocab_size:
+        raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
     processor = Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
-    return Predictor(model, processor)
+    return Predictor(checkpoint.load_model(directory, dtype, numerics), processor)
 
 
 def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:

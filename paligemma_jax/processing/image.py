@@ -1,5 +1,6 @@
 """Image files, PIL images and arrays -> RGB -> the SxS float pixels that the vision tower reads; bit-equal to transformers' PIL backend."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def load_image(source: Source) -> Image.Image:
     if isinstance(source, Image.Image):
         return _decoded(lambda: _on_white(source), getattr(source, "filename", "") or "the PIL image")
     if isinstance(source, str | Path):
-        if not Path(source).is_file():
+        if not os.path.isfile(source):  # unlike Path.is_file, False for a name that is too long (a prompt in the place of a path)
             raise ValueError(f"no image file at {source}: check the path (a URL has to be downloaded first)")
         return _decoded(lambda: _on_white(_open(source)), str(source))
     raise ValueError(f"an image is a path, a PIL image or a uint8 array, not {type(source).__name__}: convert it first")

@@ -94,7 +94,10 @@ class Tokenizer:
 def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     if not path.is_file():
         raise ValueError(f"no tokenizer at {path}: a checkpoint directory needs the tokenizer.model of the checkpoint that it comes from")
-    proto = path.read_bytes()
+    try:
+        proto = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     model = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(proto) and model.load_from_serialized_proto(proto)
@@ -126,7 +129,7 @@ def _stated(directory: Path) -> dict[str, int]:
         if (file := directory / "tokenizer_config.json").is_file():
             stated = json.loads(file.read_text("utf-8")).get("added_tokens_decoder", {})
             return {token["content"]: int(i) for i, token in stated.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} does not say which added token has which id ({error!r}): download it again or remove it") from error
     return {}
 
