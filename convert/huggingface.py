@@ -103,6 +103,16 @@ def save(directory: Path, config: PaliGemmaConfig, parameters: dict[str, np.ndar
     (directory / "config.json").write_text(json.dumps(write_config(config, dtype), indent=2) + "\n")
 
 
+def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Name in the released spelling -> shape of every tensor of a checkpoint."""
+    depth = {"vision": config.vision.num_hidden_layers, "decoder": config.decoder.num_hidden_layers}
+    return {
+        name.replace("*", str(layer)): shape(layout, axis_sizes(config, path))
+        for name, layout, path, _ in HUGGINGFACE[config.decoder.model_type]
+        for layer in range(depth[path.split("/")[0]] if "*" in path else 1)
+    }
+
+
 def checkpoint_dtype(directory: Path) -> str:
     """The dtype of the weights: that of the largest tensor."""
     tensors = _headers(directory).values()

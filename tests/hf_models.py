@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -60,9 +61,8 @@ def random_model(kind: str = "pg2", seed: int = 0, scale: float = 1.0, text: dic
 def save_checkpoint(model, directory: Path, layout: str = "released", dtype=torch.float32, shards: bool = False, head: bool = False) -> Path:
     """Writes `model` in one of the key layouts: "released" (transformers 4), "v5" (saved by 5), "memory" (in-memory names of 5)."""
     directory = Path(directory)
-    model = model.to(dtype)
+    model = copy.deepcopy(model).to(dtype)  # the caller's stays in float32
     model.save_pretrained(directory, max_shard_size="200KB" if shards else "10GB")
-    model.to(torch.float32)
     if layout != "v5":
         _rename(directory, RELEASED if layout == "released" else MEMORY)
     if head:
@@ -157,3 +157,70 @@ def hf_logits(model, inputs: Inputs) -> np.ndarray:
     batch = hf_inputs(inputs)
     batch["position_ids"] = batch["attention_mask"].cumsum(1).clamp(min=1)
     return model(**batch).logits.float().numpy()
+
+
+@torch.no_grad()
+def hf_stages(model, inputs: Inputs) -> dict[str, np.ndarray]:
+    """The stages of `Predictor.stages`, under the same names, as transformers computes them (attention weights of both towers too)."""
+    found, vision, text = {}, model.model.vision_tower, model.model.language_model
+    vision = getattr(vision, "vision_model", vision)
+
+    def keep(name, pick=lambda out: out[0] if isinstance(out, tuple) else out):
+        def hook(_, __, out):
+            found[name] = pick(out).float().numpy()
+
+        return hook
+
+    hooks = [
+        vision.embeddings.patch_embedding.register_forward_hook(keep("vision/patches", lambda out: out.flatten(2).transpose(1, 2))),
+        vision.embeddings.register_forward_hook(keep("vision/embeddings")),
+        vision.post_layernorm.register_forward_hook(keep("vision/output")),
+        model.model.multi_modal_projector.register_forward_hook(keep("projector")),
+        text.layers[0].register_forward_pre_hook(lambda _, args: found.__setitem__("decoder/embeddings", args[0].float().numpy())),
+        text.norm.register_forward_hook(keep("decoder/norm")),
+    ]
+    for name, layers in (("vision", vision.encoder.layers), ("decoder", text.layers)):
+        for i, layer in enumerate(layers):
+            hooks.append(layer.register_forward_hook(keep(f"{name}/layers/{i}")))
+            hooks.append(layer.self_attn.register_forward_hook(keep(f"{name}/layers/{i}/attention/weights", lambda out: out[1])))
+    found["logits"] = hf_logits(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# LayerNorms are around 1, RMSNorms around 0; little attention to 256 images tokens, else every next token is the same
+OFFSETS = {"layer_norm": 1, "vision_model.post_layernorm": 1, "language_model.model.norm": 20, "post_attention_layernorm": -0.7}
+
+
+def write_random(directory: Path, preset: str, dtype: str = "float32", seed: int = 0, shard_bytes: int = 2**31) -> Path:
+    """A random checkpoint of a published size, written shard by shard: one shard is all that is ever in memory."""
+    import jax
+    from safetensors.numpy import save_file as save_arrays
+
+    from convert.config import write_config
+    from convert.huggingface import INDEX, expected_shapes
+    from paligemma_jax.model.config import PaliGemmaConfig as Config
+
+    config = Config.preset(preset)
+    directory.mkdir(parents=True, exist_ok=True)
+    rng, shard, weight_map, number = np.random.default_rng(seed), {}, {}, 1
+
+    def flush():
+        nonlocal shard, number
+        name = f"model-{number:05}.safetensors"
+        save_arrays(shard, directory / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, name))
+        shard, number = {}, number + 1
+
+    for name, shape in expected_shapes(config).items():
+        offset = next((value for key, value in OFFSETS.items() if key in name and name.endswith("weight")), 0)
+        std = 0.3 if len(shape) == 1 else np.prod(shape[1:]) ** -0.5 * (0.2 if "embed_tokens" in name else 1)
+        array = rng.standard_normal(shape, np.float32) * np.float32(std) + np.float32(offset)
+        shard[name] = array.astype(jax.numpy.dtype(dtype))
+        if sum(a.nbytes for a in shard.values()) > shard_bytes:
+            flush()
+    flush()
+    (directory / INDEX).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(write_config(config, dtype)))
+    return directory

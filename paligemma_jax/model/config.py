@@ -41,7 +41,7 @@ class DecoderConfig:
     head_dim: int = 256
     intermediate_size: int = 9216
     vocab_size: int = 257216
-    query_pre_attn_scalar: float = 256.0
+    query_pre_attn_scalar: int = 256
     sliding_window: int | None = 4096
     attn_logit_softcapping: float | None = 50.0
     final_logit_softcapping: float | None = 30.0
@@ -124,7 +124,7 @@ _DECODERS = {
         num_key_value_heads=16,
         head_dim=128,
         intermediate_size=36864,
-        query_pre_attn_scalar=144.0,  # hidden_size / num_attention_heads, not head_dim
+        query_pre_attn_scalar=144,  # hidden_size / num_attention_heads, not head_dim
     ),
     "pg1-3b": DecoderConfig(
         model_type="gemma",
@@ -147,7 +147,7 @@ _TINY = PaliGemmaConfig(
         head_dim=32,
         intermediate_size=384,
         vocab_size=1600,
-        query_pre_attn_scalar=40.0,
+        query_pre_attn_scalar=40,
         sliding_window=32,
     ),
     image_token_id=1536,

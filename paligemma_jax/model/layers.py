@@ -75,7 +75,7 @@ def rope(x: Array, positions: Array, theta: float, divides: bool = False) -> Arr
     (big_vision: `divides`), are 2.4e-4 apart in float32, so each profile has its own.
     """
     exponent = np.arange(0, x.shape[-1], 2, dtype=np.float32) / np.float32(x.shape[-1])
-    timescale = np.float32(theta) ** exponent
+    timescale = (theta ** exponent.astype(np.float64)).astype(np.float32)  # correctly rounded, as torch's pow nearly always is; numpy's is not
     angle = positions[..., None, None].astype(jnp.float32)
     angle = angle / timescale if divides else angle * (np.float32(1) / timescale)
     sin, cos = jnp.sin(angle), jnp.cos(angle)

@@ -1,0 +1,58 @@
+"""Checkpoints that many tests share, made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory):
+    """(kind, seed, **changes) -> (transformers model, directory in released layout, our model): see tests/hf_models.py."""
+    import hf_models
+
+    from paligemma_jax.checkpoint import load_model
+
+    @functools.cache
+    def make(kind: str = "pg2", seed: int = 0, numerics: str = "transformers", **changes):
+        changes = {key: dict(value) if isinstance(value, tuple) else value for key, value in changes.items()}
+        model = hf_models.random_model(kind, seed, **changes)
+        directory = hf_models.save_checkpoint(model, tmp_path_factory.mktemp(kind))
+        return model, directory, load_model(directory, numerics=numerics)
+
+    return make
+
+
+@pytest.fixture
+def random_directory(tmp_path):
+    """kind -> a fresh copy of a whole random checkpoint of test_golden.py, tokenizer.model included, to load or to break."""
+    return lambda kind="pg2": Path(shutil.copytree(Path(__file__).parent / "golden" / kind, tmp_path / kind))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """(arguments) -> (exit code, stdout, stderr) of the command `paligemma-jax`, run in this process."""
+    from paligemma_jax.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["paligemma-jax", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code or 0, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
