@@ -49,6 +49,8 @@ def generate(
 
 def _pair(images: list[str], prompts: list[str]) -> tuple[list[list[str]], list[str]]:
     """The images of each prompt, and the prompts: as many as it has `<image>`, else one; a single prompt or image serves all of the others."""
+    if missing := [name for name, given in (("image", images), ("prompt", prompts)) if not given]:
+        raise ValueError(f"no {missing[0]}: give at least one after --{missing[0]}")
     wanted = [max(prompt.count("<image>"), 1) for prompt in prompts]
     if set(wanted) == {1}:
         prompts = prompts * len(images) if len(prompts) == 1 else prompts
@@ -73,8 +75,7 @@ COMMANDS = {"generate": generate}
 def main() -> None:
     """Runs what sys.argv asks for; alone, the command shows its help."""
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=sys.argv[1:] or ["--help"])
-        sys.stdout.flush()
+        _run(sys.argv[1:] or ["--help"])
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader, as in `| head`, has had enough: not even the flush at exit may complain
@@ -83,6 +84,13 @@ def main() -> None:
         if (reason := _reason(error)) is None:
             raise
         _stop(reason, 2)
+
+
+def _run(arguments: list[str]) -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments)
+    finally:
+        sys.stdout.flush()  # here, so that a closed pipe shows while main can still catch it
 
 
 def _reason(error: Exception) -> str | None:
