@@ -33,12 +33,15 @@ _TEXT_FIXED = {
 def read_config(json: dict[str, Any], generation: dict[str, Any] | None = None) -> PaliGemmaConfig:
     """The config that a config.json (and generation_config.json, for the ids that end an answer) describes; ValueError if it is another model's."""
     if json.get("model_type") != "paligemma":
-        raise ValueError(f"config.json is that of a {json.get('model_type')!r} model; a PaliGemma checkpoint says model_type 'paligemma'")
+        found = f"is that of a {json['model_type']!r} model" if "model_type" in json else "has no model_type"
+        raise ValueError(f"config.json {found}; that of a PaliGemma checkpoint says model_type 'paligemma'")
     vision, text = _VISION_DEFAULTS | _given(json, "vision_config"), _given(json, "text_config")
     kind = text.get("model_type", "gemma")
-    if kind not in _TEXT_DEFAULTS:
+    if kind not in list(_TEXT_DEFAULTS):  # a list, so that kind may be anything
         raise ValueError(f"config.json: unknown text model_type {kind!r}; this model has a decoder for {', '.join(_TEXT_DEFAULTS)}")
-    text = {"model_type": kind} | _TEXT_DEFAULTS[kind] | (text.get("rope_parameters") or {}) | text
+    if not isinstance(rope := text.get("rope_parameters") or {}, dict):
+        raise ValueError(f"config.json: rope_parameters = {rope!r} is no object")
+    text = {"model_type": kind} | _TEXT_DEFAULTS[kind] | rope | text
     if kind == "gemma":  # a Gemma 1 decoder has none of these, whatever its config.json says
         gemma1 = dict(sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None)
         text |= gemma1 | {"query_pre_attn_scalar": text["head_dim"]}

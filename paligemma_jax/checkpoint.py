@@ -75,8 +75,6 @@ def _download(repo: str) -> Path:
         raise ValueError(f"{repo} is gated: accept its licence on its page on the hub, then log in with `hf auth login`") from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{repo} does not exist on the hub, or is private and you are not logged in (`hf auth login`)") from None
-    except errors.HFValidationError as error:
-        raise ValueError(f"{repo} is neither a directory nor a valid hub id: {error}") from None
-    except Exception as error:  # of the hub, of the network below it (httpx), of the disk
+    except Exception as error:  # of the hub, of the network below it, of the disk
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{repo} is not a directory here, and cannot be downloaded: {first}") from None
