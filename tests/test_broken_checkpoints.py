@@ -29,6 +29,17 @@ def cut(name: str, size: int):
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
 
+def byte(name: str, place: int):
+    """Makes a byte one that UTF-8 never has."""
+
+    def change(directory):
+        content = bytearray((directory / name).read_bytes())
+        content[place] = 0xFF
+        (directory / name).write_bytes(content)
+
+    return change
+
+
 def config(where: str | None = None, **changes):
     """Sets keys of config.json, at its top or in `where`; a key set to `...` is removed."""
 
@@ -146,6 +157,7 @@ BROKEN = {
     "tokenizer empty": (write("tokenizer.model", b""), "tokenizer.model", "not a sentencepiece model"),
     "tokenizer cut": (cut("tokenizer.model", 5001), "tokenizer.model"),
     "tokenizer garbage": (write("tokenizer.model", b"garbage " * 99), "tokenizer.model", "not a sentencepiece model"),
+    "tokenizer with a byte changed": (byte("tokenizer.model", 4581), "tokenizer.model", "not a sentencepiece model"),
     "tokenizer a directory": (folder("tokenizer.model"), "no tokenizer", "tokenizer.model"),
     "image id of another": (config(image_token_index=7), "<image>", "by config.json", "7"),
     "added_tokens corrupt": (write("added_tokens.json", [1]), "added_tokens.json"),

@@ -38,8 +38,8 @@ class Tokenizer:
 
     def __init__(self, model_file: str | Path, image_token_id: int | None = None):
         path = Path(model_file)
-        self._model = model = _load(path)
-        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+        self._model, pieces = _load(path)
+        model = self._model
         self._ids = _ids(pieces, path)
         self._pieces = {i: token for token, i in self._ids.items()}
         hidden = {token for i, token in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)}  # sentencepiece never finds them in a text
@@ -91,7 +91,8 @@ class Tokenizer:
         return self._ids[SEGMENTS[_within(n, SEGMENTS)]]
 
 
-def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
+def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
+    """The model of a file, and its pieces in the order of their ids."""
     if not path.is_file():
         raise ValueError(f"no tokenizer at {path}: a checkpoint directory needs the tokenizer.model of the checkpoint that it comes from")
     try:
@@ -101,11 +102,12 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
     model = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(proto) and model.load_from_serialized_proto(proto)
-    except RuntimeError:
-        loaded = False
-    if not loaded or not model.get_piece_size():
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())] if loaded else []
+    except (RuntimeError, UnicodeDecodeError):
+        pieces = []
+    if not pieces:
         raise ValueError(f"{path} ({len(proto)} bytes) is not a sentencepiece model: download it again (a Git LFS pointer looks like this too)")
-    return model
+    return model, pieces
 
 
 def _ids(pieces: list[str], path: Path) -> dict[str, int]:
