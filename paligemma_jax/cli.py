@@ -39,9 +39,11 @@ def generate(
         json: Print one JSON object a line, with image, prompt and answer, instead of text.
     """
     from paligemma_jax import load  # here, so that --help need not wait for jax
+    from paligemma_jax.processing.image import load_image
 
     images, prompts = _pair(list(image), list(prompt))
-    answers = load(model, dtype=dtype, numerics=numerics).generate(images, prompts, max_new_tokens)
+    opened = {path: load_image(path) for path in image}  # before the model, so that a wrong path is told at once
+    answers = load(model, dtype=dtype, numerics=numerics).generate([[opened[path] for path in group] for group in images], prompts, max_new_tokens)
     for shown, asked, answer in zip(images, prompts, answers):
         shown = shown[0] if len(shown) == 1 else shown
         print(_json({"image": shown, "prompt": asked, "answer": answer}) if json else answer)

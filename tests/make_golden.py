@@ -49,7 +49,8 @@ def main() -> None:
         save_checkpoint(model, directory, LAYOUTS[kind], torch.bfloat16)
         model = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
         np.savez_compressed(directory / "expected.npz", **expected(model))
-    (GOLDEN / "processor.json").write_text(json.dumps(processed(), indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in processed().items())
+    (GOLDEN / "processor.json").write_text("{\n" + lines + "\n}\n")
     print(sum(file.stat().st_size for file in GOLDEN.rglob("*") if file.is_file()), "bytes")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import paligemma_jax as pg
+from paligemma_jax.checkpoint import TINY
 from paligemma_jax.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,12 @@ def test_max_new_tokens(generate, predictor):
 def test_paligemma_1(generate):
     directory = MODEL.parent / "pg1"
     assert generate("--image", A, "--prompt", "caption en", model=directory) == pg.load(directory).generate(A, "caption en", NEW)
+
+
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="the default checkpoint is not built yet")
+def test_default_model(command):
+    code, out, err = command("generate", "--image", A, "--prompt", "caption en")
+    assert (code, out, err) == (0, pg.load("tiny").generate(A, "caption en")[0] + "\n", "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)

@@ -143,7 +143,7 @@ OTHERS = [
 @pytest.mark.parametrize("error,code,part", OTHERS, ids=[type(error).__name__ for error, *_ in OTHERS])
 def test_other_exceptions(error, code, part, command, monkeypatch):
     monkeypatch.setattr("paligemma_jax.inference.predictor.load", lambda *_, **__: (_ for _ in ()).throw(error))
-    found, out, err = command("generate", "--image", "a.png", "--prompt", "a")
+    found, out, err = command("generate", "--image", IMAGE, "--prompt", "a")
     assert (found, out) == (code, "") and err.startswith("paligemma-jax: ") and err.endswith("\n")
     told(err[:-1], [part])
 
@@ -151,7 +151,7 @@ def test_other_exceptions(error, code, part, command, monkeypatch):
 def test_our_own_mistakes_keep_their_traceback(command, monkeypatch):
     monkeypatch.setattr("paligemma_jax.inference.predictor.load", lambda *_, **__: 1 + "1")
     with pytest.raises(TypeError):
-        command("generate", "--image", "a.png", "--prompt", "a")
+        command("generate", "--image", IMAGE, "--prompt", "a")
 
 
 USAGE = {
