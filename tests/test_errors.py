@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -118,9 +119,34 @@ def test_max_new_tokens(new, command):
     assert (code, out, err) == (2, "", f"paligemma-jax: {error.value}\n")
 
 
-def test_seeds():
-    with pytest.raises(ValueError, match="3 seeds for 1 prompts"):
-        predictor().generate(IMAGE, "caption en", 4, pg.Sample(), seeds=[1, 2, 3])
+@pytest.mark.parametrize("seeds,part", [([1, 2, 3], "3 seeds for 1 prompts"), ([2**40], "32 bits"), ([1.5], "32 bits"), (["a"], "32 bits")])
+def test_seeds(seeds, part):
+    with pytest.raises(ValueError, match=part):
+        predictor().generate(IMAGE, "caption en", 4, pg.Sample(), seeds=seeds)
+
+
+SAMPLE = [{"temperature": t} for t in (0, -1, 1e-40, float("nan"), float("inf"))] + [{"top_k": 0}, {"top_k": 1.5}, {"top_p": 0}, {"min_p": 2}]
+
+
+@pytest.mark.parametrize("setting", SAMPLE, ids=str)
+def test_sampler(setting):
+    with pytest.raises(ValueError, match=rf"Sample\({next(iter(setting))}=.* makes no sense"):
+        pg.Sample(**setting)
+
+
+def test_score_without_suffixes():
+    with pytest.raises(ValueError, match="no suffixes"):
+        predictor().score(IMAGE, "caption en", None)
+
+
+def test_inputs_made_by_hand():
+    """What a compiled program would clip in silence: ids beyond the table, image tokens that do not match the images."""
+    inputs = predictor().processor(IMAGE, "caption en")
+    for tokens, part in [(inputs.tokens + 10**5, "outside the vocabulary of 1600"), (-1 - inputs.tokens, "outside the vocabulary")]:
+        with pytest.raises(ValueError, match=part):
+            predictor().logits(replace(inputs, tokens=tokens))
+    with pytest.raises(ValueError, match="16 image tokens for 2 images of 16 each"):
+        predictor().stages(replace(inputs, images=inputs.images.repeat(2, axis=0)))
 
 
 def test_unreadable_tokenizer(monkeypatch):

@@ -55,6 +55,8 @@ class Predictor:
 
     def score(self, images: Images, prompts: Texts, suffixes: Texts) -> np.ndarray:
         """float32[B]: the log-probability of every suffix and its eos, given image and prompt."""
+        if suffixes is None:
+            raise ValueError("no suffixes: pass the text to score, one for each prompt")
         return generate.score(self.model, self.processor(images, prompts, suffixes))
 
     def logits(self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None) -> tuple[np.ndarray, Inputs]:
@@ -76,6 +78,7 @@ class Predictor:
 
     def _inputs(self, images: Any, prompts: Texts | None, suffixes: Texts | None) -> Inputs:
         if isinstance(images, Inputs):
+            _check(images, self.config)
             return images
         if prompts is None:
             raise ValueError("no prompts: pass images and prompts, or Inputs")
@@ -105,10 +108,24 @@ def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str
     return Predictor(checkpoint.load_model(directory, dtype, numerics), processor)
 
 
+def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:
+    """ValueError for what a compiled program would clip to something that fits."""
+    tokens, rows = np.asarray(inputs.tokens), config.decoder.vocab_size
+    image = tokens == config.image_token_id
+    if (strange := tokens[~image & ((tokens < 0) | (tokens >= rows))]).size:
+        raise ValueError(f"token {strange[0]} is outside the vocabulary of {rows}")
+    if len(inputs.images) and image.sum() != len(inputs.images) * config.vision.num_patches:
+        raise ValueError(f"{image.sum()} image tokens for {len(inputs.images)} images of {config.vision.num_patches} each")
+
+
 def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
-    if seeds is not None and len(seeds) != rows:
+    if seeds is None:
+        return np.arange(rows)
+    if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: pass one for each")
-    return np.arange(rows) if seeds is None else np.asarray(seeds)
+    if not all(isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**31 for seed in seeds):
+        raise ValueError(f"seeds are {list(seeds)}: pass whole numbers of 32 bits")
+    return np.asarray(seeds)
 
 
 def _round_up(n: int) -> int:

@@ -38,8 +38,8 @@ class Sample:
 
     def __post_init__(self):
         rules = {
-            "temperature": self.temperature > 0,
-            "top_k": self.top_k is None or self.top_k >= 1,
+            "temperature": 1e-6 <= self.temperature < float("inf"),  # beyond, float32 logits overflow or vanish
+            "top_k": self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
             "top_p": self.top_p is None or 0 < self.top_p <= 1,
             "min_p": self.min_p is None or 0 <= self.min_p <= 1,
             "repetition_penalty": self.repetition_penalty > 0,
