@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from paligemma_jax.model.config import DecoderConfig, PaliGemmaConfig, VisionConfig
+from paligemma_jax.model.config import NUMERICS, DecoderConfig, PaliGemmaConfig, VisionConfig
 
 # What a key absent from config.json means: the defaults of the class that the nested model_type names.
 _VISION_DEFAULTS = dict(
@@ -45,6 +45,7 @@ def read_config(json: dict[str, Any], generation: dict[str, Any] | None = None) 
     if kind == "gemma":  # a Gemma 1 decoder has none of these, whatever its config.json says
         gemma1 = dict(sliding_window=None, attn_logit_softcapping=None, final_logit_softcapping=None)
         text |= gemma1 | {"query_pre_attn_scalar": text["head_dim"]}
+    _check(json, {"numerics": tuple(NUMERICS)})
     _check(vision, _VISION_FIXED)
     _check(text, _TEXT_FIXED)
     _check({"rope_type": text.get("rope_type"), "rope_scaling": text.get("rope_scaling")}, {"rope_type": ("default", None), "rope_scaling": (None,)})
@@ -54,14 +55,17 @@ def read_config(json: dict[str, Any], generation: dict[str, Any] | None = None) 
         image_token_id=_id("image_token_index", json.get("image_token_index", json.get("image_token_id", 256000))),
         eos_token_ids=_eos((generation or {}).get("eos_token_id", json.get("eos_token_id", 1))),
         pad_token_id=_id("pad_token_id", json.get("pad_token_id") or 0),
+        numerics=json.get("numerics", "transformers"),  # ours: see write_config
     )
     _check_layer_types(text)
-    _check_sizes(config)
-    return config
+    return check_config(config)
 
 
 def write_config(config: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 both read; `dtype` is that of the weights."""
+    """A config.json that transformers 4 and 5 both read; `dtype` is that of the weights.
+
+    A profile of numerics that is not the default is written too: transformers keeps the key and ignores it, `read_config` heeds it.
+    """
     vision, decoder = config.vision, config.decoder
     text = {f.name: getattr(decoder, f.name) for f in fields(decoder)}
     if decoder.model_type == "gemma":
@@ -70,7 +74,8 @@ def write_config(config: PaliGemmaConfig, dtype: str) -> dict[str, Any]:
     text |= {"hidden_activation": "gelu_pytorch_tanh", "num_image_tokens": vision.num_patches, "dtype": dtype}
     nested = {f.name: getattr(vision, f.name) for f in fields(vision)}
     nested |= {"model_type": "siglip_vision_model", "projection_dim": decoder.hidden_size, "num_image_tokens": vision.num_patches}
-    return {
+    numerics = {} if config.numerics == "transformers" else {"numerics": config.numerics}
+    return numerics | {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
         "image_token_index": config.image_token_id,
@@ -113,7 +118,8 @@ def _eos(value: Any) -> tuple[int, ...]:
     return tuple(_id("eos_token_id", i) for i in (value if isinstance(value, list) and value else [1 if value is None else value]))
 
 
-def _check_sizes(config: PaliGemmaConfig) -> None:
+def check_config(config: PaliGemmaConfig, where: str = "config.json") -> PaliGemmaConfig:
+    """The same config; ValueError if its numbers do not fit together."""
     vision, decoder = config.vision, config.decoder
     rules = {
         "vision_config.num_attention_heads divides hidden_size": vision.hidden_size % vision.num_attention_heads == 0,
@@ -122,7 +128,8 @@ def _check_sizes(config: PaliGemmaConfig) -> None:
         "text_config.head_dim is even": decoder.head_dim % 2 == 0,
     }
     if broken := [rule for rule, holds in rules.items() if not holds]:
-        raise ValueError(f"config.json: it does not hold that {' and '.join(broken)}")
+        raise ValueError(f"{where}: it does not hold that {' and '.join(broken)}")
+    return config
 
 
 def _check(values: dict[str, Any], allowed: dict[str, tuple]) -> None:

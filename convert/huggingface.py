@@ -1,122 +1,116 @@
-"""Safetensors in Hugging Face layout, in and out; one tensor at a time, never through torch."""
+"""Hugging Face directories, in and out: config.json, safetensors in every spelling of the names, and the files that come along."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from convert.checkpoint import Checkpoint, contents
 from convert.config import read_config, write_config
-from convert.layout import axis_sizes, reorder, shape
+from convert.files import companions, json_bytes, read_json, write_files, write_json
+from convert.match import Entry, match, pieces, shapes
+from convert.safetensors import NAMES, make_header, read_header
 from convert.table import HUGGINGFACE, HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
+from convert.tensor import Job, Progress, equal, loaded
+from convert.tensor import write as write_tensors
 from paligemma_jax.model.config import PaliGemmaConfig
 
-INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
-@dataclass(frozen=True)
-class Source:
-    """One tensor of the files and the parameter that it fills."""
-
-    file: Path
-    key: str  # as spelled in the file
-    layout: str
-    path: str
-    target: str
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+MAX_SHARD = 5 * 10**9  # bytes; what transformers 4 takes by default
 
 
 def load_config(directory: Path) -> PaliGemmaConfig:
     """The config of a Hugging Face directory; ValueError if there is none or it is another model's."""
-    config = read_json(directory / "config.json")
-    generation = directory / "generation_config.json"
+    return load_config_file(directory / "config.json")
+
+
+def load_config_file(file: Path) -> PaliGemmaConfig:
+    """The config of a config.json, and of the generation_config.json beside it if there is one (for the ids that end an answer)."""
+    config, generation = read_json(file), file.with_name("generation_config.json")
     try:
         return read_config(config, read_json(generation) if generation.exists() else None)
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{directory / 'config.json'} is malformed: {error!r}") from None
+        raise ValueError(f"{file} is malformed: {error!r}") from None
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
+        raise ValueError(f"{file.parent}: {error}") from None
 
 
-def load_tensors(directory: Path, config: PaliGemmaConfig, paths: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(parameter path, array in this project's layout and the file's dtype) for every one of `paths`, in the order of the files.
+def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
+    """The checkpoint of a directory, with `config` in the place of its config.json's if given.
 
-    Before the first tensor is read, all keys and shapes are checked against the table; one ValueError tells all that is wrong.
+    All keys and shapes are checked against the table before a tensor is read; one ValueError tells all that is wrong.
     """
-    sources = plan(directory, config, paths)
-    for file in dict.fromkeys(source.file for source in sources):
-        with _open(file) as tensors:
-            for source in sources:
-                if source.file == file:
-                    yield source.path, reorder(_read(tensors, file, source.key), source.layout, source.target, axis_sizes(config, source.path))
+    config = config or load_config(directory)
+    headers = {file: read_header(file) for file in _files(directory)}
+    entries: dict[str, Entry] = {}
+    for file, header in headers.items():
+        for key in header.keys() & entries.keys():
+            first = next(other.name for other, there in headers.items() if key in there)
+            raise ValueError(f"{directory}: {key} is in {first} and in {file.name}; download them again")
+        entries |= header
+    found = pieces(HUGGINGFACE[config.decoder.model_type], config)
+    tensors = match(entries, found, NAMES, directory, "config.json", canonical, HUGGINGFACE_IGNORED)
+    kept, notes = set(shapes(found)), []
+    if head := next((entry for key, entry in entries.items() if canonical(key) == HEAD), None):
+        if head.dtype in NAMES and equal(head.tensor(), tensors["decoder/embedder/table"]):
+            kept.add(HEAD)
+        else:
+            notes.append("its lm_head differs from the embedding table, to which it is tied: the table is taken for both")
+    if dropped := [key for key in entries if canonical(key) not in kept]:
+        notes.append(f"{len(dropped)} tensors that no PaliGemma uses are left out: {', '.join(dropped[:3])}{', ...' * (len(dropped) > 3)}")
+    shards = {file.name: [key for key in header if canonical(key) in kept] for file, header in headers.items()}
+    largest = max(tensors.values(), key=lambda tensor: tensor.nbytes)
+    return Checkpoint("huggingface", replace(config, dtype=largest.dtype.name), tensors, companions(directory), shards, tuple(notes))
 
 
-def plan(directory: Path, config: PaliGemmaConfig, paths: dict[str, Any]) -> list[Source]:
-    """Which tensor of which file fills which parameter. ValueError listing every missing, unknown and mis-shaped key."""
-    rows = [(_pattern(name), layout, path, target) for name, layout, path, target in HUGGINGFACE[config.decoder.model_type]]
-    sources: dict[str, Source] = {}
-    wrong: list[str] = []
-    for key, (file, dtype, found) in _headers(directory).items():
-        name = canonical(key)
-        row = next(((m, *row[1:]) for row in rows if (m := row[0].fullmatch(name))), None)
-        path = row and row[2].replace("*", row[0].group(1) if row[0].groups() else "")
-        if row is None or path not in paths:
-            if not any(re.fullmatch(pattern, name) for pattern in HUGGINGFACE_IGNORED):
-                wrong.append(f"unknown key {key}")
-            continue
-        expected = shape(row[1], axis_sizes(config, path))
-        if found != expected:
-            wrong.append(f"{key} has shape {list(found)}, config.json asks for {list(expected)}")
-        if dtype not in DTYPES:
-            wrong.append(f"{key} has dtype {dtype}; known are {', '.join(DTYPES)}")
-        if path in sources:
-            wrong.append(f"{key} and {sources[path].key} are the same tensor")
-        sources[path] = Source(file, key, row[1], path, row[3])
-    wrong += [f"missing {_name(path, config)}" for path in paths if path not in sources]
-    if wrong:
-        raise ValueError(f"{directory} does not hold the weights that its config.json describes ({len(wrong)} faults):\n  " + "\n  ".join(wrong))
-    return list(sources.values())
+def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n: None, max_shard: int | None = None) -> None:
+    """Writes a directory that transformers 4 and 5 load.
+
+    A checkpoint that came from Hugging Face gets the same files, names and index again, unless `max_shard` (bytes) cuts it anew;
+    config.json comes along verbatim if it still says what the config is, and is made from it otherwise.
+    """
+    directory.mkdir()
+    found = pieces(HUGGINGFACE[checkpoint.config.decoder.model_type], checkpoint.config)
+    named = {piece.key: (piece.path, piece.there(checkpoint.tensors[piece.path])) for piece in found}
+    named[HEAD] = named[TABLE]  # only written where the source had it
+    sizes = {key: tensor.nbytes for key, (_, tensor) in named.items()}
+    shards = checkpoint.shards if checkpoint.shards and not max_shard else _cut(checkpoint, sizes, max_shard or MAX_SHARD)
+    jobs = []
+    for name, keys in shards.items():
+        parts = {key: named[canonical(key)] for key in keys}
+        head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
+        (directory / name).write_bytes(head)
+        jobs += [Job(path, tensor, directory / name, offsets[key]) for key, (path, tensor) in parts.items()]
+    write_tensors(jobs, progress)
+    write_files(directory, {name: file for name, file in checkpoint.files.items() if name not in (INDEX, "config.json")})
+    if len(shards) > 1 or INDEX in checkpoint.files:
+        _write_index(directory, checkpoint, shards, sum(sizes[canonical(key)] for keys in shards.values() for key in keys))
+    if "generation_config.json" not in checkpoint.files and len(checkpoint.config.eos_token_ids) > 1:
+        write_json(directory / "generation_config.json", {"eos_token_id": list(checkpoint.config.eos_token_ids)})
+    write_files(directory, {"config.json": _config_json(checkpoint)})
 
 
-def save(directory: Path, config: PaliGemmaConfig, parameters: dict[str, np.ndarray]) -> None:
-    """Writes model.safetensors and config.json from parameters by path; the file's dtype is theirs."""
-    tensors = {}
-    for name, layout, path, source in HUGGINGFACE[config.decoder.model_type]:
-        for layer in range(10**6):
-            here = path.replace("*", str(layer))
-            if here not in parameters:
-                break
-            array = reorder(np.asarray(parameters[here]), source, layout, axis_sizes(config, here))
-            tensors[name.replace("*", str(layer))] = np.ascontiguousarray(array)
-            if here == path:
-                break
+def save(directory: Path, config: PaliGemmaConfig, parameters: Mapping[str, np.ndarray]) -> None:
+    """Writes model.safetensors and config.json from parameters by path, beside what else is in the directory; their dtype is the file's."""
+    tensors = {path: loaded(array) for path, array in parameters.items()}
+    found = pieces(HUGGINGFACE[config.decoder.model_type], config)
+    parts = {piece.key: (piece.path, piece.there(tensors[piece.path])) for piece in found}
+    head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    dtype = next(iter(tensors.values())).dtype.name
-    (directory / "config.json").write_text(json.dumps(write_config(config, dtype), indent=2) + "\n")
+    (directory / SINGLE).write_bytes(head)
+    write_tensors([Job(path, tensor, directory / SINGLE, offsets[key]) for key, (path, tensor) in parts.items()], lambda n: None)
+    write_json(directory / "config.json", write_config(config, next(iter(tensors.values())).dtype.name))
 
 
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
     """Name in the released spelling -> shape of every tensor of a checkpoint."""
-    depth = {"vision": config.vision.num_hidden_layers, "decoder": config.decoder.num_hidden_layers}
-    return {
-        name.replace("*", str(layer)): shape(layout, axis_sizes(config, path))
-        for name, layout, path, _ in HUGGINGFACE[config.decoder.model_type]
-        for layer in range(depth[path.split("/")[0]] if "*" in path else 1)
-    }
-
-
-def checkpoint_dtype(directory: Path) -> str:
-    """The dtype of the weights: that of the largest tensor."""
-    tensors = _headers(directory).values()
-    return DTYPES.get(max(tensors, key=lambda entry: np.prod(entry[2]))[1], "float32") if tensors else "float32"
+    return shapes(pieces(HUGGINGFACE[config.decoder.model_type], config))
 
 
 def canonical(key: str) -> str:
@@ -126,38 +120,12 @@ def canonical(key: str) -> str:
     return key
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError in one line if there is none."""
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}: it is not a Hugging Face checkpoint directory") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5,000 digits
-        raise ValueError(f"{file} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return value
-
-
-def _headers(directory: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """key -> (file, dtype, shape) over all files of a directory, without reading a tensor."""
-    found = {}
-    for file in _files(directory):
-        with _open(file) as tensors:
-            for key in tensors.keys():
-                if key in found:
-                    raise ValueError(f"{directory}: {key} is in {found[key][0].name} and in {file.name}; download them again")
-                piece = tensors.get_slice(key)
-                found[key] = (file, piece.get_dtype(), tuple(piece.get_shape()))
-    return found
-
-
 def _files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.exists():
-        if not (directory / "model.safetensors").exists():
-            raise ValueError(f"{directory} has neither model.safetensors nor {INDEX}")
-        return [directory / "model.safetensors"]
+        if not (directory / SINGLE).exists():
+            raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
+        return [directory / SINGLE]
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
@@ -169,27 +137,43 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _open(file: Path) -> Any:
+def _cut(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """file -> keys, each file at most `limit` bytes unless a single tensor has more; in the source's order and spelling if it had one."""
+    keys = [key for shard in checkpoint.shards.values() for key in shard] or sorted((key for key in sizes if key != HEAD), key=_natural)
+    shards: list[list[str]] = [[]]
+    for key in keys:
+        if shards[-1] and sum(sizes[canonical(other)] for other in shards[-1]) + sizes[canonical(key)] > limit:
+            shards.append([])
+        shards[-1].append(key)
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _natural(key: str) -> list:
+    """Layer 2 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def _write_index(directory: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], nbytes: int) -> None:
+    old = json.loads(contents(checkpoint.files[INDEX])) if INDEX in checkpoint.files else {}
+    metadata = (old.get("metadata") or {}) | {"total_size": nbytes}
+    new = {"metadata": metadata, "weight_map": {key: name for name, keys in shards.items() for key in keys}}
+    if new == old:
+        write_files(directory, {INDEX: checkpoint.files[INDEX]})
+    elif len(shards) > 1:
+        write_json(directory / INDEX, new, sort_keys=True)
+
+
+def _config_json(checkpoint: Checkpoint) -> Path | bytes:
+    """The config.json that came along, if it says what the config is (but for the numerics, which are added), or else a new one."""
+    config, files = checkpoint.config, checkpoint.files
     try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from None
-
-
-def _read(tensors: Any, file: Path, key: str) -> np.ndarray:
-    try:
-        return tensors.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: cannot read {key} ({error}); download it again") from None
-
-
-def _pattern(name: str) -> re.Pattern:
-    return re.compile(re.escape(name).replace(r"\*", r"(\d+)"))
-
-
-def _name(path: str, config: PaliGemmaConfig) -> str:
-    """The name in the file of the parameter at `path`."""
-    for name, _, pattern, _ in HUGGINGFACE[config.decoder.model_type]:
-        if match := _pattern(pattern).fullmatch(path):
-            return name.replace("*", match.group(1) if match.groups() else "")
-    return path
+        old, generation = (json.loads(contents(files.get(name, b"null"))) for name in ("config.json", "generation_config.json"))
+        new = {key: value for key, value in old.items() if key != "numerics"}
+        new |= {} if config.numerics == "transformers" else {"numerics": config.numerics}
+        if replace(read_config(new, generation), dtype=config.dtype) == config:
+            return files["config.json"] if new == old else json_bytes(new)
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    return json_bytes(write_config(config, config.dtype))

@@ -1,4 +1,4 @@
-"""Reorders one array from one layout to another. A layout names axes by letters; letters written together are one merged axis."""
+"""Reorders one array from one layout to another. A layout names axes by letters; letters written together are one merged axis, 1 has size 1."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from paligemma_jax.model.config import PaliGemmaConfig
 
 def shape(layout: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape that `layout` has with these axis sizes: shape("NH D", ...) == (N * H, D)."""
-    return tuple(math.prod(sizes[letter] for letter in axis) for axis in layout.split())
+    return tuple(math.prod(sizes[letter] for letter in axis if letter != "1") for axis in layout.split())
 
 
 def reorder(array: np.ndarray, source: str, target: str, sizes: Mapping[str, int]) -> np.ndarray:
     """`array` laid out as `source`, laid out as `target`: reorder(w, "NH D", "D N H", sizes). A view where numpy can make one."""
     if source == target:
         return array
-    letters = source.replace(" ", "")
+    letters, wanted = ([letter for letter in layout if letter not in " 1"] for layout in (source, target))
     split = array.reshape([sizes[letter] for letter in letters])
-    return split.transpose([letters.index(letter) for letter in target.replace(" ", "")]).reshape(shape(target, sizes))
+    return split.transpose([letters.index(letter) for letter in wanted]).reshape(shape(target, sizes))
 
 
 def axis_sizes(config: PaliGemmaConfig, path: str) -> dict[str, int]:

@@ -1,6 +1,11 @@
-"""The weight names and layouts of every format. Rows, no code: (name in the file, its layout, path here, layout here); * is the layer."""
+"""The weight names and layouts of every format. Rows, no code: (name in the file, its layout, path here, layout here); * is the layer.
+
+A name that ends in [*], or [*,1], is that part of a tensor which stacks the layers (and fuses two parameters).
+"""
 
 from __future__ import annotations
+
+Row = tuple[str, str, str, str]
 
 # Axis letters: paligemma_jax/model/layers.py; C colour, h and w the pixels of a patch. Letters written together are one merged axis.
 # The names are those of the released checkpoints, which every transformers release reads.
@@ -75,3 +80,62 @@ HUGGINGFACE_SPELLINGS = [
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),
 ]
+
+_BLOCK, _LAYERS = "img/Transformer/encoderblock/", "llm/layers/"
+
+_BIG_VISION = [
+    ("img/embedding/kernel", "h w C W", "vision/patch/kernel", "hwC W"),
+    ("img/embedding/bias", "W", "vision/patch/bias", "W"),
+    ("img/pos_embedding", "1 P W", "vision/position", "P W"),
+    (_BLOCK + "LayerNorm_0/scale[*]", "W", "vision/layers/*/pre_attention_norm/scale", "W"),
+    (_BLOCK + "LayerNorm_0/bias[*]", "W", "vision/layers/*/pre_attention_norm/bias", "W"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/query/kernel[*]", "W N H", "vision/layers/*/attention/q/kernel", "W N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/query/bias[*]", "N H", "vision/layers/*/attention/q/bias", "N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/key/kernel[*]", "W N H", "vision/layers/*/attention/k/kernel", "W N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/key/bias[*]", "N H", "vision/layers/*/attention/k/bias", "N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/value/kernel[*]", "W N H", "vision/layers/*/attention/v/kernel", "W N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/value/bias[*]", "N H", "vision/layers/*/attention/v/bias", "N H"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/out/kernel[*]", "N H W", "vision/layers/*/attention/o/kernel", "N H W"),
+    (_BLOCK + "MultiHeadDotProductAttention_0/out/bias[*]", "W", "vision/layers/*/attention/o/bias", "W"),
+    (_BLOCK + "LayerNorm_1/scale[*]", "W", "vision/layers/*/pre_mlp_norm/scale", "W"),
+    (_BLOCK + "LayerNorm_1/bias[*]", "W", "vision/layers/*/pre_mlp_norm/bias", "W"),
+    (_BLOCK + "MlpBlock_0/Dense_0/kernel[*]", "W F", "vision/layers/*/mlp/up/kernel", "W F"),
+    (_BLOCK + "MlpBlock_0/Dense_0/bias[*]", "F", "vision/layers/*/mlp/up/bias", "F"),
+    (_BLOCK + "MlpBlock_0/Dense_1/kernel[*]", "F W", "vision/layers/*/mlp/down/kernel", "F W"),
+    (_BLOCK + "MlpBlock_0/Dense_1/bias[*]", "W", "vision/layers/*/mlp/down/bias", "W"),
+    ("img/Transformer/encoder_norm/scale", "W", "vision/norm/scale", "W"),
+    ("img/Transformer/encoder_norm/bias", "W", "vision/norm/bias", "W"),
+    ("img/head/kernel", "W D", "projector/kernel", "W D"),
+    ("img/head/bias", "D", "projector/bias", "D"),
+    ("llm/embedder/input_embedding", "V D", "decoder/embedder/table", "V D"),
+    (_LAYERS + "pre_attention_norm/scale[*]", "D", "decoder/layers/*/pre_attention_norm/scale", "D"),
+    (_LAYERS + "attn/q_einsum/w[*]", "N D H", "decoder/layers/*/attention/q/kernel", "D N H"),
+    (_LAYERS + "attn/kv_einsum/w[*,0]", "K D H", "decoder/layers/*/attention/k/kernel", "D K H"),
+    (_LAYERS + "attn/kv_einsum/w[*,1]", "K D H", "decoder/layers/*/attention/v/kernel", "D K H"),
+    (_LAYERS + "attn/attn_vec_einsum/w[*]", "N H D", "decoder/layers/*/attention/o/kernel", "N H D"),
+    (_LAYERS + "pre_ffw_norm/scale[*]", "D", "decoder/layers/*/pre_mlp_norm/scale", "D"),
+    (_LAYERS + "mlp/gating_einsum[*,0]", "D F", "decoder/layers/*/mlp/gate/kernel", "D F"),
+    (_LAYERS + "mlp/gating_einsum[*,1]", "D F", "decoder/layers/*/mlp/up/kernel", "D F"),
+    (_LAYERS + "mlp/linear[*]", "F D", "decoder/layers/*/mlp/down/kernel", "F D"),
+    ("llm/final_norm/scale", "D", "decoder/norm/scale", "D"),
+]
+_BIG_VISION_GEMMA2 = [
+    (_LAYERS + "post_attention_norm/scale[*]", "D", "decoder/layers/*/post_attention_norm/scale", "D"),
+    (_LAYERS + "post_ffw_norm/scale[*]", "D", "decoder/layers/*/post_mlp_norm/scale", "D"),
+]
+
+# google-research/big_vision models/vit.py, models/ppp/gemma.py (`scan=True`: one tensor for all layers).
+BIG_VISION = {"gemma": _BIG_VISION, "gemma2": _BIG_VISION + _BIG_VISION_GEMMA2}
+
+# Where there are as many key heads as query heads (no published PaliGemma), these take the place of q_einsum and kv_einsum.
+BIG_VISION_QKV = [
+    (_LAYERS + "attn/qkv_einsum/w[*,0]", "N D H", "decoder/layers/*/attention/q/kernel", "D N H"),
+    (_LAYERS + "attn/qkv_einsum/w[*,1]", "K D H", "decoder/layers/*/attention/k/kernel", "D K H"),
+    (_LAYERS + "attn/qkv_einsum/w[*,2]", "K D H", "decoder/layers/*/attention/v/kernel", "D K H"),
+]
+
+# What a training run saves beside the parameters: optimizer state and counters.
+BIG_VISION_IGNORED = [r"(opt|chrono)(/.*)?"]
+
+# This project's own checkpoints: the paths and layouts of the model itself.
+JAX = {kind: [(path, layout, path, layout) for _, _, path, layout in rows] for kind, rows in HUGGINGFACE.items()}

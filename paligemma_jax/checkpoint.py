@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from convert import huggingface
-from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig
+from convert import formats, orbax
+from convert.checkpoint import Checkpoint
+from convert.files import companions
+from convert.tensor import Tensor, loaded
+from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.scaling.sharding import shardings
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,11 +26,11 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 
 
 def resolve(source: str | Path) -> Path:
-    """The directory of a checkpoint: "tiny" (the embedded default), a directory, or a hub id ("google/paligemma2-3b-mix-224"), downloaded."""
+    """The place of a checkpoint: "tiny" (the embedded default), a directory, an .npz, or a hub id ("google/paligemma2-3b-mix-224"), downloaded."""
     if str(source) == "tiny":
         return TINY
     directory = Path(source).expanduser()
-    if directory.is_dir():
+    if directory.is_dir() or (directory.suffix == ".npz" and directory.is_file()):
         return directory
     if directory.exists():
         raise ValueError(f"{source} is a file; give the directory that holds config.json and model.safetensors")
@@ -39,29 +44,53 @@ def abstract(config: PaliGemmaConfig) -> PaliGemma:
     return nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
 
 
-def load_config(directory: Path) -> PaliGemmaConfig:
-    """The config of a directory that `resolve` found."""
-    return huggingface.load_config(directory)
+def load_config(source: Path) -> PaliGemmaConfig:
+    """The config of what `resolve` found."""
+    return formats.load_config(source)
 
 
-def load_model(directory: Path, dtype: str | None = None, numerics: str = "transformers") -> PaliGemma:
-    """The model of a Hugging Face directory.
+def files(source: Path) -> Path:
+    """Where the tokenizer of what `resolve` found lies."""
+    return source / orbax.FILES if (source / orbax.CONFIG).exists() else source
+
+
+def load_model(source: Path, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None) -> PaliGemma:
+    """The model of a checkpoint: a Hugging Face directory, one of this project's own, or a big_vision .npz of a published variant.
 
     dtype: of parameters and activations, one of DTYPES. By default the checkpoint's own; on a CPU float32, where bfloat16 is slower
-    (43 ms for 3 ms in a 2304 x 9216 product). ValueError if the directory is not a whole PaliGemma checkpoint.
+    (43 ms for 3 ms in a 2304 x 9216 product).  numerics: by default what the checkpoint means.
+    mesh: where to put the parameters (`paligemma_jax.scaling.sharding`); each device is given its slices, and only they are read.
+    ValueError if the source is not a whole PaliGemma checkpoint.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    if numerics not in NUMERICS:
-        raise ValueError(f"unknown numerics {numerics!r}; there are {', '.join(NUMERICS)}")
-    config = load_config(directory)
-    stored = huggingface.checkpoint_dtype(directory)
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else stored)
-    model = abstract(replace(config, dtype=dtype, numerics=numerics))
-    arrays: dict[str, Any] = {}
-    for path, array in huggingface.load_tensors(directory, config, parameters(model)):
-        arrays[path] = jnp.asarray(array, dtype)
+    checkpoint = formats.read(source).with_numerics(numerics)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype)
+    for note in checkpoint.notes:
+        warnings.warn(f"{source}: {note}", stacklevel=2)
+    model = abstract(replace(checkpoint.config, dtype=dtype))
+    places = shardings({path: leaf.shape for path, leaf in parameters(model).items()}, mesh) if mesh else {}
+    arrays = {path: _put(tensor.cast(dtype), places.get(path)) for path, tensor in checkpoint.tensors.items()}
     return with_parameters(model, arrays.pop)
+
+
+def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: str = "jax", force: bool = False) -> None:
+    """Writes a model as "jax" (this project's own), "huggingface" or "big_vision", in the dtype of its parameters.
+
+    like: the checkpoint that it was trained from, whose tokenizer and processor files come along. ValueError as in `convert.write`.
+    """
+    tensors = {path: loaded(array) for path, array in parameters(model).items()}
+    config = replace(model.config, dtype=tensors["decoder/embedder/table"].dtype.name)
+    came_along = companions(files(resolve(like))) if like else {}
+    formats.write(Checkpoint("jax", config, tensors, came_along), directory, to, force=force)
+
+
+def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:
+    return (
+        jnp.asarray(tensor.load())
+        if sharding is None
+        else jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor.load(index or ()))
+    )
 
 
 def _download(repo: str) -> Path:
