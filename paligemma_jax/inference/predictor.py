@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from paligemma_jax import checkpoint
 from paligemma_jax.inference import generate
@@ -91,21 +92,24 @@ class Predictor:
         return (ids < self.processor.tokenizer.vocab_size) & (ids != self.config.image_token_id)
 
 
-def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str = "transformers") -> Predictor:
-    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, or a hub id.
+def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None) -> Predictor:
+    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, or a hub id.
 
     dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
-    numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`).
+    numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
+    the one that the checkpoint was converted from, or means.
+    mesh: a `jax.sharding.Mesh` over whose devices the parameters are spread (`paligemma_jax.scaling.sharding.make_mesh`): each device
+    gets its slices only, and only they are read.
     ValueError says in one line what is wrong with the source.
     """
     directory = checkpoint.resolve(source)
     config = checkpoint.load_config(directory)
-    tokenizer = Tokenizer(directory / "tokenizer.model", config.image_token_id)  # before the weights: what is wrong is told at once
+    tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)  # before the weights: what is wrong is told at once
     words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
     if words > config.decoder.vocab_size:
         raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
     processor = Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
-    return Predictor(checkpoint.load_model(directory, dtype, numerics), processor)
+    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh), processor)
 
 
 def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:
