@@ -13,6 +13,7 @@ import tyro
 Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
 
 
@@ -22,7 +23,7 @@ def generate(
     model: Name = "tiny",
     max_new_tokens: int = 128,
     dtype: Dtype = None,
-    numerics: Name = "transformers",
+    numerics: Numerics = None,
     json: bool = False,
 ) -> None:
     """Answer prompts about images.
@@ -32,7 +33,7 @@ def generate(
     Args:
         image: Image files, one for each prompt, or one for all of them. For several images in one prompt write <image> into it for each.
         prompt: What to ask: "caption en", "answer en where is the cat?", "detect cat". One for each image, or one for all of them.
-        model: tiny (embedded), a directory in Hugging Face layout, or a hub id like google/paligemma2-3b-mix-224.
+        model: tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, or a hub id like google/paligemma2-3b-mix-224.
         max_new_tokens: The longest answer, in tokens.
         dtype: float32, bfloat16 or float16.
         numerics: transformers or big_vision, where the two compute different numbers.
