@@ -70,14 +70,13 @@ class Numerics:
     capped_prefill: bool  # is the final softcap applied to teacher-forced logits and to the first generated token's
     capped_decode: bool  # and to those of the later tokens (big_vision caps there, if the config says so)
     first_position: int  # RoPE position of the first token; equal in exact arithmetic
-    rope_divides: bool  # position / timescale (big_vision) or position * inverse frequency
     scale_query: bool  # scale the query (big_vision) or the scores
     float32_activations: bool  # big_vision computes in float32 whatever the weights are
 
 
 NUMERICS = {
-    "transformers": Numerics(True, True, True, 1, False, False, False),
-    "big_vision": Numerics(False, False, True, 0, True, True, True),
+    "transformers": Numerics(True, True, True, 1, False, False),
+    "big_vision": Numerics(False, False, True, 0, True, True),
 }
 
 

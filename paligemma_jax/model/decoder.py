@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         cache: None (they look at each other), or (k, v, keys: Span, slot) of earlier tokens, to which the new ones are added at `slot`.
         """
         config, scale = self.config, self.config.query_pre_attn_scalar**-0.5
-        turn = lambda x: rope(x, queries.positions, config.rope_theta, self.numerics.rope_divides)
+        turn = lambda x: rope(x, queries.positions, config.rope_theta)
         q, k, v = turn(self.q(x)), turn(self.k(x)), self.v(x)
         if self.numerics.scale_query:
             q, scale = q * scale, 1.0

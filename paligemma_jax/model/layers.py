@@ -68,16 +68,14 @@ class LayerNorm(nnx.Module):
         return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rope(x: Array, positions: Array, theta: float, divides: bool = False) -> Array:
+def rope(x: Array, positions: Array, theta: float) -> Array:
     """Rotates the halves of x [B, T, N, H] by its positions int32[B, T], in float32.
 
-    At position 4,400 the two ways to write the angle, position * inverse frequency (transformers) and position / timescale
-    (big_vision: `divides`), are 2.4e-4 apart in float32, so each profile has its own.
+    Inverse frequencies as transformers rounds them. big_vision divides by the timescale instead; XLA compiles both to the same product.
     """
     exponent = np.arange(0, x.shape[-1], 2, dtype=np.float32) / np.float32(x.shape[-1])
     timescale = (theta ** exponent.astype(np.float64)).astype(np.float32)  # correctly rounded, as torch's pow nearly always is; numpy's is not
-    angle = positions[..., None, None].astype(jnp.float32)
-    angle = angle / timescale if divides else angle * (np.float32(1) / timescale)
+    angle = positions[..., None, None].astype(jnp.float32) * (np.float32(1) / timescale)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
