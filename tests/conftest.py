@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import functools
+import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +18,15 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+HERE = Path(__file__).parent
+WITHOUT_TORCH = importlib.util.find_spec("torch") is None
+NEEDS_TORCH = re.compile(r"^ *(import|from) (torch|transformers|hf_\w+|test_sharp)", re.MULTILINE)
+collect_ignore = [file.name for file in HERE.glob("test_*.py") if WITHOUT_TORCH and NEEDS_TORCH.search(file.read_text())]
+
+
+def pytest_report_header() -> str:
+    return f"without torch: left out {', '.join(sorted(collect_ignore))}" if WITHOUT_TORCH else "with torch: live parity"
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +49,7 @@ def random_checkpoint(tmp_path_factory):
 @pytest.fixture
 def random_directory(tmp_path):
     """kind -> a fresh copy of a whole random checkpoint of test_golden.py, tokenizer.model included, to load or to break."""
-    return lambda kind="pg2": Path(shutil.copytree(Path(__file__).parent / "golden" / kind, tmp_path / kind))
+    return lambda kind="pg2": Path(shutil.copytree(HERE / "golden" / kind, tmp_path / kind))
 
 
 @pytest.fixture

@@ -144,12 +144,12 @@ _TINY = PaliGemmaConfig(
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        intermediate_size=384,
-        vocab_size=1600,
+        intermediate_size=256,
+        vocab_size=1664,
         query_pre_attn_scalar=40,
         sliding_window=32,
     ),
-    image_token_id=1536,
+    image_token_id=1600,
 )
 PRESETS = {
     f"{name}-{size}": PaliGemmaConfig(VisionConfig(image_size=size), decoder) for name, decoder in _DECODERS.items() for size in (224, 448, 896)
