@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from paligemma_jax.training import digits
+from paligemma_jax.checkpoint import TINY
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.training import digits, probe, tiny
 
 pytest.importorskip("sklearn")
 
@@ -107,3 +110,42 @@ def test_held_out_samples(task):
     for image, prompt, answer in samples:
         assert image.shape == (digits.SIZE, digits.SIZE, 3) and image.dtype == np.uint8
         assert prompt.startswith(digits.PROMPTS[task][:6]) and (answer or task == "detect")
+
+
+def test_patch_targets_name_the_digit_that_covers_most_of_a_patch(scenes):
+    source = digits.glyphs(held_out=True)
+    targets = probe.patch_targets(scenes, source, 8)
+    for i in range(20):
+        for k, (y0, x0, y1, x1) in enumerate(scenes.boxes[i][scenes.labels[i] >= 0]):
+            patch = (y0 + y1) // 28 * 8 + (x0 + x1) // 28  # the one under the middle of the box; no other box comes near
+            assert targets["label"][i, patch] == scenes.labels[i, k] and targets["place"][i, patch] == k
+            np.testing.assert_allclose(targets["box"][i, patch] * digits.SIZE, [y0, x0, y1, x1], rtol=1e-6)
+            np.testing.assert_allclose(targets["look"][i, patch].mean(), source.alpha[scenes.glyphs[i, k]].mean(), rtol=1e-5)
+        covered = (targets["label"][i] < 10).sum()
+        assert 0 < covered < 64 and ((targets["place"][i] == digits.MAX_DIGITS) == (targets["label"][i] == 10)).all()
+
+
+def test_rows_are_those_of_the_processor(scenes):
+    processor = Processor(Tokenizer(TINY / "tokenizer.model"), digits.SIZE, 64)
+    asked = [digits.ask(scenes, 0, task, scenes.digits(0)[0]) for task in digits.PROMPTS]
+    rows = tiny.rows(processor, asked)
+    expected = processor([scenes.images[0]] * 4, [p for p, _ in asked], [a for _, a in asked], padding_side="right", length=64 + tiny.TEXT)
+    for name, array in rows.items():
+        np.testing.assert_array_equal(array, getattr(expected, name))
+
+
+def test_neighbouring_locations_start_alike():
+    table = np.asarray(probe.waves(1024, 160))
+    np.testing.assert_allclose((table**2).sum(1), 1, rtol=1e-5)
+    likeness = table @ table[500]
+    assert likeness.argmax() == 500 and likeness[510] > 0.7 > 0.4 > likeness[600] and (np.diff(likeness[500:530]) < 0).all()
+
+
+def test_the_tokenizer_is_made_as_gemmas_is(tmp_path):
+    tiny.train_tokenizer(tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 1, 2)
+    assert tokenizer.loc(1023) - tokenizer.loc(0) == 1023 and tokenizer.seg(0) == tokenizer.loc(1023) + 1
+    assert tokenizer.image_id == tokenizer.seg(127) + 1 == tokenizer.vocab_size - 1
+    assert len(tokenizer.encode("37")) == 2 and len(tokenizer.encode("<loc0037>")) == 1 and len(tokenizer.encode("\n")) == 1
+    assert tokenizer.decode(tokenizer.encode("Grüße, 漢字")) == "Grüße, 漢字"

@@ -57,9 +57,9 @@ def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     return data.images[chosen] / 16, data.target[chosen]
 
 
-def _cut(scan: np.ndarray, rng: np.random.Generator | None, size: int) -> tuple[np.ndarray, float]:
+def _cut(scan: np.ndarray, rng: np.random.Generator | None, size: int, gain: float) -> tuple[np.ndarray, float]:
     """One scan, enlarged smoothly (bent at random if `rng` is given) and cut along its ink: float32[size, size], width / height."""
-    side, threshold, gain = 12 * 8, 0.5, 1.6
+    side, threshold = 12 * 8, 0.5
     if rng is not None:
         scan = scan + rng.normal(0, 0.05, scan.shape)
         threshold, gain = rng.uniform(0.35, 0.6), rng.uniform(1.2, 3)
@@ -77,11 +77,11 @@ def _cut(scan: np.ndarray, rng: np.random.Generator | None, size: int) -> tuple[
 
 
 @functools.cache
-def glyphs(held_out: bool, copies: int = 0, size: int = GLYPH) -> Glyphs:
-    """All scans of one side as glyphs; with `copies`, so many randomly bent copies of each instead (the same in every process)."""
+def glyphs(held_out: bool, copies: int = 0, size: int = GLYPH, gain: float = 1.6) -> Glyphs:
+    """All scans of one side as glyphs, with a contrast of `gain`; or `copies` randomly bent copies of each (the same in every process)."""
     images, labels = scans(held_out)
     rng = np.random.default_rng(1) if copies else None
-    cut = [_cut(scan, rng, size) for _ in range(max(copies, 1)) for scan in images]
+    cut = [_cut(scan, rng, size, gain) for _ in range(max(copies, 1)) for scan in images]
     alpha, aspect = zip(*cut)
     return Glyphs(np.stack(alpha), np.array(aspect, np.float32), np.tile(labels, max(copies, 1)))
 
