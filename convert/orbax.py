@@ -28,6 +28,7 @@ from paligemma_jax.model.config import PaliGemmaConfig
 
 CONFIG, PARAMS, FILES = "paligemma.json", "params", "huggingface"
 VERSION = 1
+FILLED = "store_array_data_equal_to_fill_value"  # is a chunk that is not there a fault, or all zeros?
 DTYPE_NAMES = {"<f4": "float32", "<f2": "float16"} | {name: name for name in DTYPES}  # zarr's spelling, and tensorstore's
 
 
@@ -58,15 +59,13 @@ def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n
     for path, tensor in checkpoint.tensors.items():
         array = params / path.replace("/", ".")
         array.mkdir()
-        zarr = {"chunks": tensor.shape, "shape": tensor.shape, "dtype": _zarr_dtype(tensor.dtype), "order": "F" if tensor.columns else "C"}
-        zarr |= {"zarr_format": 2, "compressor": None, "filters": None, "fill_value": None, "dimension_separator": "."}
-        (array / ".zarray").write_text(json.dumps(zarr))
+        (array / ".zarray").write_text(json.dumps(_zarray(tensor.shape, _zarr_dtype(tensor.dtype), "F" if tensor.columns else "C")))
         jobs.append(Job(path, tensor, array / _chunk(tensor.shape), 0, tensor.columns))
     write_tensors(jobs, progress)
     step = lambda key: {"key": key, "key_type": 2}
     leaf = {"value_type": "jax.Array", "skip_deserialize": False}
     tree = {str(tuple(path.split("/"))): {"key_metadata": [step(k) for k in path.split("/")], "value_metadata": leaf} for path in checkpoint.tensors}
-    (params / "_METADATA").write_text(json.dumps({"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False}))
+    (params / "_METADATA").write_text(json.dumps({"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, FILLED: True}))
     describe(directory, checkpoint)
 
 
@@ -90,7 +89,7 @@ def _entry(params: Path, key: str, tree: dict[str, Any]) -> Entry:
     if not tree["use_ocdbt"] and not tree.get("use_zarr3"):
         zarr = read_json(array / ".zarray")
         dtype, shape = zarr["dtype"], tuple(zarr["shape"])
-        if zarr["compressor"] is None and zarr["chunks"] == zarr["shape"] and not zarr["filters"]:
+        if zarr == _zarray(shape, dtype, zarr["order"]) and dtype in DTYPE_NAMES and zarr["order"] in ("C", "F"):
             return Entry(dtype, shape, lambda: _whole(array / _chunk(shape), DTYPES[DTYPE_NAMES[dtype]], shape, zarr["order"]))
     store = _open(params, key, tree)
     dtype = store.dtype.name
@@ -114,9 +113,15 @@ def _open(params: Path, key: str, tree: dict[str, Any]) -> Any:
     name = key.replace("/", ".")
     store = {"driver": "ocdbt", "base": f"file://{params.absolute()}", "path": name} if tree["use_ocdbt"] else f"file://{params.absolute()}/{name}"
     try:
-        return tensorstore.open({"driver": driver, "kvstore": store}, read=True).result()
+        return tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": not tree.get(FILLED)}, read=True).result()
     except ValueError as error:
         raise ValueError(f"{params}: cannot read {key}: {error}") from None
+
+
+def _zarray(shape: tuple[int, ...], dtype: str, order: str) -> dict[str, Any]:
+    """The metadata of an array that is one uncompressed file."""
+    one = {"zarr_format": 2, "compressor": None, "filters": None, "fill_value": None, "dimension_separator": "."}
+    return one | {"chunks": list(shape), "shape": list(shape), "dtype": dtype, "order": order}
 
 
 def _chunk(shape: tuple[int, ...]) -> str:

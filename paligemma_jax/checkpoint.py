@@ -86,11 +86,18 @@ def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: 
 
 
 def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:
-    return (
-        jnp.asarray(tensor.load())
-        if sharding is None
-        else jax.make_array_from_callback(tensor.shape, sharding, lambda index: tensor.load(index or ()))
-    )
+    """The tensor on its devices; what several of them hold is read once, and one slice at a time is on the host."""
+    if sharding is None:
+        return jnp.asarray(tensor.load())
+    devices: dict[str, list] = {}
+    places = sharding.addressable_devices_indices_map(tensor.shape)
+    for device, index in places.items():
+        devices.setdefault(str(index), []).append((device, index))
+    parts = {}
+    for group in devices.values():
+        array = tensor.load(group[0][1] or ())
+        parts |= {device: jax.device_put(array, device) for device, _ in group}
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, [parts[device] for device in places])
 
 
 def _download(repo: str) -> Path:

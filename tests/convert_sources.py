@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import hf_models
+import jax
 import ml_dtypes
 import numpy as np
 import torch
@@ -22,14 +23,18 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
     return {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
+def logits(model, inputs) -> np.ndarray:
+    """Our teacher-forced logits [B, T, V]."""
+    call = jax.jit(lambda model, *arrays: model(*arrays))
+    return np.asarray(call(model, inputs.tokens, inputs.images, inputs.valid, inputs.prefix))
+
+
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     bits = lambda x: (x.dtype, x.shape, x.tobytes())
     return a.keys() == b.keys() and all(bits(a[key]) == bits(b[key]) for key in a)
 
 
-def big_vision(
-    directory: Path, file: Path, dtype: str = "float32", prefix: str = "params/", compressed: bool = False, extra: dict | None = None
-) -> Path:
+def big_vision(directory: Path, file: Path, dtype: str = "float32", prefix: str = "params/", compressed: bool = False, **extra) -> Path:
     """The weights of a Hugging Face directory in released layout as big_vision saves them: numpy.savez, transposed by hand."""
     w, text, vision = tensors(directory), hf_models.TEXT["pg2"], hf_models.VISION
     N, H = text["num_attention_heads"], text["head_dim"]
@@ -80,5 +85,5 @@ def big_vision(
     cast = {prefix + key: np.ascontiguousarray(value).astype(kind) for key, value in found.items()}
     if dtype == "bfloat16":
         cast = {key: value.view("V2") for key, value in cast.items()}
-    (np.savez_compressed if compressed else np.savez)(file, **cast, **(extra or {}))
+    (np.savez_compressed if compressed else np.savez)(file, **cast, **{prefix.replace("params", "opt") + key: value for key, value in extra.items()})
     return file

@@ -24,7 +24,6 @@ from convert.big_vision import infer_config
 from convert.match import pieces, shapes
 from convert.table import BIG_VISION
 from paligemma_jax import checkpoint
-from paligemma_jax.inference import generate
 from paligemma_jax.model.config import PRESETS
 from paligemma_jax.model.layers import parameters
 
@@ -92,8 +91,8 @@ def test_big_vision_and_back(tmp_path, kind, dtype):
 def test_npz_by_hand(tmp_path, kind, dtype, how):
     """An .npz made from big_vision's key list holds the weights of the Hugging Face directory, and gives its logits."""
     directory = sources.huggingface(tmp_path / "a", kind, dtype=DTYPES[dtype])
-    step = {"opt/count": np.int32(7)} if how.get("prefix") != "" else {}
-    npz = sources.big_vision(directory, tmp_path / "b.npz", dtype, extra=step, **how)
+    step = {} if how.get("prefix") == "" else {"count": np.int32(7)}  # of the optimizer, beside params/
+    npz = sources.big_vision(directory, tmp_path / "b.npz", dtype, **step, **how)
     theirs, ours = read(directory).tensors, read(npz, read(directory).config).tensors
     for path, tensor in theirs.items():
         rows = hf_models.IMAGE if path == "decoder/embedder/table" else None
@@ -104,7 +103,7 @@ def test_npz_by_hand(tmp_path, kind, dtype, how):
         model, expected = checkpoint.load_model(tmp_path / "c"), checkpoint.load_model(directory, numerics="big_vision")
         assert model.config == expected.config
         text = slice(hf_models.IMAGE)
-        np.testing.assert_array_equal(generate.forward(model, inputs)[..., text], generate.forward(expected, inputs)[..., text])
+        np.testing.assert_array_equal(sources.logits(model, inputs)[..., text], sources.logits(expected, inputs)[..., text])
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -116,7 +115,7 @@ def test_variants_are_told_from_their_shapes(name):
 
 def test_other_variants_need_a_config(source, tmp_path):
     npz = sources.big_vision(source, tmp_path / "a.npz")
-    with pytest.raises(ValueError, match="no published PaliGemma has a gemma2 decoder with hidden_size 56.*--config"):
+    with pytest.raises(ValueError, match=r"no published PaliGemma has a gemma2 decoder with hidden_size 56.*--config"):
         read(npz)
     assert inspect(npz, source / "config.json")["numerics"] == "big_vision"
 
@@ -209,7 +208,7 @@ def test_float16_does_not_overflow_in_silence(source, tmp_path):
     (tmp_path / "a" / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(changed, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     for to in ("jax", "huggingface", "big_vision"):
-        with pytest.raises(ValueError, match="projector/bias.*65504.*bfloat16"):
+        with pytest.raises(ValueError, match=r"projector/bias.*65504.*bfloat16"):
             convert(tmp_path / "a", tmp_path / "b.npz", to, dtype="float16")
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a"]
 

@@ -91,7 +91,6 @@ def test_resolution(source, tmp_path):
     from hf_processor import save_processor, train_tokenizer
 
     from paligemma_jax.checkpoint import load_model
-    from paligemma_jax.inference import generate
 
     start = sources.huggingface(tmp_path / "a")
     train_tokenizer(start / "tokenizer.model", vocabulary=400)
@@ -102,7 +101,7 @@ def test_resolution(source, tmp_path):
     assert processor["image_processor"]["size"] == {"height": 112, "width": 112} and processor["image_processor"]["image_seq_length"] == 64
     theirs = hf_models.PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "b", attn_implementation="eager").eval()
     inputs = hf_models.random_inputs(theirs)
-    found = np.asarray(generate.forward(load_model(tmp_path / "b"), inputs))
+    found = sources.logits(load_model(tmp_path / "b"), inputs)
     np.testing.assert_allclose(found[inputs.valid], hf_models.hf_logits(theirs, inputs)[inputs.valid], atol=2e-4)
     for size in (100, -14, 0):
         with pytest.raises(ValueError, match=f"resolution {size} is not a multiple of the patch size 14"):
