@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import prefill, tokens_of
 from hf_models import random_inputs
 from test_sharp import one_row, replace_config
 
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import generate, scoring
 from paligemma_jax.inference.sampling import Greedy, Sample
 from paligemma_jax.model.layers import stack
 
@@ -32,8 +33,7 @@ def close(found, expected):
 
 @KINDS
 @PROFILES
-@pytest.mark.parametrize("form", [lambda model: model, stacked], ids=["list", "stack"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form,side", [(lambda model: model, "left"), (stacked, "right")], ids=["list", "stack"])
 def test_step_by_step_equals_one_forward(random_checkpoint, kind, numerics, form, side):
     """Ragged rows, different image counts, the window of 8 crossed, on either side padded."""
     reference, _, model = random_checkpoint(kind, 5, numerics)
@@ -41,7 +41,7 @@ def test_step_by_step_equals_one_forward(random_checkpoint, kind, numerics, form
     asked = random_inputs(reference, ((1, 7, 0), (2, 2, 0)), 1, side, "mixed")
     rng = np.random.default_rng(2)
     answer = rng.integers(5, 450, (2, steps)).astype(np.int32)
-    logits, cache = generate.prefill(model, asked, asked.tokens.shape[1] + steps + 3)
+    logits, cache = prefill(model, asked, asked.tokens.shape[1] + steps + 3)
     step = jax.jit(lambda model, token, cache: model.decode_step(token, cache))
     found = [logits]
     for t in range(steps):
@@ -58,12 +58,12 @@ def test_step_by_step_equals_one_forward(random_checkpoint, kind, numerics, form
         if numerics == "big_vision":  # which caps the logits of later tokens only (Numerics.capped_prefill)
             expected = capped_after_first(model, whole, alone.tokens.shape[1])
         else:
-            expected = np.asarray(generate.forward(model, whole))[0, alone.tokens.shape[1] - 1 :]
+            expected = np.asarray(scoring.forward(model, whole))[0, alone.tokens.shape[1] - 1 :]
         close(np.stack([np.asarray(logits[row]) for logits in found]), expected)
 
 
 def capped_after_first(model, inputs, prompt):
-    logits = np.asarray(generate.forward(model, inputs))[0, prompt - 1 :]
+    logits = np.asarray(scoring.forward(model, inputs))[0, prompt - 1 :]
     cap = model.config.decoder.final_logit_softcapping
     return logits if cap is None else np.concatenate([logits[:1], cap * np.tanh(logits[1:] / cap)])
 
@@ -76,29 +76,29 @@ def test_a_row_is_its_own(random_checkpoint, kind, sampler):
     rows = random_inputs(reference, ((1, 7, 0), (2, 2, 0), (1, 1, 0)), 1, order="mixed")
     images = (slice(0, 1), slice(1, 3), slice(3, 4))
     seeds = np.array([11, 22, 33])
-    expected = generate.generate(model, rows, 12, sampler=sampler, seeds=seeds)
+    expected = tokens_of(model, rows, 12, sampler=sampler, seeds=seeds)
     for row in range(3):
-        alone = generate.generate(model, one_row(rows, row, images[row]), 12, sampler=sampler, seeds=seeds[row : row + 1])
+        alone = tokens_of(model, one_row(rows, row, images[row]), 12, sampler=sampler, seeds=seeds[row : row + 1])
         np.testing.assert_array_equal(alone[0], expected[row])
     order = [2, 0, 1]
     shuffled = jax.tree.map(lambda a: a[np.array(order)], replace(rows, images=rows.tokens))
     shuffled = replace(shuffled, images=rows.images[[3, 0, 1, 2]])
-    np.testing.assert_array_equal(generate.generate(model, shuffled, 12, sampler=sampler, seeds=seeds[order]), expected[order])
+    np.testing.assert_array_equal(tokens_of(model, shuffled, 12, sampler=sampler, seeds=seeds[order]), expected[order])
     right = random_inputs(reference, ((1, 7, 0), (2, 2, 0), (1, 1, 0)), 1, "right", "mixed")
     wide = random_inputs(reference, ((1, 7, 0), (2, 2, 0), (1, 1, 0)), 1, order="mixed", length=77)
     for other in (right, wide):
-        np.testing.assert_array_equal(generate.generate(model, other, 12, sampler=sampler, seeds=seeds, slots=100), expected)
-    np.testing.assert_array_equal(generate.generate(stacked(model), rows, 12, sampler=sampler, seeds=seeds), expected)
+        np.testing.assert_array_equal(tokens_of(model, other, 12, sampler=sampler, seeds=seeds, slots=100), expected)
+    np.testing.assert_array_equal(tokens_of(stacked(model), rows, 12, sampler=sampler, seeds=seeds), expected)
 
 
 def test_sampling_follows_the_distribution(random_checkpoint):
     """4,000 draws of the first token: each of the likely tokens comes as often as its probability says."""
     reference, _, model = random_checkpoint("pg2", 5)
     one = random_inputs(reference, ((1, 7, 0),), 1)
-    logits, _ = generate.prefill(model, one, 40)
+    logits, _ = prefill(model, one, 40)
     many = replace(one, **{name: np.repeat(getattr(one, name), 250, 0) for name in ("tokens", "valid", "prefix", "targets", "images")})
     sampler = Sample(temperature=2.0)
-    drawn = np.concatenate([generate.generate(model, many, 1, sampler=sampler, seeds=np.arange(250) + 250 * i)[:, 0] for i in range(16)])
+    drawn = np.concatenate([tokens_of(model, many, 1, sampler=sampler, seeds=np.arange(250) + 250 * i)[:, 0] for i in range(16)])
     probabilities = np.asarray(jax.nn.softmax(logits[0] / 2))
     for token in np.argsort(probabilities)[-5:]:
         p = probabilities[token]
@@ -109,25 +109,24 @@ def test_forbidden_ids_are_never_emitted(random_checkpoint):
     """Ids that `allowed` rules out do not come, however likely."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ((1, 7, 0), (1, 2, 0)), 1)
-    likely = np.unique(generate.generate(model, inputs, 12))
+    likely = np.unique(tokens_of(model, inputs, 12))
     allowed = np.ones(model.config.decoder.vocab_size, bool)
     allowed[likely] = False
-    assert not np.isin(generate.generate(model, inputs, 12, allowed=allowed), likely[likely != 0]).any()
+    assert not np.isin(tokens_of(model, inputs, 12, allowed=allowed), likely[likely != 0]).any()
 
 
 def test_the_loop_stops_at_the_last_eos(random_checkpoint):
     """When all rows have said eos no further step is run: the cache says how many were."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ((1, 7, 0),), 1)
-    free = generate.generate(model, inputs, 12)
+    free = tokens_of(model, inputs, 12)
     model = replace_config(model, eos_token_ids=(int(free[0, 4]),))
-    logits, cache = generate.prefill(model, inputs, inputs.tokens.shape[1] + 12)
-    keys = jax.vmap(jax.random.key)(jnp.arange(1))
-    choice = generate.Choice(keys, jnp.ones(model.config.decoder.vocab_size, bool), None)
-    out, cache = generate.decode(model, logits, cache, choice, jnp.int32(12), 12, Greedy())
+    request = generate.make_request(model, 1)
+    state = generate.prefill(model, inputs, generate.encode(model, inputs), request, inputs.tokens.shape[1] + 12, Greedy())
+    out, _, state = generate.decode(model, state, request, jnp.int32(12), 12, Greedy())
     first = list(free[0]).index(free[0, 4])
-    assert int(cache.length) == inputs.tokens.shape[1] + first
-    np.testing.assert_array_equal(np.asarray(out)[0], [*free[0, : first + 1], *[0] * (11 - first)])
+    assert int(state.cache.length) == inputs.tokens.shape[1] + first
+    np.testing.assert_array_equal(np.asarray(out)[0], [*free[0, 1 : first + 1], *[0] * (12 - first)])
 
 
 @KINDS
@@ -135,18 +134,18 @@ def test_score(random_checkpoint, kind):
     """The sum of the log-probabilities of suffix and eos, row by row."""
     reference, _, model = random_checkpoint(kind, 5)
     inputs = random_inputs(reference, ((1, 7, 3), (2, 2, 6)), 1, order="mixed")
-    logp = np.asarray(jax.nn.log_softmax(generate.forward(model, inputs)))
+    logp = np.asarray(jax.nn.log_softmax(scoring.forward(model, inputs)))
     expected = [sum(logp[b, t - 1, inputs.tokens[b, t]] for t in np.flatnonzero(inputs.targets[b])) for b in range(2)]
-    np.testing.assert_allclose(generate.score(model, inputs), expected, rtol=1e-5)
+    np.testing.assert_allclose(scoring.score(model, inputs), expected, rtol=1e-5)
 
 
 def test_wrong_requests(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ((1, 7, 0),), 1)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
-        generate.generate(model, inputs, 0)
+        tokens_of(model, inputs, 0)
     with pytest.raises(ValueError, match="do not fit a cache"):
-        generate.generate(model, inputs, 10, slots=20)
+        tokens_of(model, inputs, 10, slots=20)
     for wrong in (dict(temperature=0), dict(top_k=0), dict(top_p=1.5), dict(min_p=-1), dict(repetition_penalty=0)):
         with pytest.raises(ValueError, match="makes no sense"):
             Sample(**wrong)

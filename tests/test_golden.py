@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from decoding import tokens_of
 from PIL import Image
 
 import paligemma_jax as pg
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import scoring
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = ["pg1", "pg2"]
@@ -59,7 +60,7 @@ def test_logits_and_loss(kind):
     logits = predictor.logits(inputs)[0][inputs.valid]
     error = np.abs(logits[:, ::40] - expected["logits"])
     assert error.max() <= 2e-4 and error.mean() <= 2e-5
-    loss = -generate.score(predictor.model, inputs).sum() / inputs.targets.sum()
+    loss = -scoring.score(predictor.model, inputs).sum() / inputs.targets.sum()
     assert abs(loss - expected["loss"]) < 2e-5
 
 
@@ -69,7 +70,7 @@ def test_greedy_tokens(kind):
     tokens, valid = expected["greedy/tokens"], expected["greedy/valid"]
     inputs = pg.Inputs(tokens, from_bytes(expected["greedy/bytes"]), valid, valid, np.zeros_like(valid))
     wanted = expected["greedy/answer"]
-    np.testing.assert_array_equal(generate.generate(predictor.model, inputs, wanted.shape[1]), wanted)
+    np.testing.assert_array_equal(tokens_of(predictor.model, inputs, wanted.shape[1]), wanted)
 
 
 def test_processor():

@@ -7,10 +7,11 @@ from dataclasses import fields, replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding import prefill
 from hf_models import hf_logits, random_inputs, save_checkpoint
 
 from paligemma_jax.checkpoint import load_model
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import scoring
 from paligemma_jax.model.config import GLOBAL, NUMERICS, Numerics
 from paligemma_jax.model.layers import rope
 
@@ -24,7 +25,7 @@ def both(random_checkpoint):
 
 
 def logits(model, inputs):
-    return np.asarray(generate.forward(model, inputs))
+    return np.asarray(scoring.forward(model, inputs))
 
 
 def test_every_row_is_tested():
@@ -60,7 +61,7 @@ def test_row_capped_prefill(both):
     capped, free = logits(ours, short), logits(theirs, short)
     np.testing.assert_allclose(capped, 30 * np.tanh(free / 30), atol=2e-4)
     assert np.abs(capped - free).max() > 0.1
-    first = [np.asarray(generate.prefill(model, short, 24)[0]) for model in (ours, theirs)]
+    first = [np.asarray(prefill(model, short, 24)[0]) for model in (ours, theirs)]
     np.testing.assert_allclose(first[0], 30 * np.tanh(first[1] / 30), atol=2e-4)
 
 
@@ -69,7 +70,7 @@ def test_row_capped_decode(both):
     theirs = both[2]
     assert NUMERICS["transformers"].capped_decode and NUMERICS["big_vision"].capped_decode
     short = random_inputs(both[0], ((1, 5, 0),))
-    _, cache = generate.prefill(theirs, short, 40)
+    _, cache = prefill(theirs, short, 40)
     token = jnp.array([7])
     capped, _ = theirs.decode_step(token, cache)
     longer = random_inputs(both[0], ((1, 5, 1),))
@@ -81,7 +82,7 @@ def test_row_first_position(both):
     """1-based in transformers, 0-based in big_vision: seen in the spans, equal in exact arithmetic."""
     _, ours, theirs, inputs = both
     for model, first in ((ours, 1), (theirs, 0)):
-        span = generate.prefill(model, inputs, 40)[1].span
+        span = prefill(model, inputs, 40)[1].span
         np.testing.assert_array_equal(span.positions[0, : inputs.tokens.shape[1]], np.arange(inputs.tokens.shape[1]) + first)
 
 

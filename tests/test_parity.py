@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from decoding import tokens_of
 from hf_models import hf_inputs, hf_logits, hf_stages, random_inputs, save_checkpoint
 
 from paligemma_jax.checkpoint import load_model
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import scoring
 from paligemma_jax.model.layers import rope
 
 ROWS = ((1, 5, 12), (2, 3, 4))  # images, prompt tokens, suffix tokens: ragged, and longer than the window of 8
@@ -22,7 +23,7 @@ def test_every_stage(random_checkpoint):
         reference, _, model = random_checkpoint(kind, seed)
         inputs = random_inputs(reference, ROWS, seed, order="mixed")
         expected = hf_stages(reference, inputs)
-        found = generate.stages(model, inputs, attention=True)
+        found = scoring.stages(model, inputs, attention=True)
         assert set(found) == set(expected)
         for name, value in found.items():
             value, wanted = np.asarray(value), expected[name]
@@ -43,7 +44,7 @@ def test_logits(random_checkpoint, kind, seed, side):
     reference, _, model = random_checkpoint(kind, seed)
     inputs = random_inputs(reference, ROWS, seed, side, "mixed")
     expected = hf_logits(reference, inputs)[inputs.valid]
-    error = np.abs(np.asarray(generate.forward(model, inputs))[inputs.valid] - expected)
+    error = np.abs(np.asarray(scoring.forward(model, inputs))[inputs.valid] - expected)
     assert 3 < expected.std() < 5
     assert error.max() <= 2e-4 and error.mean() <= 2e-5
 
@@ -53,7 +54,7 @@ def test_greedy_tokens(random_checkpoint, kind, seed):
     reference, _, model = random_checkpoint(kind, seed)
     inputs = random_inputs(reference, ((1, 5, 0), (2, 3, 0), (1, 9, 0)), seed, order="mixed")
     expected, gaps = hf_greedy(reference, inputs, 20)
-    found = generate.generate(model, inputs, 20)
+    found = tokens_of(model, inputs, 20)
     assert len(np.unique(expected)) > 10  # else equality shows little
     for row, wanted, gap in zip(found, expected, gaps):
         first = np.argmax(row != wanted) if (row != wanted).any() else len(row)
@@ -95,6 +96,6 @@ def test_bfloat16(random_checkpoint, tmp_path, kind):
     )
     exact = hf_logits(wide, inputs)[inputs.valid]
     theirs = np.abs(hf_logits(narrow, inputs)[inputs.valid] - exact).mean()
-    ours = np.abs(np.asarray(generate.forward(load_model(directory, "bfloat16"), inputs))[inputs.valid] - exact).mean()
+    ours = np.abs(np.asarray(scoring.forward(load_model(directory, "bfloat16"), inputs))[inputs.valid] - exact).mean()
     assert theirs > 0.01 and ours <= 1.3 * theirs, (ours, theirs)
-    assert np.abs(np.asarray(generate.forward(load_model(directory), inputs))[inputs.valid] - exact).max() < 2e-4  # float32 on a CPU by default
+    assert np.abs(np.asarray(scoring.forward(load_model(directory), inputs))[inputs.valid] - exact).max() < 2e-4  # float32 on a CPU by default

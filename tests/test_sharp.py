@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from decoding import prefill, tokens_of
 from hf_models import IMAGE, hf_inputs, hf_logits, hf_stages, old_config, random_inputs, random_model, save_checkpoint
 from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
 
 from paligemma_jax.checkpoint import load_model
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import generate, scoring
 from paligemma_jax.inference.sampling import Sample
 from paligemma_jax.model.masks import prefix_lm_mask, span
 
@@ -25,7 +26,7 @@ KINDS = pytest.mark.parametrize("kind", ["pg2", "pg1"])
 
 def assert_logits(reference, model, inputs, most=2e-4):
     expected = hf_logits(reference, inputs)
-    error = np.abs(np.asarray(generate.forward(model, inputs)) - expected)[inputs.valid]
+    error = np.abs(np.asarray(scoring.forward(model, inputs)) - expected)[inputs.valid]
     assert error.max() <= most and error.mean() <= 2e-5
     return expected
 
@@ -44,7 +45,7 @@ def test_sharp_01_norms_of_one_layer(random_checkpoint, kind):
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
     expected = hf_stages(reference, inputs)["decoder/layers/0"]
-    np.testing.assert_allclose(generate.stages(model, inputs)["decoder/layers/0"], expected, atol=2e-5)
+    np.testing.assert_allclose(scoring.stages(model, inputs)["decoder/layers/0"], expected, atol=2e-5)
 
 
 def test_sharp_02_query_scale(random_checkpoint):
@@ -68,7 +69,7 @@ def test_sharp_04_window_on_the_suffix(random_checkpoint, window):
     inputs = random_inputs(reference, ((1, 5, 10),))
     expected = assert_logits(reference, model, inputs)
     wrong = random_checkpoint("pg2", 3, text=(("sliding_window", window + 1),))[2]
-    assert np.abs(np.asarray(generate.forward(wrong, inputs)) - expected)[inputs.targets].max() > 0.1
+    assert np.abs(np.asarray(scoring.forward(wrong, inputs)) - expected)[inputs.targets].max() > 0.1
 
 
 @KINDS
@@ -76,7 +77,7 @@ def test_sharp_05_who_sees_whom(random_checkpoint, kind):
     """Changing the last suffix token moves nothing before it; changing the last prompt token moves the image positions."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
-    run = lambda place, name: np.asarray(generate.stages(model, replace(inputs, tokens=changed(inputs.tokens, place)))[name])
+    run = lambda place, name: np.asarray(scoring.stages(model, replace(inputs, tokens=changed(inputs.tokens, place)))[name])
     assert (run(-1, "logits")[0, :-1] == run(None, "logits")[0, :-1]).all()
     assert (run(-1, "logits")[0, -1] != run(None, "logits")[0, -1]).any()
     assert (np.abs(run(-8, "decoder/layers/0") - run(None, "decoder/layers/0"))[0, :16].max(axis=1) > 1e-4).all()
@@ -107,8 +108,8 @@ def test_sharp_07_padding(random_checkpoint, kind, side):
     assert_logits(reference, model, inputs)
     for row in (0, 1):
         alone = one_row(inputs, row, slice(row, row + 1))
-        batched = np.asarray(generate.forward(model, inputs))[row][inputs.valid[row]]
-        np.testing.assert_allclose(batched, generate.forward(model, alone)[0], atol=1e-5 * np.abs(batched).max())
+        batched = np.asarray(scoring.forward(model, inputs))[row][inputs.valid[row]]
+        np.testing.assert_allclose(batched, scoring.forward(model, alone)[0], atol=1e-5 * np.abs(batched).max())
         np.testing.assert_allclose(batched, reference_alone(reference, alone), atol=2e-4)
 
 
@@ -121,7 +122,7 @@ def test_sharp_08_cached_decoding_across_the_window(random_checkpoint):
     """Greedy, 20 tokens, left-padded batch: tokens equal transformers', logits equal a full recompute."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
-    tokens = generate.generate(model, inputs, 20)
+    tokens = tokens_of(model, inputs, 20)
     expected = reference.generate(**hf_inputs(inputs), max_new_tokens=20, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
     grown = lambda old, new: np.concatenate([old, new], axis=1)
@@ -134,7 +135,7 @@ def test_sharp_08_cached_decoding_across_the_window(random_checkpoint):
         targets=grown(inputs.targets, yes),
     )
     expected = hf_logits(reference, full)
-    logits, cache = generate.prefill(model, inputs, inputs.tokens.shape[1] + 24)
+    logits, cache = prefill(model, inputs, inputs.tokens.shape[1] + 24)
     for step in range(20):
         np.testing.assert_allclose(logits, expected[:, inputs.tokens.shape[1] + step - 1], atol=2e-4)
         logits, cache = model.decode_step(jnp.asarray(tokens[:, step]), cache)
@@ -145,7 +146,7 @@ def test_sharp_09_right_padded_generation(random_checkpoint, kind):
     """transformers itself fails here; the oracle is each row alone."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 3, 0), (1, 1, 0)), side="right")
-    found = generate.generate(model, inputs, 16)
+    found = tokens_of(model, inputs, 16)
     for row, images in enumerate((slice(0, 1), slice(1, 3), slice(3, 4))):
         alone = one_row(inputs, row, images)
         expected = reference.generate(**hf_inputs(alone), max_new_tokens=16, do_sample=False)[0, alone.tokens.shape[1] :].numpy()
@@ -156,7 +157,7 @@ def test_sharp_10_image_features_are_not_scaled(random_checkpoint):
     """The projector's output goes in as it is; text is table * sqrt(D)."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
-    stages = {name: np.asarray(value) for name, value in generate.stages(model, inputs).items()}
+    stages = {name: np.asarray(value) for name, value in scoring.stages(model, inputs).items()}
     with torch.no_grad():
         features = reference.get_image_features(hf_inputs(inputs)["pixel_values"]).pooler_output.numpy()
     np.testing.assert_allclose(stages["projector"].reshape(features.shape), features, atol=1e-5)
@@ -184,7 +185,7 @@ def test_sharp_12_images_between_words(random_checkpoint, kind):
     inputs = random_inputs(reference, ((2, 5, 4), (1, 4, 3)), order="mixed")
     expected = assert_logits(reference, model, inputs)
     swapped = replace(inputs, images=inputs.images[[1, 0, 2]])
-    assert np.abs(np.asarray(generate.forward(model, swapped)) - expected)[0].max() > 0.1
+    assert np.abs(np.asarray(scoring.forward(model, swapped)) - expected)[0].max() > 0.1
 
 
 @KINDS
@@ -194,7 +195,7 @@ def test_sharp_13_image_ids_without_pixels(random_checkpoint, kind):
     inputs = random_inputs(reference, ((1, 5, 4),))
     with torch.no_grad():
         expected = reference(**{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}).logits.numpy()
-    found = generate.forward(model, replace(inputs, images=inputs.images[:0]))
+    found = scoring.forward(model, replace(inputs, images=inputs.images[:0]))
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
@@ -211,7 +212,7 @@ def test_sharp_14_vision_tower(random_checkpoint, size):
     """Tanh gelu (erf moves logits by 0.01 only), eps 1e-6, a last norm with random affine, biases, the order of pixels in a patch."""
     reference, _, model = random_checkpoint("pg2", 3, vision=(("image_size", size),))
     inputs = random_inputs(reference, ((1, 5, 0),))
-    expected, found = hf_stages(reference, inputs), generate.stages(model, inputs)
+    expected, found = hf_stages(reference, inputs), scoring.stages(model, inputs)
     for name in ("vision/patches", "vision/embeddings", "vision/layers/2", "vision/output", "projector"):
         np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
 
@@ -231,7 +232,7 @@ def test_sharp_17_loading(random_checkpoint, tmp_path, kind, layout, form):
     inputs = random_inputs(reference, ((1, 5, 4),))
     if dtype != torch.float32:
         model = jax.tree.map(lambda a: a.astype(form).astype(jnp.float32), model)
-    np.testing.assert_array_equal(generate.forward(loaded, inputs), generate.forward(model, inputs))
+    np.testing.assert_array_equal(scoring.forward(loaded, inputs), scoring.forward(model, inputs))
 
 
 FILTERS = [
@@ -266,7 +267,7 @@ def test_sharp_20_softcaps_saturate(random_checkpoint, kind):
     reference, _, model = random_checkpoint(kind, 3, scale=4.0)
     inputs = random_inputs(reference, ((1, 5, 6),))
     expected = hf_logits(reference, inputs)
-    found = np.asarray(generate.forward(model, inputs))
+    found = np.asarray(scoring.forward(model, inputs))
     if kind == "pg2":
         assert 29 < np.abs(found).max() <= 30
     # weights four times as large make the softmax that much sharper: the noise grows by their square
@@ -278,9 +279,9 @@ def test_sharp_20_eos_of_one_row(random_checkpoint):
     """A row that has said eos gives pads from then on and does not disturb the other; eos itself is kept."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
-    free = generate.generate(model, inputs, 16)
+    free = tokens_of(model, inputs, 16)
     eos = int(next(token for token in free[0, 2:8] if token not in free[1]))
-    stopped = generate.generate(replace_config(model, eos_token_ids=(eos, 450)), inputs, 16)
+    stopped = tokens_of(replace_config(model, eos_token_ids=(eos, 450)), inputs, 16)
     end = list(free[0]).index(eos)
     np.testing.assert_array_equal(stopped[0], [*free[0, : end + 1], *[0] * (15 - end)])
     np.testing.assert_array_equal(stopped[1], free[1])
@@ -309,7 +310,7 @@ def test_896_like_generation(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 3, text=(("sliding_window", 16),))
     inputs = random_inputs(reference, ((1, 3, 0),))
     expected = reference.generate(**hf_inputs(inputs), max_new_tokens=12, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
-    np.testing.assert_array_equal(generate.generate(model, inputs, 12)[:, : expected.shape[1]], expected)
+    np.testing.assert_array_equal(tokens_of(model, inputs, 12)[:, : expected.shape[1]], expected)
 
 
 def test_reference_models_have_what_hides_mistakes_elsewhere():

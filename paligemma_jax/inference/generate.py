@@ -1,4 +1,4 @@
-"""Ids in, ids out: a compiled prefill, a compiled decode loop, a compiled score. No text and no host round trip per token."""
+"""Ids in, ids out: compiled programs for images, prefill and decoding. No text and no host round trip per token."""
 
 from __future__ import annotations
 
@@ -10,11 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from paligemma_jax.inference.sampling import Greedy, Sampler
+from paligemma_jax.inference import beam
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Strategy
 from paligemma_jax.model.cache import KVCache
-from paligemma_jax.model.layers import collect
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What B rows were answered."""
+
+    tokens: np.ndarray  # int32[B, N]: up to and with eos, then pads
+    log_probabilities: np.ndarray  # float32[B, N]: of each token under the model, before any filter; 0 on pads
+    scores: np.ndarray  # float32[B]: their sum; for Beam divided by length ** length_penalty, as transformers' sequences_scores
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for; another value compiles nothing."""
+
+    keys: Array  # one random key a row [B]
+    allowed: Array  # bool[V] or bool[B, V], False for ids that are never emitted
+    min_new_tokens: Array  # int32: no eos before that many tokens
+
+    def mask(self, logits: Array, step: Array | int, eos: Array) -> Array:
+        """float32[B, V] with -inf where the token number `step` may not be."""
+        logits = jnp.where(self.allowed, logits, -jnp.inf)
+        return jnp.where(step < self.min_new_tokens, logits.at[:, eos].set(-jnp.inf), logits)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """Where decoding stands between two dispatches."""
+
+    step: Array  # int32: tokens chosen so far
+    token: Array  # int32[B]: the last one, not in the cache yet
+    log_probability: Array  # float32[B]: its own
+    done: Array  # bool[B]: has said eos
+    seen: Array | None  # bool[B, V], the ids that a row holds, `<image>` and bos included; None if the sampler does not ask
+    cache: KVCache
 
 
 def generate(
@@ -22,47 +59,112 @@ def generate(
     inputs: Inputs,
     max_new_tokens: int,
     *,
-    sampler: Sampler = Greedy(),
+    sampler: Strategy = Greedy(),
     seeds: Array | np.ndarray | None = None,
     allowed: Array | np.ndarray | None = None,
+    min_new_tokens: int = 0,
     slots: int | None = None,
-) -> np.ndarray:
-    """int32[B, max_new_tokens]: the answer of every row up to and with its eos, then pads.
+    features: Array | None = None,
+) -> Generated:
+    """The answer of every row, at most `max_new_tokens` long.
 
     inputs: without targets; pads may be on either side.
     seeds: int[B], what a row's random draws depend on beside its prompt; by default 0, 1, 2, ...
-    allowed: bool[V], False for ids that are never emitted.
-    slots: the length of the cache, at least T + max_new_tokens; one program is compiled per T and `slots`.
+    allowed: bool[V] or bool[B, V], False for ids that are never emitted.
+    slots: the length of the cache, at least T + max_new_tokens; one program is compiled per B, T and `slots`.
+    features: of the images, if they are encoded already.
     """
     rows, tokens = inputs.tokens.shape
     slots = tokens + max_new_tokens if slots is None else slots
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-    if tokens + max_new_tokens > slots:
-        raise ValueError(f"{tokens} prompt tokens and {max_new_tokens} new ones do not fit a cache of {slots}")
-    seeds = np.arange(rows) if seeds is None else seeds
-    allowed = np.ones(model.config.decoder.vocab_size, bool) if allowed is None else allowed
-    logits, cache = prefill(model, inputs, slots)
-    choice = Choice(jax.vmap(jax.random.key)(jnp.asarray(seeds)), jnp.asarray(allowed), seen_ids(model, inputs) if sampler.needs_seen else None)
-    out, _ = decode(model, logits, cache, choice, jnp.int32(max_new_tokens), slots - tokens, sampler)
-    return np.asarray(out)[:, :max_new_tokens]
+    _check(tokens, max_new_tokens, min_new_tokens, slots)
+    copies = sampler.width if isinstance(sampler, Beam | BestOf) else 1
+    request = make_request(model, rows, seeds, allowed, min_new_tokens, copies)
+    features = encode(model, inputs) if features is None else features
+    if isinstance(sampler, Beam):
+        return Generated(*beam.search(model, inputs, features, request, max_new_tokens, slots, sampler))
+    chooser = sampler.sampler if isinstance(sampler, BestOf) else sampler
+    state = prefill(model, inputs, features, request, slots, chooser, copies)
+    first = np.asarray(state.token)[:, None], np.asarray(state.log_probability)[:, None]
+    tokens, log_probabilities, _ = decode(model, state, request, jnp.int32(max_new_tokens), slots - tokens, chooser)
+    tokens, log_probabilities = (np.concatenate([a, np.asarray(b)], 1)[:, :max_new_tokens] for a, b in zip(first, (tokens, log_probabilities)))
+    scores = log_probabilities.sum(axis=1)
+    best = np.arange(rows) * copies + scores.reshape(rows, copies).argmax(axis=1)
+    return Generated(tokens[best], log_probabilities[best], scores[best])
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Choice:
-    """What a row's next token depends on beside its logits."""
+def make_request(model: PaliGemma, rows: int, seeds=None, allowed=None, min_new_tokens: int = 0, copies: int = 1) -> Request:
+    """A `Request` for `copies` answers to each of `rows` prompts; ValueError if nothing is allowed."""
+    seeds = jnp.asarray(np.arange(rows) if seeds is None else seeds)
+    keys = jax.vmap(jax.random.key)(seeds)
+    if copies > 1:  # the first copy keeps its row's key
+        others = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(1, copies))
+        keys = jnp.concatenate([keys[:, None], others], axis=1).reshape(-1)
+    allowed = np.ones(model.config.decoder.vocab_size, bool) if allowed is None else np.asarray(allowed)
+    kept = allowed.copy()
+    if min_new_tokens:
+        kept[..., list(model.config.eos_token_ids)] = False
+    if not kept.any(axis=-1).all():
+        raise ValueError("allowed allows no token" + (" but eos, and min_new_tokens forbids that" if allowed.any() else ""))
+    allowed = jnp.asarray(allowed) if allowed.ndim == 1 else jnp.repeat(jnp.asarray(allowed), copies, axis=0)
+    return Request(keys, allowed, jnp.int32(min_new_tokens))
 
-    keys: Array  # one random key a row [B]
-    allowed: Array  # bool[V]
-    seen: Array | None  # bool[B, V], the ids that a row holds, `<image>` and bos included; None if the sampler does not ask
 
-    def __call__(self, sampler: Sampler, logits: Array, step: Array | int) -> Array:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, step)
-        return sampler(jnp.where(self.allowed, logits, -jnp.inf), self.seen, keys)
+def encode(model: PaliGemma, inputs: Inputs) -> Array | None:
+    """Image features [M, P, D], or None if there are no images."""
+    return encode_images(model, jnp.asarray(inputs.images)) if len(inputs.images) else None
 
-    def with_token(self, token: Array) -> Choice:
-        return self if self.seen is None else replace(self, seen=self.seen.at[jnp.arange(len(token)), token].set(True))
+
+@jax.jit
+def encode_images(model: PaliGemma, images: Array) -> Array:
+    """float32[M, S, S, 3] -> [M, P, D]"""
+    return model.encode_images(images)
+
+
+@partial(jax.jit, static_argnames=("slots", "sampler", "copies"))
+def prefill(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, slots: int, sampler: Sampler, copies: int = 1) -> State:
+    """The state after the first token of every row; with `copies`, of that many answers to each prompt, one after the other."""
+    logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
+    seen = seen_ids(model, inputs) if sampler.needs_seen else None
+    if copies > 1:
+        order = jnp.repeat(jnp.arange(len(logits)), copies)
+        logits, cache, seen = logits[order], cache.rows(order), None if seen is None else seen[order]
+    return _choose(model, logits, State(jnp.int32(0), None, None, jnp.zeros(len(logits), bool), seen, cache), request, sampler)  # type: ignore
+
+
+@partial(jax.jit, static_argnames=("size", "sampler"), donate_argnames="state")
+def decode(model: PaliGemma, state: State, request: Request, limit: Array, size: int, sampler: Sampler) -> tuple[Array, Array, State]:
+    """Up to `size` more tokens int32[B, size] and their log-probabilities, until all rows have said eos or hold `limit` tokens.
+
+    The state is donated; it comes back because XLA updates a cache in place only where it is both input and output.
+    """
+    tokens = jnp.full((len(state.token), size), model.config.pad_token_id, jnp.int32)
+    start, log_probabilities = state.step, jnp.zeros(tokens.shape)
+
+    def proceed(loop: tuple) -> Array:
+        state, _, _ = loop
+        return (state.step < jnp.minimum(limit, start + size)) & ~state.done.all()
+
+    def one(loop: tuple) -> tuple:
+        state, tokens, log_probabilities = loop
+        logits, cache = model.decode_step(state.token, state.cache)
+        state = _choose(model, logits, replace(state, cache=cache), request, sampler)
+        at = (0, state.step - 1 - start)
+        tokens = jax.lax.dynamic_update_slice(tokens, state.token[:, None], at)
+        return state, tokens, jax.lax.dynamic_update_slice(log_probabilities, state.log_probability[:, None], at)
+
+    state, tokens, log_probabilities = jax.lax.while_loop(proceed, one, (state, tokens, log_probabilities))
+    return tokens, log_probabilities, state
+
+
+def _choose(model: PaliGemma, logits: Array, state: State, request: Request, sampler: Sampler) -> State:
+    """The next token of every row; rows that are done say pad."""
+    eos = jnp.array(model.config.eos_token_ids)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, state.step)
+    token = sampler(request.mask(logits, state.step, eos), state.seen, keys)
+    picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+    token, picked = jnp.where(state.done, model.config.pad_token_id, token), jnp.where(state.done, 0, picked)
+    seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
+    return State(state.step + 1, token, picked, state.done | jnp.isin(token, eos), seen, state.cache)
 
 
 def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
@@ -71,70 +173,10 @@ def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
     return jnp.zeros((len(inputs.tokens), model.config.decoder.vocab_size), bool).at[rows, inputs.tokens].max(inputs.valid)
 
 
-@partial(jax.jit, static_argnames="slots")
-def prefill(model: PaliGemma, inputs: Inputs, slots: int) -> tuple[Array, KVCache]:
-    """Logits float32[B, V] of each row's last position, and the cache."""
-    return model.prefill(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix, slots)
-
-
-@partial(jax.jit, static_argnames=("size", "sampler"), donate_argnames="cache")
-def decode(model: PaliGemma, logits: Array, cache: KVCache, choice: Choice, limit: Array, size: int, sampler: Sampler) -> tuple[Array, KVCache]:
-    """int32[B, size] from a prefill's logits and cache: stops when every row has said eos, or after `limit` tokens.
-
-    The cache is donated; it comes back because XLA updates in place only what is both input and output.
-    """
-    pad, eos = model.config.pad_token_id, jnp.array(model.config.eos_token_ids)
-
-    def choose(step: Array | int, logits: Array, done: Array, choice: Choice) -> tuple[Array, Array, Choice]:
-        token = jnp.where(done, pad, choice(sampler, logits, step))
-        return token, done | jnp.isin(token, eos), choice.with_token(token)
-
-    def proceed(state: tuple) -> Array:
-        step, _, _, done, _, _ = state
-        return (step < limit) & ~done.all()
-
-    def one(state: tuple) -> tuple:
-        step, out, token, done, choice, cache = state
-        logits, cache = model.decode_step(token, cache)
-        token, done, choice = choose(step, logits, done, choice)
-        return step + 1, out.at[:, step].set(token), token, done, choice, cache
-
-    token, done, choice = choose(0, logits, jnp.zeros(len(logits), bool), choice)
-    out = jnp.full((len(logits), size), pad, jnp.int32).at[:, 0].set(token)
-    _, out, _, _, _, cache = jax.lax.while_loop(proceed, one, (jnp.int32(1), out, token, done, choice, cache))
-    return out, cache
-
-
-@jax.jit
-def forward(model: PaliGemma, inputs: Inputs) -> Array:
-    """Teacher-forced logits float32[B, T, V]."""
-    return model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
-
-
-@partial(jax.jit, static_argnames="attention")
-def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
-    """Every stage's output of a teacher-forced pass, in order of computation."""
-    with collect(attention) as found:
-        model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
-    return found
-
-
-def score(model: PaliGemma, inputs: Inputs) -> np.ndarray:
-    """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits."""
-    longest = int(inputs.targets.sum(axis=1).max())
-    return np.asarray(_score(model, inputs, longest))
-
-
-@partial(jax.jit, static_argnames="longest")
-def _score(model: PaliGemma, inputs: Inputs, longest: int) -> Array:
-    x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
-    places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]  # only there are logits made: [B, T, V] would be huge
-    x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
-    log_probabilities = jax.nn.log_softmax(model.decoder.logits(x, model.config.profile.capped_prefill))
-    tokens = jnp.take_along_axis(jnp.asarray(inputs.tokens), places, axis=1)
-    picked = jnp.take_along_axis(log_probabilities, tokens[..., None], axis=2)[..., 0]
-    return jnp.where(jnp.take_along_axis(jnp.asarray(inputs.targets), places, axis=1), picked, 0).sum(axis=1)
-
-
-def _images(inputs: Inputs) -> Array | None:
-    return jnp.asarray(inputs.images) if len(inputs.images) else None
+def _check(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens is {min_new_tokens}; it can be 0 to max_new_tokens, {max_new_tokens}")
+    if tokens + max_new_tokens > slots:
+        raise ValueError(f"{tokens} prompt tokens and {max_new_tokens} new ones do not fit a cache of {slots}")

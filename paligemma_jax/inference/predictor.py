@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paligemma_jax import checkpoint
-from paligemma_jax.inference import generate
+from paligemma_jax.inference import generate, scoring
 from paligemma_jax.inference.sampling import Greedy, Sampler
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
@@ -52,18 +52,18 @@ class Predictor:
         ids = generate.generate(
             self.model, inputs, max_new_tokens, sampler=sampler, seeds=_seeds(seeds, len(inputs.tokens)), allowed=self._sayable, slots=slots
         )
-        return [self.processor.decode(row.tolist()) for row in ids]
+        return [self.processor.decode(row.tolist()) for row in ids.tokens]
 
     def score(self, images: Images, prompts: Texts, suffixes: Texts) -> np.ndarray:
         """float32[B]: the log-probability of every suffix and its eos, given image and prompt."""
         if suffixes is None:
             raise ValueError("no suffixes: pass the text to score, one for each prompt")
-        return generate.score(self.model, self.processor(images, prompts, suffixes))
+        return scoring.score(self.model, self.processor(images, prompts, suffixes))
 
     def logits(self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None) -> tuple[np.ndarray, Inputs]:
         """Teacher-forced logits float32[B, T, V] (those at t are for the token at t + 1) and the `Inputs` they belong to. Also `logits(inputs)`."""
         inputs = self._inputs(images, prompts, suffixes)
-        return np.asarray(generate.forward(self.model, inputs)), inputs
+        return np.asarray(scoring.forward(self.model, inputs)), inputs
 
     def stages(
         self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None, attention: bool = False
@@ -74,7 +74,7 @@ class Predictor:
         decoder/norm, logits; with `attention` also vision/layers/0/attention/weights [M, N, P, P], ... and decoder/layers/0/attention/weights
         [B, N, T, T], ... (much memory at 896 pixels: no query chunks then).
         """
-        found = generate.stages(self.model, self._inputs(images, prompts, suffixes), attention)
+        found = scoring.stages(self.model, self._inputs(images, prompts, suffixes), attention)
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _inputs(self, images: Any, prompts: Texts | None, suffixes: Texts | None) -> Inputs:

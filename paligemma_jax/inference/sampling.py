@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,39 @@ class Sample:
         return logits
 
 
+@dataclass(frozen=True)
+class Beam:
+    """Beam search as transformers 5.23 does it: at each step the best `width` unfinished continuations go on.
+
+    A finished answer scores log-probability / length ** length_penalty. early_stopping: True stops a row at `width` finished answers,
+    False when no running one can be better at its present length, "never" when none can at any length.
+    """
+
+    width: int = 4
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"Beam(width={self.width}) makes no sense; for the likeliest token use Greedy()")
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"Beam(early_stopping={self.early_stopping!r}) makes no sense; pass True, False or 'never'")
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Of `width` samples the one with the highest log-probability under the model."""
+
+    width: int
+    sampler: Sample = Sample()
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"BestOf(width={self.width}) makes no sense")
+
+
 Sampler = Greedy | Sample
+Strategy = Sampler | Beam | BestOf
 
 
 def _keep(logits: Array, kept: Array) -> Array:

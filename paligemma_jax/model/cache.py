@@ -35,6 +35,11 @@ class KVCache:
         k, v = jax.tree.map(lambda a: pad(a.ndim - 3)(a), (k, v))
         return cls(k, v, jax.tree.map(pad(1), span), jnp.int32(used))
 
+    def rows(self, order: Array) -> KVCache:
+        """The cache of rows order[0], order[1], ...; a row may come several times, or not at all."""
+        k, v = jax.tree.map(lambda a: jnp.take(a, order, axis=a.ndim - 4), (self.k, self.v))
+        return replace(self, k=k, v=v, span=jax.tree.map(lambda a: a[order], self.span))
+
     def extend(self, position: Array) -> KVCache:
         """One more valid slot at position int32[B]; its k and v are written by `update`."""
         new = Span(position[:, None], jnp.zeros_like(position, bool)[:, None], jnp.ones_like(position, bool)[:, None])

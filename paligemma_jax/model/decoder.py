@@ -82,9 +82,14 @@ class Embedder(nnx.Module):
         table = self.table[...]
         return table[tokens].astype(dtype) * jnp.asarray(table.shape[1] ** 0.5, dtype)
 
-    def decode(self, x: Array) -> Array:
-        """[..., D] -> float32[..., V]"""
-        return jnp.einsum("...D,VD->...V", x, self.table[...].astype(x.dtype), preferred_element_type=jnp.float32)
+    def decode(self, x: Array, start: Array | int = 0, size: int | None = None) -> Array:
+        """[..., D] -> float32[..., V], or the `size` columns from `start` on."""
+        table = self.table[...] if size is None else jax.lax.dynamic_slice_in_dim(self.table[...], start, size)
+        return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def decode_at(self, x: Array, tokens: Array) -> Array:
+        """[..., D] and int32[...] -> float32[...]: of each logits row the one at its token."""
+        return jnp.einsum("...D,...D->...", x, self.table[...][tokens].astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 class Decoder(nnx.Module):
@@ -111,5 +116,26 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Array, capped: bool) -> Array:
         """[..., D] -> float32[..., V], with the final softcap if the config has one and `capped`."""
-        logits, cap = self.embedder.decode(x), self.config.final_logit_softcapping
+        return self._cap(self.embedder.decode(x), capped)
+
+    def log_probabilities(self, x: Array, tokens: Array, capped: bool, chunk: int = 2**15) -> Array:
+        """[..., D] and int32[...] -> float32[...], the log-probability of each token.
+
+        The vocabulary goes by in chunks, so that [..., V] never exists, forward or backward, and the table is read once.
+        """
+        V = self.config.vocab_size
+        chunk = min(chunk, V)
+
+        @jax.checkpoint
+        def one(total: Array, start: Array) -> tuple[Array, None]:
+            begin = jnp.minimum(start, V - chunk)  # the last chunk overlaps the one before: those columns do not count again
+            logits = self._cap(self.embedder.decode(x, begin, chunk), capped)
+            logits = jnp.where(begin + jnp.arange(chunk) >= start, logits, -jnp.inf)
+            return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1)), None
+
+        total, _ = jax.lax.scan(one, jnp.full(tokens.shape, -jnp.inf), jnp.arange(0, V, chunk))
+        return self._cap(self.embedder.decode_at(x, tokens), capped) - total
+
+    def _cap(self, logits: Array, capped: bool) -> Array:
+        cap = self.config.final_logit_softcapping
         return jnp.tanh(logits / cap) * cap if cap is not None and capped else logits

@@ -61,9 +61,11 @@ class PaliGemma(nnx.Module):
         x = self.hidden(tokens, images, valid, prefix)
         return stage("logits", self.decoder.logits(x, self.config.profile.capped_prefill))
 
-    def prefill(self, tokens: Array, images: Array | None, valid: Array, prefix: Array, slots: int) -> tuple[Array, KVCache]:
-        """Logits float32[B, V] for the token after each row's last valid one, and a cache of `slots` slots (>= T)."""
-        features = None if images is None else self.encode_images(images)
+    def prefill(self, tokens: Array, features: Array | None, valid: Array, prefix: Array, slots: int) -> tuple[Array, KVCache]:
+        """Logits float32[B, V] for the token after each row's last valid one, and a cache of `slots` slots (>= T).
+
+        features: what `encode_images` made of the images [M, P, D], so that an image is encoded once for all of its prompts.
+        """
         queries = span(valid, prefix, self.config.profile.first_position)
         x, k, v = self.decoder(self.embed(tokens, features), queries)
         last = jnp.argmax(jnp.where(valid, queries.positions, -1), axis=1)

@@ -1,0 +1,47 @@
+"""Teacher-forced passes: logits, every stage by name, log-probabilities of given answers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from paligemma_jax.model.layers import collect
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+
+
+@jax.jit
+def forward(model: PaliGemma, inputs: Inputs) -> Array:
+    """Teacher-forced logits float32[B, T, V]."""
+    return model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
+
+
+@partial(jax.jit, static_argnames="attention")
+def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
+    """Every stage's output of a teacher-forced pass, in order of computation."""
+    with collect(attention) as found:
+        model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
+    return found
+
+
+def score(model: PaliGemma, inputs: Inputs) -> np.ndarray:
+    """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits."""
+    longest = int(inputs.targets.sum(axis=1).max())
+    return np.asarray(_score(model, inputs, longest))
+
+
+@partial(jax.jit, static_argnames="longest")
+def _score(model: PaliGemma, inputs: Inputs, longest: int) -> Array:
+    x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
+    places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]
+    x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
+    tokens, wanted = (jnp.take_along_axis(jnp.asarray(a), places, axis=1) for a in (inputs.tokens, inputs.targets))
+    return jnp.where(wanted, model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill), 0).sum(axis=1)
+
+
+def _images(inputs: Inputs) -> Array | None:
+    return jnp.asarray(inputs.images) if len(inputs.images) else None
