@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import big_vision, huggingface, orbax
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, contents
 from convert.files import companions, output
 from convert.tensor import Progress, Tensor, equal, with_rows
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, with_resolution
@@ -135,6 +136,10 @@ def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, A
         notes.append("its tensors have several dtypes")
     if variant(checkpoint.config) is None:
         notes.append("its shapes are those of no published PaliGemma")
+    if huggingface.INDEX in checkpoint.files:
+        total = json.loads(contents(checkpoint.files[huggingface.INDEX])).get("metadata", {}).get("total_size")
+        if total is not None and total != checkpoint.nbytes:
+            notes.append(f"its index says {total} bytes, its tensors have {checkpoint.nbytes}")
     if "tokenizer.model" not in checkpoint.files:
         notes.append("it has no tokenizer.model, without which text cannot be read or written")
     return {

@@ -69,9 +69,9 @@ def stored(file: Path | IO[bytes], offset: int, dtype: np.dtype, shape: tuple[in
     return Tensor(shape, dtype, raw, columns=order == "F" and len(shape) == 2)
 
 
-def loaded(array: Any) -> Tensor:
-    """An array in memory as a Tensor (numpy's, or jax's: of which only the slices that are read come to the host)."""
-    return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda index: np.asarray(array[index]))
+def loaded(array: Any, at: tuple[int, ...] = ()) -> Tensor:
+    """array[at], in memory, as a Tensor (numpy's, or jax's: of which only the slices that are read come to the host)."""
+    return Tensor(tuple(array.shape[len(at) :]), np.dtype(array.dtype), lambda index: np.asarray(array[(*at, *index)]))
 
 
 def part(tensor: Tensor, position: tuple[int, ...]) -> Tensor:

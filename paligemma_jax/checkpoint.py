@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -75,11 +76,16 @@ def load_model(source: Path, dtype: str | None = None, numerics: str | None = No
 
 
 def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: str = "jax", force: bool = False) -> None:
-    """Writes a model as "jax" (this project's own), "huggingface" or "big_vision", in the dtype of its parameters.
+    """Writes a model, stacked or not, as "jax" (this project's own), "huggingface" or "big_vision", in the dtype of its parameters.
 
     like: the checkpoint that it was trained from, whose tokenizer and processor files come along. ValueError as in `convert.write`.
     """
-    tensors = {path: loaded(array) for path, array in parameters(model).items()}
+    tensors: dict[str, Tensor] = {}
+    for path, array in parameters(model).items():
+        if re.match(r"\w+/layers/\d|(?!\w+/layers/)", path):
+            tensors[path] = loaded(array)
+        else:  # what `stack` made
+            tensors |= {path.replace("/layers/", f"/layers/{i}/"): loaded(array, (i,)) for i in range(array.shape[0])}
     config = replace(model.config, dtype=tensors["decoder/embedder/table"].dtype.name)
     came_along = companions(files(resolve(like))) if like else {}
     formats.write(Checkpoint("jax", config, tensors, came_along), directory, to, force=force)

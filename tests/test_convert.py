@@ -25,7 +25,7 @@ from convert.match import pieces, shapes
 from convert.table import BIG_VISION
 from paligemma_jax import checkpoint
 from paligemma_jax.model.config import PRESETS
-from paligemma_jax.model.layers import parameters
+from paligemma_jax.model.layers import parameters, stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -152,6 +152,18 @@ def test_transformers_loads_the_result(source, tmp_path):
     assert index["metadata"]["total_size"] == sum(value.nbytes for part in found.values() for value in part.values())
     assert all(sum(value.nbytes for value in part.values()) <= 10**5 or len(part) == 1 for part in found.values())
     assert sorted(found)[0] == f"model-00001-of-{len(found):05}.safetensors"
+
+
+@pytest.mark.parametrize("to", ["jax", "huggingface", "big_vision"])
+def test_a_stacked_model_is_written_layer_by_layer(source, tmp_path, to):
+    """What training works on, a model whose layers are stacked: the same file as from the list."""
+    model = checkpoint.load_model(source)
+    checkpoint.save(tmp_path / "list", model, to=to)
+    model.vision.layers, model.decoder.layers = stack(model.vision.layers), stack(model.decoder.layers)
+    checkpoint.save(tmp_path / "stacked", model, to=to)
+    assert model.decoder.layers.attention.q.kernel.shape[0] == 3
+    found, expected = (read(tmp_path / name, read(source).config).tensors for name in ("stacked", "list"))
+    assert sources.same({path: t.read() for path, t in found.items()}, {path: t.read() for path, t in expected.items()})
 
 
 def test_orbax_reads_what_is_written(source, tmp_path):

@@ -52,6 +52,15 @@ def test_command(source, tmp_path, capsys):
     assert "format      jax\n" in out and "odd         its shapes are those of no published" in out
 
 
+def test_progress(source, tmp_path, capsys, monkeypatch):
+    """Bytes and time left, on a terminal only."""
+    assert run(capsys, source, tmp_path / "a", "--to", "jax")[2] == ""
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
+    _, _, err = run(capsys, source, tmp_path / "b", "--to", "jax", "--verify")
+    size = f"{read(source).nbytes / 1e6:.2f}M" if read(source).nbytes > 1e6 else f"{read(source).nbytes / 1e3:.0f}k"
+    assert "writing" in err and "verifying" in err and f"{size}/{size}" in err and "B/s" in err and "100%" in err
+
+
 def test_dry_run(source, tmp_path, capsys):
     code, out, _ = run(capsys, source, tmp_path / "a", "--to", "jax", "--dtype", "float16", "--dry-run")
     lines = [line.split() for line in out.splitlines()]
