@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,8 @@ from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Stra
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+
+CHUNK = 16  # tokens decoded between two looks of the host, where it has to look
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def generate(
     min_new_tokens: int = 0,
     slots: int | None = None,
     features: Array | None = None,
+    halt: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Generated:
     """The answer of every row, at most `max_new_tokens` long.
 
@@ -73,9 +77,10 @@ def generate(
     allowed: bool[V] or bool[B, V], False for ids that are never emitted.
     slots: the length of the cache, at least T + max_new_tokens; one program is compiled per B, T and `slots`.
     features: of the images, if they are encoded already.
+    halt: given the tokens of all rows so far, bool[B] of those that shall end; asked every `CHUNK` tokens. Not for Beam and BestOf.
     """
     rows, tokens = inputs.tokens.shape
-    slots = tokens + max_new_tokens if slots is None else slots
+    slots = slots or tokens + max_new_tokens
     _check(tokens, max_new_tokens, min_new_tokens, slots)
     copies = sampler.width if isinstance(sampler, Beam | BestOf) else 1
     request = make_request(model, rows, seeds, allowed, min_new_tokens, copies)
@@ -84,12 +89,36 @@ def generate(
         return Generated(*beam.search(model, inputs, features, request, max_new_tokens, slots, sampler))
     chooser = sampler.sampler if isinstance(sampler, BestOf) else sampler
     state = prefill(model, inputs, features, request, slots, chooser, copies)
-    first = np.asarray(state.token)[:, None], np.asarray(state.log_probability)[:, None]
-    tokens, log_probabilities, _ = decode(model, state, request, jnp.int32(max_new_tokens), slots - tokens, chooser)
-    tokens, log_probabilities = (np.concatenate([a, np.asarray(b)], 1)[:, :max_new_tokens] for a, b in zip(first, (tokens, log_probabilities)))
+    size = CHUNK if halt else slots - tokens
+    tokens, log_probabilities = _fixed(model, decoded(model, state, request, max_new_tokens, size, chooser, halt), max_new_tokens)
     scores = log_probabilities.sum(axis=1)
     best = np.arange(rows) * copies + scores.reshape(rows, copies).argmax(axis=1)
     return Generated(tokens[best], log_probabilities[best], scores[best])
+
+
+def decoded(
+    model: PaliGemma, state: State, request: Request, limit: int, size: int, sampler: Sampler, halt: Callable | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """From a prefill's state the answers piece by piece, tokens int32[B, n] and their log-probabilities: one, then `size` a dispatch."""
+    so_far = np.asarray(state.token)[:, None]
+    yield so_far, np.asarray(state.log_probability)[:, None]
+    while so_far.shape[1] < limit:
+        if halt:
+            state = replace(state, done=state.done | halt(so_far))
+        if np.asarray(state.done).all():
+            return
+        tokens, log_probabilities, state = decode(model, state, request, jnp.int32(limit), size, sampler)
+        more = min(size, limit - so_far.shape[1])
+        tokens, log_probabilities = np.asarray(tokens)[:, :more], np.asarray(log_probabilities)[:, :more]
+        so_far = np.concatenate([so_far, tokens], axis=1)
+        yield tokens, log_probabilities
+
+
+def _fixed(model: PaliGemma, pieces: Iterator[tuple[np.ndarray, np.ndarray]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The pieces joined and filled up to `length` tokens."""
+    tokens, log_probabilities = (np.concatenate(parts, axis=1) for parts in zip(*pieces))
+    rest = [(0, 0), (0, length - tokens.shape[1])]
+    return np.pad(tokens, rest, constant_values=model.config.pad_token_id), np.pad(log_probabilities, rest)
 
 
 def make_request(model: PaliGemma, rows: int, seeds=None, allowed=None, min_new_tokens: int = 0, copies: int = 1) -> Request:

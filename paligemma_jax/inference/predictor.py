@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from paligemma_jax import checkpoint
 from paligemma_jax.inference import generate, scoring
-from paligemma_jax.inference.sampling import Greedy, Sampler
+from paligemma_jax.inference.batching import round_up, run_all
+from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.processor import Images, Inputs, Processor
+from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.processor import Images, Inputs, Processor, Row
 from paligemma_jax.processing.tokenizer import Tokenizer
 
-BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new prompt length rarely compiles anything
+STREAM = 8  # tokens a dispatch while streaming
 
 Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt was answered."""
+
+    text: str
+    tokens: list[int]  # up to and with eos
+    log_probabilities: list[float]  # of each token under the model, before any filter
+    score: float  # their sum; for Beam divided by length ** length_penalty
+    error: str | None = None  # why there is no answer: its image could not be read
 
 
 @dataclass(frozen=True)
@@ -34,25 +49,82 @@ class Predictor:
     def config(self) -> PaliGemmaConfig:
         return self.model.config
 
-    def generate(
-        self, images: Images, prompts: Texts, max_new_tokens: int = 128, sampler: Sampler = Greedy(), seeds: Sequence[int] | None = None
-    ) -> list[str]:
-        """The answer to every prompt, as text without special tokens.
+    def generate(self, images: Images, prompts: Texts, max_new_tokens: int = 128, sampler: Strategy = Greedy(), **options: Any) -> list[str]:
+        """The answer to every prompt, as text without special tokens. Arguments, options and errors are those of `answers`;
+
+        the first row that fails raises its error, after all others are done. `answers(...)` tells which rows failed and keeps the rest.
+        """
+        found = self.answers(images, prompts, max_new_tokens, sampler, **options)
+        if wrong := [(i, answer.error) for i, answer in enumerate(found) if answer.error]:
+            raise ValueError(wrong[0][1] if len(found) == 1 else f"prompt {wrong[0][0]}: {wrong[0][1]} ({len(wrong)} of {len(found)} failed)")
+        return [answer.text for answer in found]
+
+    def answers(
+        self,
+        images: Images,
+        prompts: Texts,
+        max_new_tokens: int = 128,
+        sampler: Strategy = Greedy(),
+        *,
+        seeds: Sequence[int] | None = None,
+        min_new_tokens: int = 0,
+        stop: Texts = (),
+        allowed: np.ndarray | None = None,
+        batch_size: int = 16,
+        progress: bool | None = None,
+    ) -> list[Answer]:
+        """An `Answer` to every prompt, in their order. Any number of prompts: they are sorted into length buckets and batched.
 
         seeds: one integer a prompt, on which `Sample` depends beside the prompt itself; by default 0, 1, 2, ...
-        ValueError if the inputs do not fit together, or prompt and answer the context.
+        stop: texts that end an answer, which then holds what came before.
+        allowed: bool[V], or bool[B, V] for a mask a prompt: the ids that may be said (`processor.tokenizer` knows them).
+        progress: a bar on stderr; by default if there are several batches and somebody is looking.
+        An image given twice (the same path or object) is encoded once. The prefix of several prompts on one image is not shared:
+        image tokens see the prompt, so their keys and values differ from prompt to prompt.
+        ValueError if the inputs do not fit together, or prompt and answer the context; an image that fails is told in its own Answer.
         """
-        inputs = self.processor(images, prompts)
-        tokens, limit = inputs.tokens.shape[1], self.processor.context
-        if max_new_tokens < 1 or tokens + max_new_tokens > limit:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
-        length = _round_up(tokens)
-        inputs = self.processor(images, prompts, length=min(length, limit)) if length != tokens else inputs
-        slots = inputs.tokens.shape[1] + _round_up(max_new_tokens)
-        ids = generate.generate(
-            self.model, inputs, max_new_tokens, sampler=sampler, seeds=_seeds(seeds, len(inputs.tokens)), allowed=self._sayable, slots=slots
-        )
-        return [self.processor.decode(row.tolist()) for row in ids.tokens]
+        rows = self.processor.rows(images, prompts)
+        self._check_room(rows, max_new_tokens, batch_size)
+        chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        halt = self._halt(stops) if stops and isinstance(sampler, Sampler) else None
+        new = round_up(max_new_tokens)
+
+        def run(inputs: Inputs, features: jax.Array, numbers: np.ndarray) -> generate.Generated:
+            mask = sayable if sayable.ndim == 1 else sayable[numbers]
+            options: dict[str, Any] = dict(seeds=chosen[numbers], allowed=mask, min_new_tokens=min_new_tokens, features=features, halt=halt)
+            return generate.generate(self.model, inputs, max_new_tokens, sampler=sampler, slots=inputs.tokens.shape[1] + new, **options)
+
+        found = run_all(self.model, self.processor, rows, run, batch_size, progress)
+        return [Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops) for one in found]
+
+    def stream(
+        self, image: Any, prompt: str, max_new_tokens: int = 128, sampler: Greedy | Sample = Greedy(), *, seed: int = 0, stop: Texts = ()
+    ) -> Iterator[str]:
+        """The answer piece by piece, as soon as its text is certain; several tokens are decoded per dispatch.
+
+        image: one image, or a list of those of this prompt. The pieces joined are what `generate` gives.
+        """
+        rows = self.processor.rows([image] if isinstance(image, list | tuple) and "<image>" not in prompt else image, prompt)
+        self._check_room(rows, max_new_tokens, 1)
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        length = min(round_up(len(rows[0].prompt)), self.processor.context)
+        inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
+        request = generate.make_request(self.model, 1, [seed], self._allowed(None, 1))
+        slots = length + round_up(max_new_tokens)
+        state = generate.prefill(self.model, inputs, generate.encode(self.model, inputs), request, slots, sampler)
+        ids, told = [], 0
+        for tokens, _ in generate.decoded(self.model, state, request, max_new_tokens, STREAM, sampler):
+            ids += tokens[0].tolist()
+            ended = len(ids) >= max_new_tokens or any(i in self.config.eos_token_ids for i in ids)
+            text = self.processor.decode(ids if ended else ids[: self.processor.tokenizer.settled(ids)])
+            cut = _cut(text, stops)
+            certain = cut if ended or len(cut) < len(text) else cut[: max(told, len(cut) - max(map(len, stops), default=1) + 1)]
+            if len(certain) > told:
+                yield certain[told:]
+                told = len(certain)
+            if ended or len(cut) < len(text):
+                return
 
     def score(self, images: Images, prompts: Texts, suffixes: Texts) -> np.ndarray:
         """float32[B]: the log-probability of every suffix and its eos, given image and prompt."""
@@ -85,11 +157,42 @@ class Predictor:
             raise ValueError("no prompts: pass images and prompts, or Inputs")
         return self.processor(images, prompts, suffixes)
 
-    @property
-    def _sayable(self) -> np.ndarray:
-        """bool[V]: every id that stands for text; not `<image>` and the padding rows of the embedding table."""
+    def _check_room(self, rows: list[Row], max_new_tokens: int, batch_size: int) -> None:
+        tokens, limit = max(len(row.prompt) for row in rows), self.processor.context
+        if tokens >= limit:
+            self.processor.pad(rows)  # says which row is too long
+        if not 1 <= max_new_tokens <= limit - tokens:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it can be 1 or more")
+
+    def _allowed(self, allowed: np.ndarray | None, rows: int) -> np.ndarray:
+        """bool[V] or bool[B, V]: what is asked for, of the ids that stand for text; not `<image>` and the padding rows of the embedding table."""
         ids = np.arange(self.config.decoder.vocab_size)
-        return (ids < self.processor.tokenizer.vocab_size) & (ids != self.config.image_token_id)
+        sayable = (ids < self.processor.tokenizer.vocab_size) & (ids != self.config.image_token_id)
+        if allowed is None:
+            return sayable
+        allowed = np.asarray(allowed)
+        if allowed.dtype != bool or allowed.shape not in ((len(ids),), (rows, len(ids))):
+            raise ValueError(f"allowed is {allowed.dtype}{list(allowed.shape)}: pass bool[{len(ids)}] or bool[{rows}, {len(ids)}]")
+        if not (allowed & sayable).any(axis=-1).all():
+            raise ValueError("allowed allows no token that stands for text")
+        return allowed & sayable
+
+    def _halt(self, stops: list[str]) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda tokens: np.array([any(stop in self.processor.decode(row) for stop in stops) for row in tokens.tolist()])
+
+    def _answer(self, found: tuple[np.ndarray, np.ndarray, np.floating], stops: list[str]) -> Answer:
+        tokens, log_probabilities, score = found
+        ended = np.isin(tokens, self.config.eos_token_ids)
+        length = int(ended.argmax()) + 1 if ended.any() else len(tokens)
+        text = _cut(self.processor.decode(tokens[:length].tolist()), stops)
+        return Answer(text, tokens[:length].tolist(), log_probabilities[:length].tolist(), float(score))
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """`text` up to the first of `stops`."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None) -> Predictor:
@@ -100,8 +203,9 @@ def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str
     the one that the checkpoint was converted from, or means.
     mesh: a `jax.sharding.Mesh` over whose devices the parameters are spread (`paligemma_jax.scaling.sharding.make_mesh`): each device
     gets its slices only, and only they are read.
-    ValueError says in one line what is wrong with the source.
+    Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
+    keep_programs()
     directory = checkpoint.resolve(source)
     config = checkpoint.load_config(directory)
     tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)  # before the weights: what is wrong is told at once
@@ -110,6 +214,17 @@ def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str
         raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
     processor = Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
     return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh), processor)
+
+
+def keep_programs() -> None:
+    """Turns on JAX's persistent compilation cache, in $PALIGEMMA_JAX_CACHE or ~/.cache/paligemma_jax; PALIGEMMA_JAX_CACHE=off leaves it alone.
+
+    So does a directory that is set already, by JAX_COMPILATION_CACHE_DIR or jax.config.
+    """
+    place = os.environ.get("PALIGEMMA_JAX_CACHE", str(Path.home() / ".cache" / "paligemma_jax"))
+    if place != "off" and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", place)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:
@@ -130,7 +245,3 @@ def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
     if not all(isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**31 for seed in seeds):
         raise ValueError(f"seeds are {list(seeds)}: pass whole numbers of 32 bits")
     return np.asarray(seeds)
-
-
-def _round_up(n: int) -> int:
-    return -(-n // BUCKET) * BUCKET

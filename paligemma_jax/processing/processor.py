@@ -1,8 +1,10 @@
 """Images + prompts (+ suffixes) -> Inputs, as transformers' PaliGemmaProcessor makes them (NUMERICS section 3); ids -> text."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import jax
@@ -29,6 +31,15 @@ class Inputs:
     valid: Array  # bool [B, T], False on pads
     prefix: Array  # bool [B, T], True on image and prompt
     targets: Array  # bool [B, T], True on suffix and eos
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt as ids, with its images not yet opened."""
+
+    images: tuple[Source, ...]
+    prompt: list[int]
+    suffix: list[int]
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,28 @@ class Processor:
         Raises:
           ValueError: on anything that does not fit. Nothing is truncated, dropped or repeated to make it fit.
         """
+        rows = self.rows(images, prompts, suffixes)
+        flat = [image for row in rows for image in row.images]
+        return Inputs(images=pixels(flat, self.image_size), **self.pad(rows, padding_side, length))
+
+    def rows(self, images: Images, prompts: str | Sequence[str], suffixes: str | Sequence[str] | None = None) -> list[Row]:
+        """The ids of every prompt and which images it has; no image is opened. Arguments and errors as those of a call."""
         prompts, suffixes = _texts(prompts, "prompt"), None if suffixes is None else _texts(suffixes, "suffix")
         if suffixes is not None and len(suffixes) != len(prompts):
             raise ValueError(f"{len(suffixes)} suffixes for {len(prompts)} prompts: pass one for each prompt")
         if any(IMAGE in suffix for suffix in suffixes or []):
             raise ValueError(f"a suffix contains {IMAGE}, but the model cannot say images: put it into the prompt")
         flat, prompts = _place(images, prompts)
+        remaining = iter(flat)
+        groups = [tuple(islice(remaining, prompt.count(IMAGE))) for prompt in prompts]
         heads = [self._prompt_ids(prompt) for prompt in prompts]
         tails = [[*self.tokenizer.encode(suffix), self.tokenizer.eos_id] for suffix in suffixes] if suffixes is not None else [[]] * len(heads)
-        length = self._length(heads, tails, length)
-        return Inputs(images=pixels(flat, self.image_size), **_pad(heads, tails, length, padding_side, self.tokenizer.pad_id))
+        return [Row(*row) for row in zip(groups, heads, tails)]
+
+    def pad(self, rows: Sequence[Row], padding_side: str = "left", length: int | None = None) -> dict[str, np.ndarray]:
+        """The fields of `Inputs` but its images; ValueError if a row is longer than `length` or the context."""
+        heads, tails = [row.prompt for row in rows], [row.suffix for row in rows]
+        return _pad(heads, tails, self._length(heads, tails, length), padding_side, self.tokenizer.pad_id)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without `<image>`, bos, eos and pad (Tokenizer.decode)."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count, groupby
 from pathlib import Path
 
@@ -81,6 +81,13 @@ class Tokenizer:
         pieces = [self._pieces[i] for i in ids if i in self._pieces and i not in self._silent]
         runs = groupby(pieces, lambda piece: BYTE.fullmatch(piece) is not None)
         return "".join(_bytes_to_text(run) if is_byte else "".join(run).replace("▁", " ") for is_byte, run in runs)
+
+    def settled(self, ids: Sequence[int]) -> int:
+        """How many of the first `ids` have a text that no later id can change: all but a run of byte pieces at the end."""
+        count = len(ids)
+        while count and BYTE.fullmatch(self._pieces.get(int(ids[count - 1]), "")):
+            count -= 1
+        return count
 
     def loc(self, n: int) -> int:
         """Id of `<locNNNN>`, n in [0, 1023]."""

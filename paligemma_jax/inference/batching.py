@@ -1,0 +1,127 @@
+"""Thousands of prompts: sorted into length buckets, images opened in threads beside the device and encoded once, order kept."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from paligemma_jax.inference.generate import Generated, encode_images
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.processor import Inputs, Processor, Row
+
+BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
+AHEAD = 2  # batches whose images are opened before their turn
+
+Run = Callable[[Inputs, Array, np.ndarray], Generated]  # (inputs without images, features, which rows of all) -> answers
+
+
+def round_up(n: int, step: int = BUCKET) -> int:
+    return -(-n // step) * step
+
+
+def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> list[Any]:
+    """What `run` generates for every row, in the order of `rows`: (tokens, log-probabilities, score), or the error of a row whose image fails."""
+    results: list[Any] = [None] * len(rows)
+    batches = _batches(rows, batch_size)
+    shown = progress if progress is not None else len(batches) > 1 and sys.stderr.isatty()
+    with ThreadPoolExecutor(4) as threads, tqdm(total=len(rows), disable=not shown, unit="prompt") as bar:
+        images = Images(model, processor.image_size, threads, Counter(key for row in rows for key in map(_key, row.images)))
+        for number, batch in enumerate(batches):
+            images.open([image for ahead in batches[number : number + 1 + AHEAD] for i in ahead for image in rows[i].images])
+            results_of = dict(_run_batch(processor, rows, batch, images, run))
+            for i in batch:
+                results[i] = results_of[i]
+            bar.update(len(batch))
+    return results
+
+
+def _batches(rows: Sequence[Row], size: int) -> list[list[int]]:
+    """Row numbers in batches of equal bucket and number of images, longest first so that memory runs out at once if it does."""
+    kind = lambda i: (round_up(len(rows[i].prompt)), len(rows[i].images))
+    batches: list[list[int]] = []
+    for i in sorted(range(len(rows)), key=kind, reverse=True):
+        if batches and len(batches[-1]) < size and kind(batches[-1][0]) == kind(i):
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: Images, run: Run) -> Iterator[tuple[int, Any]]:
+    failed = {i: error for i in batch for image in rows[i].images if (error := images.error(image))}
+    yield from failed.items()
+    if not (good := [i for i in batch if i not in failed]):
+        return
+    filled = np.array(good + [good[0]] * (_power(len(good)) - len(good)))  # to a power of two, for few compiled programs
+    chosen = [rows[i] for i in filled]
+    features = images.features([image for row in chosen for image in row.images])
+    images.forget([image for i in batch for image in rows[i].images])
+    length = min(round_up(max(len(row.prompt) for row in chosen)), processor.context)
+    nothing = np.zeros((0, processor.image_size, processor.image_size, 3), np.float32)
+    out = run(Inputs(images=nothing, **processor.pad(chosen, length=length)), features, filled)
+    for n, i in enumerate(good):
+        yield i, (out.tokens[n], out.log_probabilities[n], out.scores[n])
+
+
+@dataclass
+class Images:
+    """Opened images and their features, each kept from its first prompt to its last."""
+
+    model: PaliGemma
+    size: int
+    threads: ThreadPoolExecutor
+    waiting: Counter  # how many uses of an image are to come
+    opened: dict[Any, Future] = field(default_factory=dict)
+    encoded: dict[Any, Array] = field(default_factory=dict)
+
+    def open(self, images: list[Any]) -> None:
+        for image in images:
+            if _key(image) not in self.opened:
+                self.opened[_key(image)] = self.threads.submit(lambda image=image: pixels([image], self.size)[0])
+
+    def error(self, image: Any) -> ValueError | None:
+        error = self.opened[_key(image)].exception()
+        if error is not None and not isinstance(error, ValueError):
+            raise error
+        return error
+
+    def features(self, images: list[Any]) -> Array:
+        """[M, P, D]; what is new is encoded in one go, filled up to a power of two."""
+        keys = [_key(image) for image in images]
+        if new := [key for key in dict.fromkeys(keys) if key not in self.encoded]:
+            batch = np.stack([self.opened[key].result() for key in new])
+            batch = np.concatenate([batch, np.zeros((_power(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
+            self.encoded |= zip(new, encode_images(self.model, jnp.asarray(batch)))
+        return _stack([self.encoded[key] for key in keys])
+
+    def forget(self, images: list[Any]) -> None:
+        self.waiting.subtract(map(_key, images))
+        for key in {_key(image) for image in images}:
+            if self.waiting[key] <= 0:
+                self.encoded.pop(key, None)
+                self.opened.pop(key, None)
+
+
+@jax.jit
+def _stack(arrays: list[Array]) -> Array:
+    return jnp.stack(arrays)
+
+
+def _key(image: Any) -> Any:
+    """Equal for what is surely the same image: a path by its name, an image in memory by its identity."""
+    return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
