@@ -51,6 +51,38 @@ def temporaries(T: int, chunk: int) -> int:
 
 
 def test_memory_grows_with_the_length_and_not_with_its_square():
-    small, large = temporaries(2048, 1024), temporaries(8192, 1024)
+    small, large = temporaries(2048, 512), temporaries(8192, 512)
     assert large < 4.4 * small  # four times the tokens
     assert temporaries(8192, 10**6) > 3 * large
+
+
+@pytest.mark.slow
+def test_temporaries_of_a_3b_prefill():
+    """The compiler's own count for the whole prefill at 224, 448 and 896 pixels, as a table (pytest -m slow -s tests/test_long.py)."""
+    from paligemma_jax.checkpoint import abstract
+    from paligemma_jax.inference import generate
+    from paligemma_jax.model.config import PaliGemmaConfig
+    from paligemma_jax.model.layers import stack
+
+    found = {}
+    for pixels in (224, 448, 896):
+        model = abstract(PaliGemmaConfig.preset(f"3b-{pixels}"))
+        stacked = jax.eval_shape(lambda model: (stack(model.vision.layers), stack(model.decoder.layers)), model)
+        model.vision.layers, model.decoder.layers = stacked
+        size, patches = pixels, model.config.vision.num_patches
+        T = patches + 32
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        tokens, flags = jax.ShapeDtypeStruct((1, T), jnp.int32), jax.ShapeDtypeStruct((1, T), bool)
+        features = jax.ShapeDtypeStruct((1, patches, 2304), jnp.float32)
+        prefill = jax.jit(lambda model, tokens, features, flags, T=T: model.prefill(tokens, features, flags, flags, T + 32))
+        found[T] = (
+            temp(generate.encode_images.lower(model, images)),
+            temp(prefill.lower(model, tokens, features, flags)),
+        )
+        print(f"{pixels} pixels, {T:5} tokens: image encoder {found[T][0] / 2**20:7.0f} MiB, decoder prefill {found[T][1] / 2**20:7.0f} MiB")
+    (small, _), (middle, decoder), (large, long) = (found[T] for T in sorted(found))
+    assert small < middle and large < 4.4 * middle and long < 4.4 * decoder
+
+
+def temp(lowered) -> int:
+    return lowered.compile().memory_analysis().temp_size_in_bytes

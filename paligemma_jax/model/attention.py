@@ -9,7 +9,7 @@ from jax import Array
 from paligemma_jax.model.layers import collects_attention, stage
 from paligemma_jax.model.masks import Span, prefix_lm_mask
 
-CHUNK = 1024  # queries at a time, so that memory grows with T and not with T squared
+CHUNK = 512  # queries at a time, so that memory grows with T and not with T squared
 MASKED = -2.3819763e38  # finite: a row that sees nothing (a pad) gets a mean, not NaN
 
 
