@@ -6,14 +6,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paligemma_jax.inference.predictor import Predictor, load
-    from paligemma_jax.inference.sampling import Greedy, Sample
+    from paligemma_jax.inference.predictor import Answer, Predictor, load
+    from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
     from paligemma_jax.model.config import PaliGemmaConfig
     from paligemma_jax.processing.processor import Inputs
 
-__all__ = ["Greedy", "Inputs", "PaliGemmaConfig", "Predictor", "Sample", "load"]
+__all__ = ["Answer", "Beam", "BestOf", "Greedy", "Inputs", "PaliGemmaConfig", "Predictor", "Sample", "load"]
 
 _HOMES = {
+    "Answer": "inference.predictor",
+    "Beam": "inference.sampling",
+    "BestOf": "inference.sampling",
     "Greedy": "inference.sampling",
     "Inputs": "processing.processor",
     "PaliGemmaConfig": "model.config",
