@@ -9,9 +9,7 @@ import sentencepiece
 from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
 
 ADDED = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
-WORDS = (
-    "a cat and the dog sat on red green blue mat what color is this caption answer en detect segment ; street tree car person sky"
-)
+WORDS = "a cat and the dog sat on red green blue mat what color is this caption answer en detect segment ; street tree car person sky"
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,;:!?<>'\"()[]{}-_/\\@#"
 
 

@@ -17,7 +17,7 @@ BITS = [
     "😀", "👩‍👩‍👧", "日本語", "é", "e\u0301", "ﬁ", "\u00a0", "\u3000", "\ufeff", "١٢",
     "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<image>", "<loc0003>", "<loc1023>", "<seg127>",
     "<loc1024>", "<seg128>", "<loc12>", "loc0003>", "<0x41>", "<<bos>>", "<bo", "s>",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
