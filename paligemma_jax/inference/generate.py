@@ -66,7 +66,7 @@ def generate(
     seeds: Array | np.ndarray | None = None,
     allowed: Array | np.ndarray | None = None,
     min_new_tokens: int = 0,
-    slots: int | None = None,
+    slots: int = 0,
     features: Array | None = None,
     halt: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Generated:
@@ -75,7 +75,7 @@ def generate(
     inputs: without targets; pads may be on either side.
     seeds: int[B], what a row's random draws depend on beside its prompt; by default 0, 1, 2, ...
     allowed: bool[V] or bool[B, V], False for ids that are never emitted.
-    slots: the length of the cache, at least T + max_new_tokens; one program is compiled per B, T and `slots`.
+    slots: the length of the cache, T + max_new_tokens or more; one program is compiled per B, T and `slots`.
     features: of the images, if they are encoded already.
     halt: given the tokens of all rows so far, bool[B] of those that shall end; asked every `CHUNK` tokens. Not for Beam and BestOf.
     """

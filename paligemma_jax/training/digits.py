@@ -11,6 +11,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """The scans of one side of the fixed split: float[G, 8, 8] in 0..1 and their digits int[G]."""
     from sklearn.datasets import load_digits  # only training needs scikit-learn
 
-    data = load_digits()
+    data: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = np.sort(order[:HELD_OUT] if held_out else order[HELD_OUT:])
     return data.images[chosen] / 16, data.target[chosen]
@@ -103,7 +104,7 @@ def _place(rng: np.random.Generator, sizes: np.ndarray, canvas: tuple[int, int],
         ordered = np.abs(a[..., 1] + a[..., 3] - b[..., 1] - b[..., 3]) >= 0.08 * canvas[1]
         fits = (apart & ordered | ~placed[:, None, :k]).all(-1)
         boxes[:, k] = tries[np.arange(batch), fits.argmax(1)]
-        placed[:, k] = fits.any(1)
+        placed[:, k] = fits.any(axis=1)
     return boxes, placed
 
 

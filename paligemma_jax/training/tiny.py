@@ -59,7 +59,7 @@ def train_tokenizer(path: Path, pieces: int = 448) -> None:
     texts = [text for i in range(500) for task in digits.PROMPTS for text in digits.ask(scenes, i, task, 7)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for text in texts if "<loc" not in text] + load_digits().DESCR.splitlines()), model_writer=model,
+        sentence_iterator=iter([text for text in texts if "<loc" not in text] + str(load_digits()["DESCR"]).splitlines()), model_writer=model,
         model_type="bpe", vocab_size=pieces, byte_fallback=True, split_digits=True, user_defined_symbols=["<mask>", "\n"],
         character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", minloglevel=2,
@@ -160,8 +160,9 @@ def fit(loss: Callable, weights: Parameters, batches: Iterator[dict[str, np.ndar
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), rule)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(weights: Parameters, state: Any, batch: dict[str, Array]) -> tuple[Parameters, Any, dict[str, Array]]:
+    def step(weights: Any, state: Any, batch: dict[str, Array]) -> tuple[Any, Any, dict[str, Array]]:
         gradients, report = jax.grad(loss, has_aux=True)(weights, batch)
+        updates: Any
         updates, state = optimizer.update(gradients, state, weights)
         updates = {path: update * (vision if path.startswith("vision/") else 1) for path, update in updates.items()}
         return optax.apply_updates(weights, updates), state, report
@@ -174,7 +175,7 @@ def fit(loss: Callable, weights: Parameters, batches: Iterator[dict[str, np.ndar
     return weights
 
 
-def _matrices(weights: Parameters) -> dict[str, MuonDimensionNumbers | None]:
+def _matrices(weights: Any) -> dict[str, MuonDimensionNumbers | None]:
     """Which parameters are matrices of a layer, and which of their axes are its rows and columns."""
 
     def axes(path: str, value: Array) -> MuonDimensionNumbers | None:
@@ -226,7 +227,7 @@ def write(directory: Path, config: PaliGemmaConfig, weights: Parameters) -> None
     except ImportError:
         return
     size = config.vision.image_size
-    images = SiglipImageProcessorPil(size={"height": size, "width": size})
+    images: Any = SiglipImageProcessorPil(size={"height": size, "width": size})
     images.image_seq_length = config.vision.num_patches
     processor = PaliGemmaProcessor(images, GemmaTokenizer.from_pretrained(str(directory), local_files_only=True))
     for key in ("vocab_file", "is_local", "local_files_only"):  # how this call found the file
