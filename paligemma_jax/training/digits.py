@@ -104,7 +104,7 @@ def _place(rng: np.random.Generator, sizes: np.ndarray, canvas: tuple[int, int],
         ordered = np.abs(a[..., 1] + a[..., 3] - b[..., 1] - b[..., 3]) >= 0.08 * canvas[1]
         fits = (apart & ordered | ~placed[:, None, :k]).all(-1)
         boxes[:, k] = tries[np.arange(batch), fits.argmax(1)]
-        placed[:, k] = fits.any(axis=1)
+        placed[:, k] = np.any(fits, axis=1)
     return boxes, placed
 
 

@@ -57,9 +57,10 @@ def train_tokenizer(path: Path, pieces: int = 448) -> None:
 
     scenes = digits.compose(np.random.default_rng(0), digits.glyphs(held_out=False), 500)
     texts = [text for i in range(500) for task in digits.PROMPTS for text in digits.ask(scenes, i, task, 7)]
+    about: Any = load_digits()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text for text in texts if "<loc" not in text] + str(load_digits()["DESCR"]).splitlines()), model_writer=model,
+        sentence_iterator=iter([text for text in texts if "<loc" not in text] + about.DESCR.splitlines()), model_writer=model,
         model_type="bpe", vocab_size=pieces, byte_fallback=True, split_digits=True, user_defined_symbols=["<mask>", "\n"],
         character_coverage=1.0, normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
         pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>", bos_piece="<bos>", minloglevel=2,
@@ -156,7 +157,7 @@ def fit(loss: Callable, weights: Parameters, batches: Iterator[dict[str, np.ndar
     """Muon (arXiv:2502.16982) on the matrices of the layers, Adam on the rest; warm-up, cosine; the encoder's rate is `vision` times the others'."""
     rate = 2e-3
     schedule = optax.warmup_cosine_decay_schedule(0, rate, min(100, steps // 10), steps, 0.01 * rate)
-    rule = muon(schedule, consistent_rms=0.2, weight_decay=0.02, adam_b2=0.98, muon_weight_dimension_numbers=_matrices)
+    rule = muon(schedule, consistent_rms=0.2, weight_decay=0.02, adam_b2=0.98, muon_weight_dimension_numbers=_matrices)  # type: ignore[arg-type]
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), rule)
 
     @partial(jax.jit, donate_argnums=(0, 1))
