@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -90,8 +91,8 @@ def relayout(tensor: Tensor, source: str, target: str, sizes: dict[str, int]) ->
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
     """The first `rows` rows of a table; rows that it lacks are the mean of those it has.
 
-    The mean, so that a padding row can never have the largest logit, and as transformers does it (its `resize_token_embeddings` draws
-    from a normal distribution around the mean, of variance 1e-9 times that of the rows).
+    The mean, so that a padding row can never have the largest logit; transformers' own converter draws such rows from a narrow normal
+    distribution around it.
     """
     have, shape = tensor.shape[0], (rows, *tensor.shape[1:])
     if rows <= have:
@@ -137,20 +138,25 @@ class Job(NamedTuple):
 
 
 def write(jobs: Iterable[Job], progress: Progress) -> None:
-    """Does all jobs, a few at once: one block a thread is all that is in memory."""
+    """Does all jobs, several files at once, each in order (two threads in one file only wait for each other).
 
-    def one(job: Job) -> None:
-        with open(os.open(job.file, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
-            file.seek(job.offset)
-            for block in named(job.path, blocks(job.tensor, job.columns)):
-                rest = block.reshape(-1).view(np.uint8).data
-                while rest:
-                    rest = rest[file.write(rest) :]
-                progress(block.nbytes)
+    One block a thread is all that is in memory.
+    """
 
+    def one(file: Path, jobs: list[Job]) -> None:
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as opened:
+            for job in jobs:
+                opened.seek(job.offset)
+                for block in named(job.path, blocks(job.tensor, job.columns)):
+                    rest = block.reshape(-1).view(np.uint8).data
+                    while rest:
+                        rest = rest[opened.write(rest) :]
+                    progress(block.nbytes)
+
+    files = {file: list(of_file) for file, of_file in groupby(jobs, key=lambda job: job.file)}
     pool = ThreadPoolExecutor(THREADS)
     try:
-        for _ in pool.map(one, jobs):
+        for _ in pool.map(one, files.keys(), files.values()):
             pass
     finally:
         pool.shutdown(cancel_futures=True)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from convert.__main__ import main
+
 SMALL = {"vision": {"num_hidden_layers": 2}, "text": {"num_hidden_layers": 3}}
 
 
@@ -27,6 +29,16 @@ def logits(model, inputs) -> np.ndarray:
     """Our teacher-forced logits [B, T, V]."""
     call = jax.jit(lambda model, *arrays: model(*arrays))
     return np.asarray(call(model, inputs.tokens, inputs.images, inputs.valid, inputs.prefix))
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `python -m convert`, in this process."""
+    capsys.readouterr()
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return stop.code or 0, *capsys.readouterr()
+    return 0, *capsys.readouterr()
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import convert_sources as sources
 import hf_models
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import torch
 from hf_processor import save_processor, train_tokenizer
@@ -19,13 +17,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
 import paligemma_jax as pg
-from convert import convert, inspect, orbax, read
+from convert import convert, inspect, read
 from convert.big_vision import infer_config
 from convert.match import pieces, shapes
 from convert.table import BIG_VISION
 from paligemma_jax import checkpoint
 from paligemma_jax.model.config import PRESETS
-from paligemma_jax.model.layers import parameters, stack
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -152,51 +149,6 @@ def test_transformers_loads_the_result(source, tmp_path):
     assert index["metadata"]["total_size"] == sum(value.nbytes for part in found.values() for value in part.values())
     assert all(sum(value.nbytes for value in part.values()) <= 10**5 or len(part) == 1 for part in found.values())
     assert sorted(found)[0] == f"model-00001-of-{len(found):05}.safetensors"
-
-
-@pytest.mark.parametrize("to", ["jax", "huggingface", "big_vision"])
-def test_a_stacked_model_is_written_layer_by_layer(source, tmp_path, to):
-    """What training works on, a model whose layers are stacked: the same file as from the list."""
-    model = checkpoint.load_model(source)
-    checkpoint.save(tmp_path / "list", model, to=to)
-    model.vision.layers, model.decoder.layers = stack(model.vision.layers), stack(model.decoder.layers)
-    checkpoint.save(tmp_path / "stacked", model, to=to)
-    assert model.decoder.layers.attention.q.kernel.shape[0] == 3
-    found, expected = (read(tmp_path / name, read(source).config).tensors for name in ("stacked", "list"))
-    assert sources.same({path: t.read() for path, t in found.items()}, {path: t.read() for path, t in expected.items()})
-
-
-def test_orbax_reads_what_is_written(source, tmp_path):
-    convert(source, tmp_path / "jax", "jax")
-    with ocp.StandardCheckpointer() as orbax_checkpointer:
-        tree = orbax_checkpointer.restore(tmp_path / "jax" / "params")
-    for path, tensor in read(source).tensors.items():
-        leaf = tree
-        for key in path.split("/"):
-            leaf = leaf[key]
-        np.testing.assert_array_equal(leaf, tensor.read())
-
-
-@pytest.mark.parametrize("options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}])
-def test_what_orbax_writes_is_read(source, tmp_path, options):
-    """A checkpoint whose params/ Orbax saved itself, in any of its forms: read, converted, loaded."""
-    base = read(source).with_dtype("bfloat16")
-    tree: dict = {}
-    for path, tensor in base.tensors.items():
-        *folders, leaf = path.split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = jnp.asarray(tensor.load())
-    (tmp_path / "jax").mkdir()
-    with ocp.PyTreeCheckpointer(**options) as saver:
-        saver.save(tmp_path / "jax" / "params", tree)
-    orbax.describe(tmp_path / "jax", base)
-    convert(tmp_path / "jax", tmp_path / "hf", "huggingface", verify=True)
-    found = {path: tensor.read() for path, tensor in read(tmp_path / "hf").tensors.items()}
-    assert sources.same(found, {path: tensor.read() for path, tensor in base.tensors.items()})
-    model = parameters(checkpoint.load_model(tmp_path / "jax", "bfloat16"))
-    assert sources.same({path: np.asarray(value) for path, value in model.items()}, found)
 
 
 def test_dtype(source, tmp_path):
