@@ -32,11 +32,12 @@ class Einsum(nnx.Module):
         axes = dict(zip(operands.split(",")[1], shape))
         fan_in = math.prod(size for axis, size in axes.items() if axis not in result)
         self.equation = equation
+        self.contracted = sum(axis not in result for axis in axes)
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
         self.bias = nnx.Param(jnp.zeros([size for axis, size in axes.items() if axis in result])) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(x.dtype))
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.contracted)  # einsum would transpose NHD for each product
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
