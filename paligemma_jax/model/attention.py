@@ -41,11 +41,36 @@ def _attend(q, k, v, scale, softcap, mask):
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:  # before the mask
-        scores = jnp.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = jnp.where(prefix_lm_mask(*mask)[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights = _softmax(scores, softcap, None if mask is None else prefix_lm_mask(*mask)[:, None, None])
     if collects_attention():
         stage("weights", weights.reshape(B, N, T, -1))
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
+
+
+def attend_cached(q: Array, new: tuple[Array, Array], cached: tuple[Array, Array], slot: Array, *, scale, softcap, mask: tuple) -> Array:
+    """`attend` for one query a row, q [B, 1, N, H], over cached k, v [B, S, K, H] and its own [B, 1, K, H], whose place in the cache is `slot`.
+
+    Two things make it as fast as the cache can be read (XLA on a CPU, 4,400 slots: 4 times). Its own k and v are not in the cache yet:
+    to read what was just written makes XLA copy it. And k and v are read as they lie, [B, S, K*H], which a product by heads would
+    transpose: each query head has zeros in the place of the key heads that are not its own, and takes its own from what comes out.
+    """
+    (B, S, K, H), G = cached[0].shape, q.shape[2] // new[0].shape[2]
+    k, v = (a.reshape(B, S, K * H) for a in cached)
+    q = q.reshape(B, K, G, H)
+    wide = jnp.einsum("BKGH,KL->BKGLH", q, jnp.eye(K, dtype=q.dtype)).reshape(B, K * G, K * H)
+    scores = jnp.einsum("BNX,BSX->BNS", wide, k, preferred_element_type=jnp.float32)
+    own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32).reshape(B, K * G, 1)
+    scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
+    weights = _softmax(scores, softcap, prefix_lm_mask(*mask)).astype(v.dtype)
+    own = jax.lax.dynamic_slice_in_dim(weights, slot, 1, axis=2)
+    weights = jax.lax.dynamic_update_slice_in_dim(weights, jnp.zeros_like(own), slot, axis=2)
+    out = jnp.einsum("BNS,BSX->BNX", weights, v).reshape(B, K, G, K, H)
+    out = jnp.einsum("BKGKH->BKGH", out) + own.reshape(B, K, G, 1) * new[1].reshape(B, K, 1, H)
+    return out.reshape(B, 1, K * G, H)
+
+
+def _softmax(scores: Array, softcap: float | None, mask: Array | None) -> Array:
+    """Over the last axis; the softcap comes before the mask."""
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
+    return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, MASKED), axis=-1)

@@ -41,12 +41,19 @@ class KVCache:
         return replace(self, k=k, v=v, span=jax.tree.map(lambda a: a[order], self.span))
 
     def extend(self, position: Array) -> KVCache:
-        """One more valid slot at position int32[B]; its k and v are written by `update`."""
+        """One more valid slot at position int32[B]; its k and v are written by `write`."""
         new = Span(position[:, None], jnp.zeros_like(position, bool)[:, None], jnp.ones_like(position, bool)[:, None])
         span = jax.tree.map(lambda slots, one: jax.lax.dynamic_update_slice(slots, one, (0, self.length)), self.span, new)
         return replace(self, span=span, length=self.length + 1)
 
+    def write(self, k: Any, v: Any, after: Array) -> KVCache:
+        """With k and v of the last slot, as in the fields but of one token. `after` [B, 1, D]: what was computed from the cache before.
 
-def update(slots: Array, new: Array, start: Array) -> Array:
-    """`slots` [B, S, K, H] with `new` [B, 1, K, H] written at slot `start`."""
-    return jax.lax.dynamic_update_slice(slots, new, (0, start, 0, 0))
+        It is added times zero, so that the write has to wait for the reads: else XLA on a CPU copies the cache, to be able to do both at once.
+        """
+        wait, slot = 0 * after[:, :, :1, None], self.length - 1
+
+        def put(slots: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(slots, new + wait.astype(new.dtype), slot, axis=slots.ndim - 3)
+
+        return replace(self, k=jax.tree.map(put, self.k, k), v=jax.tree.map(put, self.v, v))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from paligemma_jax.model.attention import attend
-from paligemma_jax.model.cache import KVCache, update
+from paligemma_jax.model.attention import attend, attend_cached
+from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.config import DecoderConfig, Numerics
 from paligemma_jax.model.layers import Einsum, RMSNorm, fold, rope, scope, stage
 from paligemma_jax.model.masks import Span
@@ -26,20 +26,21 @@ class Attention(nnx.Module):
         self.o = Einsum("BTNH,NHD->BTD", (N, H, D), rngs=rngs)
 
     def __call__(self, x: Array, queries: Span, window: Array | int, cache: tuple | None) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, T, D] -> the same shape, and the keys and values that the queries may look at.
+        """x [B, T, D] -> the same shape, and the keys and values of these tokens.
 
-        cache: None (they look at each other), or (k, v, keys: Span, slot) of earlier tokens, to which the new ones are added at `slot`.
+        cache: None (they look at each other), or (k, v, keys: Span, slot) of earlier tokens, among which the one new one belongs at `slot`.
         """
         config, scale = self.config, self.config.query_pre_attn_scalar**-0.5
         turn = lambda x: rope(x, queries.positions, config.rope_theta)
         q, k, v = turn(self.q(x)), turn(self.k(x)), self.v(x)
         if self.numerics.scale_query:
             q, scale = q * scale, 1.0
-        keys = queries
-        if cache is not None:
+        options = dict(scale=scale, softcap=config.attn_logit_softcapping)
+        if cache is None:
+            out = attend(q, k, v, **options, mask=(queries, queries, window))
+        else:
             cached_k, cached_v, keys, slot = cache
-            k, v = update(cached_k, k, slot), update(cached_v, v, slot)
-        out = attend(q, k, v, scale=scale, softcap=config.attn_logit_softcapping, mask=(queries, keys, window))
+            out = attend_cached(q, (k, v), (cached_k, cached_v), slot, **options, mask=(queries, keys, window))
         return self.o(out), (k, v)
 
 
@@ -100,7 +101,7 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: Array, queries: Span, cache: KVCache | None = None) -> tuple[Array, Any, Any]:
-        """Embeddings [B, T, D] -> the last layer's, normalised, and every layer's k and v (see `KVCache`).
+        """Embeddings [B, T, D] -> the last layer's, normalised, and every layer's k and v of these tokens (see `KVCache`).
 
         Without a cache the tokens look at each other. With one (T = 1, its span already extended by this token) they look at its slots.
         """

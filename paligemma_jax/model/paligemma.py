@@ -78,4 +78,4 @@ class PaliGemma(nnx.Module):
         cache = cache.extend(position)
         query = Span(position[:, None], jnp.zeros_like(token, bool)[:, None], jnp.ones_like(token, bool)[:, None])
         x, k, v = self.decoder(self.embed(token[:, None], None), query, cache)
-        return self.decoder.logits(x[:, 0], self.config.profile.capped_decode), KVCache(k, v, cache.span, cache.length)
+        return self.decoder.logits(x[:, 0], self.config.profile.capped_decode), cache.write(k, v, after=x)
