@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from itertools import islice
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,6 +15,11 @@ Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
+BenchDtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: float32 on a CPU, else bfloat16)")]
+Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
+Chart = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def generate(
@@ -72,7 +77,49 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-COMMANDS = {"generate": generate}
+def bench(
+    model: Names = ("tiny",),
+    batch: Numbers = (1,),
+    prompt: Numbers = (32,),
+    new: int = 64,
+    layers: tuple[Literal["list", "stack"], ...] = ("list",),
+    cached: Numbers = (),
+    against: tuple[Literal["transformers", "transformers-compile"], ...] = (),
+    dtype: BenchDtype = None,
+    depth: Depth = None,
+    repeats: int = 5,
+    chart: Chart = None,
+    json: bool = False,
+) -> None:
+    """Measure speed against what the machine can do, and against transformers.
+
+    Example: paligemma-jax bench --model 3b-224 --batch 1 8 --dtype bfloat16
+
+    Args:
+        model: A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, ...) or "small" with random weights, or a checkpoint as for generate.
+        batch: Rows at a time.
+        prompt: Text tokens after those of the image (256 at 224 pixels).
+        new: Tokens to generate.
+        layers: How the layers are held: list (compiled one by one) or stack (compiled once, looped over).
+        cached: Decode also with so many tokens in the cache, to see what each costs.
+        against: transformers, transformers-compile (with torch.compile): the same weights, dtype and inputs, in turn.
+        dtype: float32, bfloat16 or float16.
+        depth: Only so many layers in each tower, at full width, where both models would not fit into memory.
+        repeats: Runs after the first, which warms up.
+        chart: Draw tokens/s to this file, as in speed.png.
+        json: Print one JSON object instead of the table; times in seconds.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
+    from paligemma_jax import bench_report
+    from paligemma_jax.bench import Plan, run
+
+    report = run(Plan(model, batch, prompt, new, layers, cached, against, dtype, depth, repeats))
+    print(_json(report) if json else bench_report.table(report))
+    if chart:
+        bench_report.chart(report, chart)
+
+
+COMMANDS = {"generate": generate, "bench": bench}
 
 
 def main() -> None:

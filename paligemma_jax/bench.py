@@ -1,0 +1,223 @@
+"""The measuring instrument: prefill and decoding against what the machine can do, and against transformers.
+
+The table of the published sizes on an accelerator, one process a model so that each has the memory to itself:
+
+    for model in 3b-224 10b-224 28b-224; do
+        paligemma-jax bench --model $model --dtype bfloat16 --batch 1 8 --layers list stack --against transformers transformers-compile \
+            --cached 300 4400 --json > $model.json
+    done
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+from paligemma_jax.inference import generate
+from paligemma_jax.inference.generate import Request, State
+from paligemma_jax.inference.sampling import Greedy
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.scaling.cost import decode_bytes, prefill_flops
+from paligemma_jax.synthetic import load, make_inputs, stacked
+
+Clocked = Callable[[], tuple[float, float]]  # runs once: seconds to the first token, and from there to the last
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: every combination of model, layers, batch and prompt."""
+
+    model: tuple[str, ...] = ("tiny",)
+    batch: tuple[int, ...] = (1,)
+    prompt: tuple[int, ...] = (32,)  # text tokens after those of the image
+    new: int = 64
+    layers: tuple[str, ...] = ("list",)
+    cached: tuple[int, ...] = ()
+    against: tuple[str, ...] = ()
+    dtype: str | None = None
+    depth: int | None = None
+    repeats: int = 5
+
+    def __post_init__(self):
+        if min(*self.batch, *self.prompt, *self.cached, self.depth or 1, self.repeats) < 1 or self.new < 2:
+            raise ValueError("bench counts from 1: --batch, --prompt, --cached, --depth and --repeats are at least 1, --new at least 2")
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Measures; returns {"machine": ..., "rows": [...], "cached": [...]}, all of it plain numbers, times in seconds."""
+    dtype = plan.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    report: dict[str, Any] = {"machine": measure_machine(dtype), "rows": [], "cached": []}
+    steps = len(plan.model) * len(plan.layers) * len(plan.batch) * (len(plan.prompt) + len(plan.cached))
+    with tqdm(total=steps, disable=None, unit="case") as bar:
+        for name in plan.model:
+            for key, row in _measure_model(name, dtype, plan):
+                machine = report["machine"]
+                row["bandwidth_share"] = row.pop("bytes_s") / machine["copy_bytes_s"]
+                if "flops_s" in row:
+                    row["matrix_share"] = row.pop("flops_s") / machine["matrix_flops_s"]
+                report[key].append(row)
+                bar.update(row["by"] == "paligemma-jax")
+            gc.collect()
+    report["machine"]["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+def _measure_model(name: str, dtype: str, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    start = time.perf_counter()
+    model = jax.block_until_ready(load(name, dtype, plan.depth))
+    load_s, theirs = time.perf_counter() - start, None
+    if plan.against:
+        from paligemma_jax.reference import transformers_model
+
+        theirs = transformers_model(model)
+    for form in sorted(set(plan.layers)):  # the list first: stacking uses it up
+        model = stacked(model) if form == "stack" else model
+        about = {"model": name, "layers": form, "dtype": dtype, "load_s": load_s}
+        for batch in plan.batch:
+            for prompt in plan.prompt:
+                for row in _measure(model, theirs, make_inputs(model.config, batch, prompt), plan):
+                    yield "rows", about | row
+            for row in _measure_cached(model, batch, plan):
+                yield "cached", about | row
+
+
+def _measure(model: PaliGemma, theirs: Any, inputs: Inputs, plan: Plan) -> Iterator[dict[str, Any]]:
+    """One row for this model and one for each that it is measured against, run in turn."""
+    ours, compile_s, memory = compile_programs(model, inputs, plan.new)
+    contenders: dict[str, Clocked] = {"paligemma-jax": ours}
+    for name in plan.against:
+        from paligemma_jax.reference import generator
+
+        contenders[name] = generator(theirs, inputs, plan.new, compiled=name.endswith("compile"))
+    times = alternate(contenders, plan.repeats)
+    (rows, tokens), config = inputs.tokens.shape, model.config
+    itemsize = np.dtype(jnp.dtype(config.dtype)).itemsize
+    traffic = (plan.new - 1) * decode_bytes(config, tokens + plan.new // 2, rows, itemsize)
+    for name, (first, rest) in times.items():
+        row = {"by": name, "batch": rows, "prompt_tokens": tokens, "new_tokens": plan.new, "first_token_s": spread(first)}
+        row["prefill_tokens_s"], row["flops_s"] = spread(rows * tokens / first), rows * prefill_flops(config, tokens) / median(first)
+        row["decode_tokens_s"], row["bytes_s"] = spread(rows * (plan.new - 1) / rest), traffic / median(rest)
+        if name == "paligemma-jax":
+            row |= {"compile_s": compile_s, "memory_bytes": memory}
+        else:  # how many times faster this model is: of each repeat, so that a noisy neighbour hurts both alike
+            row["slower"] = {"prefill": median(first / times["paligemma-jax"][0]), "decode": median(rest / times["paligemma-jax"][1])}
+        yield row
+
+
+def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Clocked, dict[str, float], int]:
+    """The three programs of generation, run one after the other; what compiling each took; the memory of the largest in bytes."""
+    rows, tokens = inputs.tokens.shape
+    request, limit, seconds = generate.make_request(model, rows, min_new_tokens=new), jnp.int32(new), {}
+    programs: dict[str, Any] = {}
+
+    def build(name: str, function: Any, *args: Any, **static: Any) -> Any:
+        start = time.perf_counter()
+        programs[name] = function.lower(*args, **static).compile()
+        seconds[name] = time.perf_counter() - start
+        return jax.eval_shape(partial(function, **static), *args)
+
+    features = build("encode", generate.encode_images, model, inputs.images)
+    state = build("prefill", generate.prefill, model, inputs, features, request, slots=tokens + new, sampler=Greedy())
+    build("decode", generate.decode, model, state, request, limit, size=new - 1, sampler=Greedy())
+
+    def once() -> tuple[float, float]:
+        start = time.perf_counter()
+        state = programs["prefill"](model, inputs, programs["encode"](model, inputs.images), request)
+        np.asarray(state.token)
+        first = time.perf_counter()
+        _, _, state = programs["decode"](model, state, request, limit)
+        assert state.step == new
+        return first - start, time.perf_counter() - first
+
+    return once, seconds, max(memory_bytes(program) for program in programs.values())
+
+
+def memory_bytes(program: Any) -> int:
+    """The peak of the device so far, where it counts that; else the arguments, results and temporaries of a compiled program."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
+    sizes = program.memory_analysis()
+    whole = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+    return whole - sizes.alias_size_in_bytes
+
+
+def _measure_cached(model: PaliGemma, rows: int, plan: Plan) -> Iterator[dict[str, Any]]:
+    """Decoding with so many tokens in the cache; the cache is made up, since prefilling thousands of tokens would take longer than all else."""
+    request, limit = generate.make_request(model, rows, min_new_tokens=plan.new), jnp.int32(plan.new)
+    contenders = {str(cached): _cached(model, rows, cached, plan.new, request, limit) for cached in plan.cached}
+    times = alternate(contenders, plan.repeats)
+    for cached, (_, rest) in zip(plan.cached, times.values()):
+        traffic = decode_bytes(model.config, cached + plan.new // 2, rows, np.dtype(jnp.dtype(model.config.dtype)).itemsize)
+        row = {"by": "paligemma-jax", "batch": rows, "cached_tokens": cached, "step_s": spread(rest / (plan.new - 1)), "step_bytes": traffic}
+        yield row | {"bytes_s": traffic * (plan.new - 1) / median(rest)}
+
+
+def _cached(model: PaliGemma, rows: int, cached: int, new: int, request: Request, limit: Array) -> Clocked:
+    yes = jax.ShapeDtypeStruct((rows, cached), jnp.bool_)
+    inputs = Inputs(jax.ShapeDtypeStruct(yes.shape, jnp.int32), (), yes, yes, yes)
+    state = jax.eval_shape(partial(generate.prefill, slots=cached + new, sampler=Greedy()), model, inputs, None, request)
+    program = generate.decode.lower(model, state, request, limit, size=new - 1, sampler=Greedy()).compile()
+
+    def once() -> tuple[float, float]:
+        begin = jax.block_until_ready(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state))
+        begin = jax.block_until_ready(_filled(begin, cached))
+        start = time.perf_counter()
+        jax.block_until_ready(program(model, begin, request, limit))
+        return 0.0, time.perf_counter() - start
+
+    return once
+
+
+def _filled(state: State, cached: int) -> State:
+    """`state` as after a prefill of `cached` tokens."""
+    slots = jnp.broadcast_to(jnp.arange(state.cache.span.valid.shape[1]), state.cache.span.valid.shape)
+    span = replace(state.cache.span, positions=slots + 1, prefix=slots < cached, valid=slots < cached)
+    return replace(state, step=jnp.int32(1), cache=replace(state.cache, span=span, length=jnp.int32(cached)))
+
+
+def alternate(contenders: dict[str, Clocked], repeats: int) -> dict[str, np.ndarray]:
+    """Every contender once to warm up, then all in turn: name -> seconds [2, repeats]."""
+    for once in contenders.values():
+        once()
+    times = [[once() for once in contenders.values()] for _ in range(repeats)]
+    return {name: np.array([turn[i] for turn in times]).T for i, name in enumerate(contenders)}
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(values)), "min": float(values.min()), "max": float(values.max())}
+
+
+def measure_machine(dtype: str) -> dict[str, Any]:
+    """Bytes per second of a big copy (read and written ones), and FLOP per second of a big square product, best of a few."""
+    device = jax.local_devices()[0]
+    cpu = device.platform == "cpu"
+    copied, side = jnp.ones(2**26 if cpu else 2**29, jnp.float32), 2048 if cpu else 8192
+    matrix = jnp.ones((side, side), dtype)
+    copy_s = _best(jax.jit(lambda x: x + 1), copied)
+    product_s = _best(jax.jit(lambda x: x @ x), matrix)
+    about = {"device": device.device_kind, "platform": device.platform, "cores": os.cpu_count(), "dtype": dtype, "jax": jax.__version__}
+    return about | {"copy_bytes_s": 2 * copied.nbytes / copy_s, "matrix_flops_s": 2 * side**3 / product_s}
+
+
+def _best(function: Callable, x: Array, repeats: int = 8) -> float:
+    jax.block_until_ready(function(x))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(x))
+        times.append(time.perf_counter() - start)
+    return min(times)

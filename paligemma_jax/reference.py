@@ -1,0 +1,91 @@
+"""The same model in transformers: to measure against, with the same weights in the same dtype."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from convert.config import write_config
+from convert.huggingface import canonical
+from convert.match import pieces
+from convert.table import HUGGINGFACE
+from convert.tensor import loaded
+from paligemma_jax.model.layers import parameters
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+
+
+def transformers_model(model: PaliGemma) -> Any:
+    """A PaliGemmaForConditionalGeneration with the parameters of `model` (layers as a list), copied one tensor at a time.
+
+    On the GPU if torch sees one. Eager attention: transformers' default for Gemma 2, which alone has its softcap.
+    """
+    try:
+        import torch
+        from transformers import CONFIG_MAPPING, PaliGemmaForConditionalGeneration
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        raise ValueError("to measure against transformers, install the extra: pip install 'paligemma-jax[test]'") from None
+    torch.set_num_threads(os.cpu_count() or 1)
+    values = parameters(model)
+    dtype = values["decoder/embedder/table"].dtype.name
+    config = write_config(model.config, dtype)
+    config = CONFIG_MAPPING["paligemma"].from_dict(config, attn_implementation="eager")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), no_init_weights():
+        copy = PaliGemmaForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    copy.tie_weights()
+    of = {piece.key: piece for piece in pieces(HUGGINGFACE[model.config.decoder.model_type], model.config)}
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            piece = of.pop(canonical(name))
+            parameter.copy_(_torch(piece.there(loaded(values[piece.path])).load()))
+    assert not of, f"transformers has no {', '.join(of)}"
+    return copy
+
+
+def generator(model: Any, inputs: Inputs, new: int, compiled: bool = False) -> Callable[[], tuple[float, float]]:
+    """A function that generates `new` greedy tokens for every row: seconds until the first one, and from there to the last.
+
+    compiled: with torch.compile and the static cache that it needs.
+    """
+    import torch
+    from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if len(times) in (1, new):
+                input_ids.cpu()  # waits for the device
+            times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    times: list[float] = []
+    options: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=StoppingCriteriaList([Clock()]))
+    if compiled:
+        options["cache_implementation"] = "static"
+        options["compile_config"] = CompileConfig(fullgraph=False)
+        options["compile_config"]._compile_all_devices = True
+
+    def run() -> tuple[float, float]:
+        times[:] = [time.perf_counter()]
+        with torch.no_grad():
+            tokens = model.generate(**{name: array.to(model.device) for name, array in batch.items()}, **options)
+        assert tokens.shape[1] == inputs.tokens.shape[1] + new
+        return times[1] - times[0], times[-1] - times[1]
+
+    batch = {
+        "input_ids": torch.from_numpy(inputs.tokens).long(),
+        "pixel_values": torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy()).to(model.dtype),
+        "attention_mask": torch.from_numpy(inputs.valid).long(),
+        "token_type_ids": torch.from_numpy(inputs.targets).long(),
+    }
+    return run
+
+
+def _torch(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)

@@ -1,0 +1,82 @@
+"""Models and inputs without files: random weights for any preset, made where they are used; random images and ids."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from convert.layout import shape
+from convert.match import pieces
+from convert.table import HUGGINGFACE
+from paligemma_jax import checkpoint
+from paligemma_jax.model.config import PRESETS, DecoderConfig, PaliGemmaConfig, VisionConfig
+from paligemma_jax.model.layers import parameters, stack, with_parameters
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+
+SMALL = PaliGemmaConfig(
+    VisionConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024),
+    DecoderConfig(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=1024,
+        vocab_size=16384, query_pre_attn_scalar=64,
+    ),
+    image_token_id=16000,
+)  # fmt: skip
+RANDOM = {name: config for name, config in PRESETS.items() if name != "tiny"} | {"small": SMALL}
+
+
+def load(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
+    """A model of random weights for a preset name or "small", else that of a checkpoint; `depth`: with that many layers in each tower."""
+    if name not in RANDOM:
+        if depth:
+            raise ValueError(f"--depth is for random weights; {name} is a checkpoint")
+        return checkpoint.load_model(checkpoint.resolve(name), dtype)
+    config = replace(RANDOM[name], dtype=dtype)
+    if depth:
+        towers = {tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")}
+        config = replace(config, **towers)
+    return random_model(config)
+
+
+def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
+    """Weights from N(0, 1/fan_in), norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start."""
+    keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
+    sizes = {piece.path: shape(piece.layout, piece.sizes) for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
+    model = checkpoint.abstract(config)
+    shapes = {path: leaf.shape for path, leaf in parameters(model).items()}
+
+    def make(path: str) -> Array:
+        if len(sizes[path]) > 1:
+            return _normal(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
+        return jnp.full(shapes[path], path.startswith("vision") and path.endswith("scale"), config.dtype)
+
+    return with_parameters(model, make)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: Array, std: float, shape: tuple[int, ...], dtype: str) -> Array:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
+
+
+def stacked(model: PaliGemma) -> PaliGemma:
+    """The model with stacked layers; the arrays of the list are deleted."""
+    for tower in (model.vision, model.decoder):
+        layers, tower.layers = tower.layers, jax.block_until_ready(stack(tower.layers))
+        jax.tree.map(lambda array: array.delete(), layers)
+    return model
+
+
+def make_inputs(config: PaliGemmaConfig, batch: int, prompt: int, seed: int = 0) -> Inputs:
+    """`batch` rows of one random image and `prompt` random text tokens."""
+    rng, size = np.random.default_rng(seed), config.vision.image_size
+    text = rng.integers(2, min(config.image_token_id, config.decoder.vocab_size), (batch, prompt))
+    tokens = np.concatenate([np.full((batch, config.vision.num_patches), config.image_token_id), text], axis=1).astype(np.int32)
+    images = rng.uniform(-1, 1, (batch, size, size, 3)).astype(np.float32)
+    yes = np.ones_like(tokens, bool)
+    return Inputs(tokens, images, yes, yes, ~yes)
