@@ -66,8 +66,9 @@ def generator(model: Any, inputs: Inputs, new: int, compiled: bool = False) -> C
     options: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, stopping_criteria=StoppingCriteriaList([Clock()]))
     if compiled:
         options["cache_implementation"] = "static"
-        options["compile_config"] = CompileConfig(fullgraph=False)
-        options["compile_config"]._compile_all_devices = True
+        settings: Any = CompileConfig(fullgraph=False)
+        settings._compile_all_devices = True
+        options["compile_config"] = settings
 
     def run() -> tuple[float, float]:
         times[:] = [time.perf_counter()]
