@@ -86,7 +86,7 @@ def chart(report: dict[str, Any], path: str) -> None:
             error = [[m - v["min"] for m, v in zip(middle, values)], [v["max"] - m for m, v in zip(middle, values)]]
             places = [cases.index(case(row)) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for row in mine]
             bars = axes.bar(places, middle, 0.75 / len(names), yerr=error, label=name, capsize=3, color=f"C{i}")
-            axes.bar_label(bars, [f"{m:.3g}" for m in middle], padding=2, fontsize=8)
+            axes.bar_label(bars, [f"{m:,.0f}" if m >= 100 else f"{m:.3g}" for m in middle], padding=2, fontsize=8)
         axes.set(title=phase, ylabel="tokens/s", xticks=range(len(cases)), xticklabels=cases)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
