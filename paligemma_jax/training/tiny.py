@@ -4,6 +4,10 @@
 
 It first teaches the image encoder alone, patch by patch, to say which digit it sees, where and how it looks (a throw-away linear probe), on
 scenes that grow from tidy to varied; then the whole model to answer in words.
+
+The shipped files come from the defaults: 5,000 and 3,500 steps, 80,000 and 28,000 scenes. On two CPU cores that had several times as much other
+work to do it took 19 + 51 minutes; at the best rates seen meanwhile, 8 and 2.7 steps a second, it is 32. It printed, for 500 held-out scenes a task:
+caption 97.0 % exact, ocr 97.2 %, count 100 %; detect: 97.9 % of the boxes found (IoU >= 0.5), 1.5 % of the answered boxes spurious.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -214,8 +217,8 @@ def evaluate(predictor: Predictor, n: int) -> dict[str, dict[str, float]]:
 # The files
 
 
-def photo(seed: int) -> Image.Image:
-    """640 x 480 pixels, four held-out digits: not square, not of the size that the model was trained on."""
+def photo(seed: int = 6) -> Image.Image:
+    """`assets/digits.jpg`: 640 x 480 pixels, four held-out digits; not square, not of the size that the model was trained on."""
     source = digits.glyphs(held_out=True, size=96, gain=3)
     return Image.fromarray(digits.compose(np.random.default_rng(seed), source, 1, (480, 640), count=4).images[0])
 
@@ -242,11 +245,10 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=5000)
     parser.add_argument("--answer-steps", type=int, default=3500)
     args = parser.parse_args()
+    config = PaliGemmaConfig.preset("tiny")
     train_tokenizer(args.output / "tokenizer.model")
-    tokenizer = Tokenizer(args.output / "tokenizer.model")
-    tiny = PaliGemmaConfig.preset("tiny")
-    rows = -(-tokenizer.vocab_size // 64) * 64
-    config = replace(tiny, image_token_id=tokenizer.image_id, decoder=replace(tiny.decoder, vocab_size=rows, intermediate_size=256))
+    tokenizer = Tokenizer(args.output / "tokenizer.model", config.image_token_id)
+    photo().save(args.output / "digits.jpg", quality=92)
     write(args.output, config, train(tokenizer, config, args.vision_steps, args.answer_steps))
     for task, scores in evaluate(load(args.output), 500).items():
         print(task, {name: round(value, 4) for name, value in scores.items()})
