@@ -21,8 +21,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 HERE = Path(__file__).parent
 WITHOUT_TORCH = importlib.util.find_spec("torch") is None
-NEEDS_TORCH = re.compile(r"^ *(import|from) (torch|transformers|hf_\w+|test_sharp)", re.MULTILINE)
-collect_ignore = [file.name for file in HERE.glob("test_*.py") if WITHOUT_TORCH and NEEDS_TORCH.search(file.read_text())]
+
+
+def _needs_torch(file: Path) -> bool:
+    """Does it import torch or transformers at its top, itself or through another file of this directory?"""
+    names = re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
+    return any(name in ("torch", "transformers") or ((HERE / f"{name}.py").exists() and _needs_torch(HERE / f"{name}.py")) for name in names)
+
+
+collect_ignore = [file.name for file in HERE.glob("test_*.py") if WITHOUT_TORCH and _needs_torch(file)]
 
 
 def pytest_report_header() -> str:
