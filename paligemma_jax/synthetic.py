@@ -45,7 +45,7 @@ def load(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
 
 
 def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
-    """Weights from N(0, 1/fan_in), norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start."""
+    """Weights of variance 1/fan_in, norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start."""
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
     sizes = {piece.path: shape(piece.layout, piece.sizes) for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
     model = checkpoint.abstract(config)
@@ -53,15 +53,16 @@ def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
 
     def make(path: str) -> Array:
         if len(sizes[path]) > 1:
-            return _normal(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
+            return _uniform(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
         return jnp.full(shapes[path], path.startswith("vision") and path.endswith("scale"), config.dtype)
 
     return with_parameters(model, make)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
-def _normal(key: Array, std: float, shape: tuple[int, ...], dtype: str) -> Array:
-    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
+def _uniform(key: Array, std: float, shape: tuple[int, ...], dtype: str) -> Array:
+    """Of this standard deviation; a third of the time that a normal distribution takes."""
+    return jax.random.uniform(key, shape, dtype, -1, 1) * jnp.asarray(3**0.5 * std, dtype)
 
 
 def stacked(model: PaliGemma) -> PaliGemma:

@@ -55,7 +55,7 @@ def test_flops():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_random_model(dtype):
-    """The published shapes, N(0, 1 / fan_in), the asked dtype, finite logits that are not all alike."""
+    """The published shapes, a variance of 1 / fan_in, the asked dtype, finite logits that are not all alike."""
     model = synthetic.random_model(replace(CONFIG, dtype=dtype))
     found, expected = parameters(model), parameters(checkpoint.abstract(CONFIG))
     assert {path: (a.shape, a.dtype.name) for path, a in found.items()} == {path: (a.shape, dtype) for path, a in expected.items()}
