@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hf_models import hf_inputs, random_inputs
 from test_sharp import replace_config
+from transformers import GenerationConfig
 
 from paligemma_jax.inference import generate, scoring
 from paligemma_jax.inference.sampling import Beam, BestOf, Sample
@@ -131,3 +133,23 @@ def test_score_never_makes_the_logits(random_checkpoint):
     np.testing.assert_allclose(narrow, wide, atol=1e-5)
     exact = jax.grad(lambda x: jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(x, True)), tokens[..., None], -1).sum())(x)
     np.testing.assert_allclose(narrow, exact, atol=1e-5)
+
+
+def test_fifty_random_filters(random_checkpoint):
+    """Random settings, random logits of random sharpness, random prompts: the filtered logits of transformers' chain of processors."""
+    reference, _, model = random_checkpoint("pg2", 5)
+    rng = np.random.default_rng(0)
+    for case in range(50):
+        chances = {
+            "temperature": float(rng.uniform(0.2, 2)), "top_k": int(rng.integers(1, 60)), "top_p": float(rng.uniform(0.05, 0.99)),
+            "min_p": float(rng.uniform(0.001, 0.3)), "repetition_penalty": float(rng.uniform(0.8, 2)),
+        }  # fmt: skip
+        settings = {name: value for name, value in chances.items() if rng.random() < 0.6}
+        logits = (rng.normal(size=(1, model.config.decoder.vocab_size)) * rng.uniform(1, 6)).astype(np.float32)
+        inputs = random_inputs(reference, ((1, int(rng.integers(1, 20)), 0),), case)
+        config = GenerationConfig(do_sample=True, **{"top_k": None} | settings)
+        processors = reference._get_logits_processor(config, input_ids_seq_length=inputs.tokens.shape[1])
+        expected = processors(torch.tensor(inputs.tokens).long(), torch.tensor(logits)).numpy()
+        found = np.asarray(Sample(**settings).filter(jnp.asarray(logits), generate.seen_ids(model, inputs)))
+        np.testing.assert_array_equal(np.isinf(found), np.isinf(expected), err_msg=str(settings))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(settings))
