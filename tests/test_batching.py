@@ -145,6 +145,8 @@ def test_wrong_requests(tiny):
         ("pass bool", dict(allowed=np.ones(7, bool))),
         ("allows no token", dict(allowed=np.arange(1664) >= 1601)),
         ("2 seeds for 1", dict(seeds=[1, 2])),
+        ("stop is ''", dict(stop="")),
+        ("stop is .'3', 4", dict(stop=["3", 4])),
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.generate(PHOTO, "ocr", **options)

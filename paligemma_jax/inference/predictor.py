@@ -86,7 +86,7 @@ class Predictor:
         rows = self.processor.rows(images, prompts)
         self._check_room(rows, max_new_tokens, batch_size)
         chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = _stops(stop)
         halt = self._halt(stops) if stops and isinstance(sampler, Sampler) else None
         new = round_up(max_new_tokens)
 
@@ -107,7 +107,7 @@ class Predictor:
         """
         rows = self.processor.rows([image] if isinstance(image, list | tuple) and "<image>" not in prompt else image, prompt)
         self._check_room(rows, max_new_tokens, 1)
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = _stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
         inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
         request = generate.make_request(self.model, 1, [seed], self._allowed(None, 1))
@@ -188,6 +188,13 @@ class Predictor:
         length = int(ended.argmax()) + 1 if ended.any() else len(tokens)
         text = _cut(self.processor.decode(tokens[:length].tolist()), stops)
         return Answer(text, tokens[:length].tolist(), log_probabilities[:length].tolist(), float(score))
+
+
+def _stops(stop: Texts) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop is {stop!r}: pass a text that is not empty, or a list of such")
+    return stops
 
 
 def _cut(text: str, stops: list[str]) -> str:
