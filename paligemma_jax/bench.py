@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from paligemma_jax.checkpoint import DTYPES
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.generate import Request, State
 from paligemma_jax.inference.sampling import Greedy
@@ -53,6 +54,8 @@ class Plan:
     repeats: int = 5
 
     def __post_init__(self):
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
         if min(*self.batch, *self.prompt, *self.cached, self.depth or 1, self.repeats) < 1 or self.new < 2:
             raise ValueError("bench counts from 1: --batch, --prompt, --cached, --depth and --repeats are at least 1, --new at least 2")
 

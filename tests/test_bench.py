@@ -145,3 +145,8 @@ def test_decoding_copies_neither_cache_nor_weights(rows):
 def _row(tokens):
     yes = jnp.ones((1, tokens), bool)
     return jnp.ones((1, tokens), jnp.int32), None, yes, yes
+
+
+def test_an_unknown_dtype_is_told(command):
+    code, _, error = command("bench", "--dtype", "int3")
+    assert code == 2 and error == "paligemma-jax: unknown dtype 'int3'; there are float32, bfloat16, float16\n"
