@@ -20,10 +20,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q = Einsum("BTD,DNH->BTNH", (D, N, H), rngs=rngs)
-        self.k = Einsum("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.v = Einsum("BTD,DKH->BTKH", (D, K, H), rngs=rngs)
-        self.o = Einsum("BTNH,NHD->BTD", (N, H, D), rngs=rngs)
+        self.q = Einsum("BTD,NHD->BTNH", (N, H, D), rngs=rngs)
+        self.k = Einsum("BTD,KHD->BTKH", (K, H, D), rngs=rngs)
+        self.v = Einsum("BTD,KHD->BTKH", (K, H, D), rngs=rngs)
+        self.o = Einsum("BTNH,DNH->BTD", (D, N, H), rngs=rngs)
 
     def __call__(self, x: Array, queries: Span, window: Array | int, cache: tuple | None) -> tuple[Array, tuple[Array, Array]]:
         """x [B, T, D] -> the same shape, and the keys and values of these tokens.
@@ -47,9 +47,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate = Einsum("BTD,DF->BTF", (D, F), rngs=rngs)
-        self.up = Einsum("BTD,DF->BTF", (D, F), rngs=rngs)
-        self.down = Einsum("BTF,FD->BTD", (F, D), rngs=rngs)
+        self.gate = Einsum("BTD,FD->BTF", (F, D), rngs=rngs)
+        self.up = Einsum("BTD,FD->BTF", (F, D), rngs=rngs)
+        self.down = Einsum("BTF,DF->BTD", (D, F), rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
@@ -119,23 +119,27 @@ class Decoder(nnx.Module):
         """[..., D] -> float32[..., V], with the final softcap if the config has one and `capped`."""
         return self._cap(self.embedder.decode(x), capped)
 
-    def log_probabilities(self, x: Array, tokens: Array, capped: bool, chunk: int = 2**15) -> Array:
+    def log_probabilities(self, x: Array, tokens: Array, capped: bool, smoothing: float = 0.0, chunk: int = 2**15) -> Array:
         """[..., D] and int32[...] -> float32[...], the log-probability of each token.
 
+        With `smoothing`, that part of it is the mean of the whole vocabulary's (torch's `label_smoothing`).
         The vocabulary goes by in chunks, so that [..., V] never exists, forward or backward, and the table is read once.
         """
         V = self.config.vocab_size
         chunk = min(chunk, V)
 
         @jax.checkpoint
-        def one(total: Array, start: Array) -> tuple[Array, None]:
+        def one(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
             begin = jnp.minimum(start, V - chunk)  # the last chunk overlaps the one before: those columns do not count again
             logits = self._cap(self.embedder.decode(x, begin, chunk), capped)
-            logits = jnp.where(begin + jnp.arange(chunk) >= start, logits, -jnp.inf)
-            return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1)), None
+            new = begin + jnp.arange(chunk) >= start
+            total = jnp.logaddexp(carry[0], jax.nn.logsumexp(jnp.where(new, logits, -jnp.inf), axis=-1))
+            return (total, carry[1] + jnp.where(new, logits, 0).sum(axis=-1) if smoothing else carry[1]), None
 
-        total, _ = jax.lax.scan(one, jnp.full(tokens.shape, -jnp.inf), jnp.arange(0, V, chunk))
-        return self._cap(self.embedder.decode_at(x, tokens), capped) - total
+        none = jnp.zeros(tokens.shape, jnp.float32)
+        (total, summed), _ = jax.lax.scan(one, (none - jnp.inf, none), jnp.arange(0, V, chunk))
+        chosen = self._cap(self.embedder.decode_at(x, tokens), capped)
+        return (1 - smoothing) * chosen + smoothing / V * summed - total
 
     def _cap(self, logits: Array, capped: bool) -> Array:
         cap = self.config.final_logit_softcapping

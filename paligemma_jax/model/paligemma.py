@@ -26,7 +26,7 @@ class PaliGemma(nnx.Module):
     def __init__(self, config: PaliGemmaConfig, rngs: nnx.Rngs):
         self.config = config
         self.vision = Vision(config.vision, rngs)
-        self.projector = Einsum("MPW,WD->MPD", (config.vision.hidden_size, config.decoder.hidden_size), bias=True, rngs=rngs)
+        self.projector = Einsum("MPW,DW->MPD", (config.decoder.hidden_size, config.vision.hidden_size), bias=True, rngs=rngs)
         self.decoder = Decoder(config.decoder, config.profile, rngs)
 
     def encode_images(self, images: Array) -> Array:
@@ -52,7 +52,10 @@ class PaliGemma(nnx.Module):
 
     def hidden(self, tokens: Array, images: Array | None, valid: Array, prefix: Array) -> Array:
         """The decoder's normalised output [B, T, D]: `decoder.logits` of it gives the logits of chosen positions."""
-        features = None if images is None else self.encode_images(images)
+        return self.answer(tokens, None if images is None else self.encode_images(images), valid, prefix)
+
+    def answer(self, tokens: Array, features: Array | None, valid: Array, prefix: Array) -> Array:
+        """`hidden` of what `encode_images` made of the images [M, P, D]."""
         with scope("decoder"):
             return self.decoder(self.embed(tokens, features), span(valid, prefix, self.config.profile.first_position))[0]
 

@@ -16,10 +16,10 @@ class Attention(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         W, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
         self.scale = H**-0.5
-        self.q = Einsum("MPW,WNH->MPNH", (W, N, H), bias=True, rngs=rngs)
-        self.k = Einsum("MPW,WNH->MPNH", (W, N, H), bias=True, rngs=rngs)
-        self.v = Einsum("MPW,WNH->MPNH", (W, N, H), bias=True, rngs=rngs)
-        self.o = Einsum("MPNH,NHW->MPW", (N, H, W), bias=True, rngs=rngs)
+        self.q = Einsum("MPW,NHW->MPNH", (N, H, W), bias=True, rngs=rngs)
+        self.k = Einsum("MPW,NHW->MPNH", (N, H, W), bias=True, rngs=rngs)
+        self.v = Einsum("MPW,NHW->MPNH", (N, H, W), bias=True, rngs=rngs)
+        self.o = Einsum("MPNH,WNH->MPW", (W, N, H), bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.o(attend(self.q(x), self.k(x), self.v(x), scale=self.scale))
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         W, F = config.hidden_size, config.intermediate_size
-        self.up = Einsum("MPW,WF->MPF", (W, F), bias=True, rngs=rngs)
-        self.down = Einsum("MPF,FW->MPW", (F, W), bias=True, rngs=rngs)
+        self.up = Einsum("MPW,FW->MPF", (F, W), bias=True, rngs=rngs)
+        self.down = Einsum("MPF,WF->MPW", (W, F), bias=True, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
@@ -53,7 +53,7 @@ class Vision(nnx.Module):
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.config = config
         W, U = config.hidden_size, config.patch_size**2 * 3
-        self.patch = Einsum("MPU,UW->MPW", (U, W), bias=True, rngs=rngs)
+        self.patch = Einsum("MPU,WU->MPW", (W, U), bias=True, rngs=rngs)
         self.position = nnx.Param(jax.random.normal(rngs.params(), (config.num_patches, W)) * W**-0.5)
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = LayerNorm(W, config.layer_norm_eps)

@@ -16,19 +16,19 @@ AXES = ("data", "fsdp", "tensor")
 # The axis letters of model/layers.py. What no row names (norms, biases of one axis) is small and lies on every device.
 PARAMETERS = [
     (r"decoder/embedder/table", "V D"),
-    (r"projector/kernel", "W D"),
-    (r"vision/patch/kernel", "U W"),
+    (r"projector/kernel", "D W"),
+    (r"vision/patch/kernel", "W U"),
     (r"vision/position", "P W"),
-    (r"decoder/.*/attention/q/kernel", "D N H"),
-    (r"decoder/.*/attention/[kv]/kernel", "D K H"),
-    (r"decoder/.*/attention/o/kernel", "N H D"),
-    (r"vision/.*/attention/[qkv]/kernel", "W N H"),
+    (r"decoder/.*/attention/q/kernel", "N H D"),
+    (r"decoder/.*/attention/[kv]/kernel", "K H D"),
+    (r"decoder/.*/attention/o/kernel", "D N H"),
+    (r"vision/.*/attention/[qkv]/kernel", "N H W"),
     (r"vision/.*/attention/[qkv]/bias", "N H"),
-    (r"vision/.*/attention/o/kernel", "N H W"),
-    (r"decoder/.*/mlp/(gate|up)/kernel", "D F"),
-    (r"decoder/.*/mlp/down/kernel", "F D"),
-    (r"vision/.*/mlp/up/kernel", "W F"),
-    (r"vision/.*/mlp/down/kernel", "F W"),
+    (r"vision/.*/attention/o/kernel", "W N H"),
+    (r"decoder/.*/mlp/(gate|up)/kernel", "F D"),
+    (r"decoder/.*/mlp/down/kernel", "D F"),
+    (r"vision/.*/mlp/up/kernel", "F W"),
+    (r"vision/.*/mlp/down/kernel", "W F"),
 ]
 
 # Heads, MLP and vocabulary are split for tensor parallelism; what is left of a matrix for fully sharded data parallelism.

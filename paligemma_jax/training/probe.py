@@ -29,7 +29,7 @@ def initial(config: PaliGemmaConfig, tokenizer: Tokenizer) -> Parameters:
     first = tokenizer.loc(0)
     table = start["decoder/embedder/table"]
     start["decoder/embedder/table"] = table.at[first : first + 1024].set(waves(1024, table.shape[1]) + 0.1 * table[first : first + 1024])
-    start["vision/patch/kernel"] = cosines(config.vision.patch_size, config.vision.hidden_size)
+    start["vision/patch/kernel"] = cosines(config.vision.patch_size, config.vision.hidden_size).T
     start["vision/position"] = grid_positions(config.vision.num_patches, config.vision.hidden_size)
     start["probe/kernel"] = jax.random.normal(jax.random.key(1), (config.vision.hidden_size, sum(PROBE.values()))) * config.vision.hidden_size**-0.5
     start["probe/bias"] = jnp.zeros(sum(PROBE.values()))

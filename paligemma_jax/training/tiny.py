@@ -186,8 +186,8 @@ def _matrices(weights: Any) -> dict[str, MuonDimensionNumbers | None]:
         if "/layers/" not in path or not path.endswith("kernel"):
             return None
         if value.ndim == 2:
-            return MuonDimensionNumbers(0, 1)
-        return MuonDimensionNumbers((0, 1), 2) if path.endswith("o/kernel") else MuonDimensionNumbers(0, (1, 2))
+            return MuonDimensionNumbers(1, 0)
+        return MuonDimensionNumbers((1, 2), 0) if path.endswith("o/kernel") else MuonDimensionNumbers(2, (0, 1))
 
     return {path: axes(path, value) for path, value in weights.items()}
 
