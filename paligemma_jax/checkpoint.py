@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,12 +56,15 @@ def files(source: Path) -> Path:
     return source / orbax.FILES if (source / orbax.CONFIG).exists() else source
 
 
-def load_model(source: Path, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None) -> PaliGemma:
+def load_model(
+    source: Path, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None, wide: Callable[[str], bool] = lambda path: False
+) -> PaliGemma:
     """The model of a checkpoint: a Hugging Face directory, one of this project's own, or a big_vision .npz of a published variant.
 
     dtype: of parameters and activations, one of DTYPES. By default the checkpoint's own; on a CPU float32, where bfloat16 is slower
     (43 ms for 3 ms in a 2304 x 9216 product).  numerics: by default what the checkpoint means.
     mesh: where to put the parameters (`paligemma_jax.scaling.sharding`); each device is given its slices, and only they are read.
+    wide: the paths of the parameters to hold in float32 whatever `dtype` is: those that learn.
     ValueError if the source is not a whole PaliGemma checkpoint.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -71,7 +75,7 @@ def load_model(source: Path, dtype: str | None = None, numerics: str | None = No
         warnings.warn(f"{source}: {note}", stacklevel=2)
     model = abstract(replace(checkpoint.config, dtype=dtype))
     places = shardings({path: leaf.shape for path, leaf in parameters(model).items()}, mesh) if mesh else {}
-    arrays = {path: _put(tensor.cast(dtype), places.get(path)) for path, tensor in checkpoint.tensors.items()}
+    arrays = {path: _put(tensor.cast("float32" if wide(path) else dtype), places.get(path)) for path, tensor in checkpoint.tensors.items()}
     return with_parameters(model, arrays.pop)
 
 

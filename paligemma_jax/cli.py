@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from paligemma_jax.training.config import Finetune
+
 Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
@@ -119,7 +121,17 @@ def bench(
         bench_report.chart(report, chart)
 
 
-COMMANDS = {"generate": generate, "bench": bench}
+def finetune(config: Annotated[Finetune, tyro.conf.arg(name="")]) -> None:
+    """Fine-tune on your own images and texts; a run that was stopped continues with --resume.
+
+    Example: paligemma-jax finetune --data train.jsonl --validation val.jsonl --output run --train decoder --steps 1000
+    """
+    from paligemma_jax.training.trainer import finetune
+
+    print(finetune(config))
+
+
+COMMANDS = {"generate": generate, "finetune": finetune, "bench": bench}
 
 
 def main() -> None:

@@ -214,13 +214,18 @@ def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str
     """
     keep_programs()
     directory = checkpoint.resolve(source)
+    processor = make_processor(directory)  # before the weights: what is wrong is told at once
+    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh), processor)
+
+
+def make_processor(directory: Path) -> Processor:
+    """That of a checkpoint which `checkpoint.resolve` found. ValueError if its tokenizer and its config do not go together."""
     config = checkpoint.load_config(directory)
-    tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)  # before the weights: what is wrong is told at once
+    tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)
     words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
     if words > config.decoder.vocab_size:
         raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
-    processor = Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
-    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh), processor)
+    return Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
 
 
 def keep_programs() -> None:

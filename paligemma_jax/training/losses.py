@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+
 
 def token_loss(
     logits: Array, tokens: Array, targets: Array, reduction: Literal["tokens", "examples"] = "tokens", num_items: Array | int | None = None
@@ -35,3 +38,36 @@ def token_loss(
     if reduction == "examples":
         return jnp.mean(losses / jnp.maximum(counts, 1))
     return losses.sum() / jnp.maximum(counts.sum() if num_items is None else num_items, 1)
+
+
+def answer_loss(
+    model: PaliGemma,
+    inputs: Inputs,
+    weights: Array,
+    longest: int,
+    features: Array | None = None,
+    reduction: Literal["tokens", "examples"] = "tokens",
+    smoothing: float = 0.0,
+) -> tuple[Array, Array]:
+    """The sum of a batch's losses and what to divide it by, so that the parts of a batch add up to the whole: two float32 scalars.
+
+    The decoder's output is turned into logits at target positions only, and there in chunks of the vocabulary: [B, T, V] never exists.
+
+    Args:
+      weights: float32[B]; a row of weight 0 does not count.
+      longest: at least the number of targets of any row; static under jit.
+      features: [M, P, W] of the image encoder, where it need not be run; else `inputs.images` are encoded.
+      reduction: as in `token_loss`, which this equals where all weights are 1.
+      smoothing: the part of each target that is spread over the whole vocabulary.
+    """
+    seen = model.encode_images(inputs.images) if features is None else model.projector(features.astype(model.config.activation_dtype))
+    x = model.answer(inputs.tokens, seen, inputs.valid, inputs.prefix)
+    targets = inputs.targets.at[:, 0].set(False)  # nothing comes before it
+    places = jnp.argsort(~targets, axis=1, stable=True)[:, :longest]
+    x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1, mode="clip")
+    tokens, wanted = (jnp.take_along_axis(a, places, axis=1) for a in (inputs.tokens, targets))
+    losses = jnp.where(wanted, -model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill, smoothing), 0).sum(axis=1)
+    counts = wanted.sum(axis=1)
+    if reduction == "examples":
+        return jnp.sum(weights * losses / jnp.maximum(counts, 1)), jnp.sum(weights)
+    return jnp.sum(weights * losses), jnp.sum(weights * counts)

@@ -1,0 +1,124 @@
+"""JSONL rows {"image": path or paths, "prefix": ..., "suffix": ..., "weight": optional} -> batches.
+
+A batch is a function of seed and step, whatever came before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.processor import Inputs, Processor
+
+BUCKET = 32  # rows are padded to a multiple of so many tokens, and their answers too, so that few programs are compiled
+
+
+@dataclass(frozen=True)
+class Example:
+    images: tuple[Path, ...]
+    prefix: str
+    suffix: str
+    weight: float
+    line: int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    inputs: Inputs
+    weights: Any  # float32 [B]; 0 for a row that only fills up
+
+
+def read(file: str | Path) -> list[Example]:
+    """All rows of a JSONL file, image paths relative to it, every image opened once; other fields are allowed. ValueError tells all that is wrong."""
+    path, examples, wrong = Path(file), [], []
+    if not path.is_file():
+        raise ValueError(f"{file}: no such file; give JSONL with image, prefix and suffix on each line")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if line.strip():
+                    examples.append(_example(json.loads(line), path.parent, number))
+            except ValueError as error:
+                wrong.append(f"line {number}: {f'not JSON ({error})' if isinstance(error, json.JSONDecodeError) else error}")
+    wrong += _unreadable(examples)
+    if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{file}: {len(wrong)} rows cannot be used: {'; '.join(wrong[:5])}{more}")
+    if not examples:
+        raise ValueError(f"{file} has no rows")
+    return examples
+
+
+def _example(row: Any, folder: Path, line: int) -> Example:
+    if not isinstance(row, dict):
+        raise ValueError("not an object with image, prefix and suffix")
+    for name in ("prefix", "suffix"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{name} is {'missing' if name not in row else 'not a text'}")
+    if not row["suffix"]:
+        raise ValueError("suffix is empty: there is nothing to learn")
+    images: Any = [row.get("image")] if not isinstance(row.get("image"), list) else row["image"]
+    if not images or not all(isinstance(image, str) for image in images):
+        raise ValueError(f"image is {'missing' if 'image' not in row else 'not a path or a list of paths'}")
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+        raise ValueError(f"weight is {weight!r}, not a number from 0 on")
+    return Example(tuple(folder / image for image in images), row["prefix"], row["suffix"], float(weight), line)
+
+
+def _unreadable(examples: list[Example]) -> list[str]:
+    """What is wrong with which image; each file is opened once."""
+    first = {path: example.line for example in reversed(examples) for path in example.images}
+
+    def problem(path: Path) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except FileNotFoundError:
+            return f"line {first[path]}: no such image: {path}"
+        except Exception as error:  # Pillow's decoders raise of every kind
+            return f"line {first[path]}: {path} is not a readable image ({error})"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        found = list(tqdm(pool.map(problem, first), "images", len(first), unit="image", disable=None, leave=False))
+    return [told for told in found if told]
+
+
+def order(rows: int, seed: int, start: int, count: int) -> np.ndarray:
+    """int64[count]: which rows come start-th and on, each epoch in another order: a function of its arguments alone, so a run resumes by counting."""
+    epochs = range(start // rows, (start + count - 1) // rows + 1)
+    shuffled = np.concatenate([np.random.default_rng((seed, epoch)).permutation(rows) for epoch in epochs])
+    return shuffled[start - epochs.start * rows :][:count]
+
+
+def batch(examples: list[Example], processor: Processor, size: int, length: int | None) -> Batch:
+    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0."""
+    filled = examples + examples[:1] * (size - len(examples))
+    rows = processor.rows([list(e.images) for e in filled], [e.prefix for e in filled], [e.suffix for e in filled])
+    longest = max(len(row.prompt) + len(row.suffix) for row in rows)
+    padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))
+    weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
+    return Batch(Inputs(images=pixels([image for row in rows for image in row.images], processor.image_size), **padded), weights)
+
+
+def ahead(makers: Iterator[Any], depth: int = 4) -> Iterator[Any]:
+    """The results of `makers` (functions without arguments) in order, made by threads while the last ones are in use."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(make) for _, make in zip(range(depth), makers)]
+        while waiting:
+            result = waiting.pop(0).result()
+            if (make := next(makers, None)) is not None:
+                waiting.append(pool.submit(make))
+            yield result
