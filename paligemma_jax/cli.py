@@ -122,9 +122,9 @@ def bench(
 
 
 def finetune(config: Annotated[Finetune, tyro.conf.arg(name="")]) -> None:
-    """Fine-tune on your own images and texts; a run that was stopped continues with --resume.
+    """Fine-tune on images and texts; a stopped run continues with --resume.
 
-    Example: paligemma-jax finetune --data train.jsonl --validation val.jsonl --output run --train decoder --steps 1000
+    Example: paligemma-jax finetune --data train.jsonl --output run --steps 1000
     """
     from paligemma_jax.training.trainer import finetune
 

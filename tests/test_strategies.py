@@ -70,10 +70,10 @@ def test_best_of_is_the_best_of_its_samples(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:2], 3)
     sampler = Sample(temperature=1.5)
-    best = generate.generate(model, inputs, 6, sampler=BestOf(8, sampler), seeds=np.array([5, 6]))
-    one = generate.generate(model, inputs, 6, sampler=BestOf(1, sampler), seeds=np.array([5, 6]))
+    best = generate.generate(model, inputs, 6, sampler=BestOf(8, sampler), seeds=np.array([6, 7]))
+    one = generate.generate(model, inputs, 6, sampler=BestOf(1, sampler), seeds=np.array([6, 7]))
     assert (best.scores >= one.scores).all() and (best.scores > one.scores).any()
-    again = generate.generate(model, random_inputs(reference, ROWS[:2], 3), 6, sampler=BestOf(8, sampler), seeds=np.array([5, 9]))
+    again = generate.generate(model, random_inputs(reference, ROWS[:2], 3), 6, sampler=BestOf(8, sampler), seeds=np.array([6, 9]))
     np.testing.assert_array_equal(again.tokens[0], best.tokens[0])
 
 

@@ -119,7 +119,7 @@ class Decoder(nnx.Module):
         """[..., D] -> float32[..., V], with the final softcap if the config has one and `capped`."""
         return self._cap(self.embedder.decode(x), capped)
 
-    def log_probabilities(self, x: Array, tokens: Array, capped: bool, smoothing: float = 0.0, chunk: int = 2**15) -> Array:
+    def log_probabilities(self, x: Array, tokens: Array, capped: bool, chunk: int = 2**15, smoothing: float = 0.0) -> Array:
         """[..., D] and int32[...] -> float32[...], the log-probability of each token.
 
         With `smoothing`, that part of it is the mean of the whole vocabulary's (torch's `label_smoothing`).

@@ -66,7 +66,7 @@ def answer_loss(
     places = jnp.argsort(~targets, axis=1, stable=True)[:, :longest]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1, mode="clip")
     tokens, wanted = (jnp.take_along_axis(a, places, axis=1) for a in (inputs.tokens, targets))
-    losses = jnp.where(wanted, -model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill, smoothing), 0).sum(axis=1)
+    losses = jnp.where(wanted, -model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill, smoothing=smoothing), 0).sum(axis=1)
     counts = wanted.sum(axis=1)
     if reduction == "examples":
         return jnp.sum(weights * losses / jnp.maximum(counts, 1)), jnp.sum(weights)
