@@ -41,6 +41,8 @@ class Finetune:
     """Parts that each batch is computed in, one after the other; the gradient is that of the whole batch."""
     learning_rate: float = 2e-5
     """The highest."""
+    vision_rate: float = 1.0
+    """The image encoder learns at this part of it."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up, down to zero or not."""
     warmup: float = 0.05
@@ -86,7 +88,11 @@ class Finetune:
 
     def __post_init__(self):
         at_least_1 = {name: getattr(self, name) for name in ("batch_size", "accumulate", "save_every", "keep") if getattr(self, name) < 1}
-        at_least_0 = {name: getattr(self, name) for name in ("warmup", "weight_decay", "clip", "validate_every", "seed") if getattr(self, name) < 0}
+        at_least_0 = {
+            name: getattr(self, name)
+            for name in ("warmup", "weight_decay", "clip", "validate_every", "seed", "vision_rate")
+            if getattr(self, name) < 0
+        }
         below_1 = {name: getattr(self, name) for name in ("beta1", "beta2", "label_smoothing", "ema") if not 0 <= getattr(self, name) < 1}
         for wrong, rule in ((at_least_1, "is at least 1"), (at_least_0, "is not negative"), (below_1, "lies in 0 <= x < 1")):
             for name, value in wrong.items():

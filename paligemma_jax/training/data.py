@@ -1,4 +1,4 @@
-"""JSONL rows {"image": path or paths, "prefix": ..., "suffix": ..., "weight": optional} -> batches.
+"""Rows {"image": one or several, "prefix": ..., "suffix": ..., "weight": optional}, of JSONL or any source by number, -> batches.
 
 A batch is a function of seed and step, whatever came before.
 """
@@ -6,26 +6,35 @@ A batch is a function of seed and step, whatever came before.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.image import Source, pixels
 from paligemma_jax.processing.processor import Inputs, Processor
 
 BUCKET = 32  # rows are padded to a multiple of so many tokens, and their answers too, so that few programs are compiled
 
 
+class Rows(Protocol):
+    """What a JSONL file is read into, and what grain calls a random access source: dicts by number, the images as paths, PIL images or arrays."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Example:
-    images: tuple[Path, ...]
+    images: tuple[Source, ...]
     prefix: str
     suffix: str
     weight: float
@@ -48,7 +57,7 @@ def read(file: str | Path) -> list[Example]:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
-                    examples.append(_example(json.loads(line), path.parent, number))
+                    examples.append(make_example(json.loads(line), number, path.parent))
             except ValueError as error:
                 wrong.append(f"line {number}: {f'not JSON ({error})' if isinstance(error, json.JSONDecodeError) else error}")
     wrong += _unreadable(examples)
@@ -60,7 +69,10 @@ def read(file: str | Path) -> list[Example]:
     return examples
 
 
-def _example(row: Any, folder: Path, line: int) -> Example:
+def make_example(row: Any, line: int, folder: Path = Path()) -> Example:
+    """A row of any source, checked; paths relative to `folder`. ValueError for what it lacks."""
+    if isinstance(row, Example):
+        return row
     if not isinstance(row, dict):
         raise ValueError("not an object with image, prefix and suffix")
     for name in ("prefix", "suffix"):
@@ -69,19 +81,20 @@ def _example(row: Any, folder: Path, line: int) -> Example:
     if not row["suffix"]:
         raise ValueError("suffix is empty: there is nothing to learn")
     images: Any = [row.get("image")] if not isinstance(row.get("image"), list) else row["image"]
-    if not images or not all(isinstance(image, str) for image in images):
+    if not images or not all(isinstance(image, Source) for image in images):
         raise ValueError(f"image is {'missing' if 'image' not in row else 'not a path or a list of paths'}")
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise ValueError(f"weight is {weight!r}, not a number from 0 on")
-    return Example(tuple(folder / image for image in images), row["prefix"], row["suffix"], float(weight), line)
+    images = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
+    return Example(images, row["prefix"], row["suffix"], float(weight), line)
 
 
 def _unreadable(examples: list[Example]) -> list[str]:
     """What is wrong with which image; each file is opened once."""
     first = {path: example.line for example in reversed(examples) for path in example.images}
 
-    def problem(path: Path) -> str | None:
+    def problem(path: Any) -> str | None:
         try:
             with Image.open(path) as image:
                 image.verify()
@@ -99,13 +112,17 @@ def _unreadable(examples: list[Example]) -> list[str]:
 def order(rows: int, seed: int, start: int, count: int) -> np.ndarray:
     """int64[count]: which rows come start-th and on, each epoch in another order: a function of its arguments alone, so a run resumes by counting."""
     epochs = range(start // rows, (start + count - 1) // rows + 1)
-    shuffled = np.concatenate([np.random.default_rng((seed, epoch)).permutation(rows) for epoch in epochs])
-    return shuffled[start - epochs.start * rows :][:count]
+    return np.concatenate([_shuffled(rows, seed, epoch) for epoch in epochs])[start - epochs.start * rows :][:count]
 
 
-def batch(examples: list[Example], processor: Processor, size: int, length: int | None) -> Batch:
+@lru_cache(maxsize=2)
+def _shuffled(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def batch(examples: Sequence[Example], processor: Processor, size: int, length: int | None) -> Batch:
     """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0."""
-    filled = examples + examples[:1] * (size - len(examples))
+    filled = [*examples, *[examples[0]] * (size - len(examples))]
     rows = processor.rows([list(e.images) for e in filled], [e.prefix for e in filled], [e.suffix for e in filled])
     longest = max(len(row.prompt) + len(row.suffix) for row in rows)
     padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))

@@ -6,7 +6,6 @@ where that is and what it looks like; the picture matters most: it gives a gradi
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,26 +13,24 @@ from flax import nnx
 from jax import Array
 
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.model.layers import parameters
+from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.training import digits
 
 PROBE = {"label": 11, "place": 5, "box": 4, "look": 64}  # outputs: digit or none, place in reading order or none, y0 x0 y1 x1, 8 x 8 pixels
-Parameters = dict[str, Array]
 
 
-def initial(config: PaliGemmaConfig, tokenizer: Tokenizer) -> Parameters:
-    """Random parameters, except where the first hundreds of steps would only find out what is known: see the three functions."""
-    start = dict(parameters(PaliGemma(config, nnx.Rngs(0))))
+def initial(config: PaliGemmaConfig, tokenizer: Tokenizer) -> PaliGemma:
+    """A model of random parameters, except where the first hundreds of steps would only find out what is known: see the three functions."""
+    model = PaliGemma(config, nnx.Rngs(0))
+    start = dict(parameters(model))
     first = tokenizer.loc(0)
     table = start["decoder/embedder/table"]
     start["decoder/embedder/table"] = table.at[first : first + 1024].set(waves(1024, table.shape[1]) + 0.1 * table[first : first + 1024])
     start["vision/patch/kernel"] = cosines(config.vision.patch_size, config.vision.hidden_size).T
     start["vision/position"] = grid_positions(config.vision.num_patches, config.vision.hidden_size)
-    start["probe/kernel"] = jax.random.normal(jax.random.key(1), (config.vision.hidden_size, sum(PROBE.values()))) * config.vision.hidden_size**-0.5
-    start["probe/bias"] = jnp.zeros(sum(PROBE.values()))
-    return start
+    return with_parameters(model, start.__getitem__)
 
 
 def waves(n: int, width: int) -> Array:
@@ -73,9 +70,9 @@ def patch_targets(scenes: digits.Scenes, source: digits.Glyphs, side: int) -> di
     return {"label": label, "place": place, "box": box.astype(np.float32), "look": look[pick(scenes.glyphs)]}
 
 
-def patch_loss(weights: Parameters, outputs: Array, batch: dict[str, Array]) -> Array:
-    """The probe's loss on the encoder's outputs [B, P, W]: what and which one it is, where it is, what it looks like."""
-    label, place, box, look = jnp.split(outputs @ weights["probe/kernel"] + weights["probe/bias"], np.cumsum(list(PROBE.values()))[:-1], axis=-1)
+def patch_loss(said: Array, batch: dict[str, Array]) -> Array:
+    """The loss of what the probe says of every patch, [B, P, sum of PROBE]: what and which one it is, where it is, what it looks like."""
+    label, place, box, look = jnp.split(said, np.cumsum(list(PROBE.values()))[:-1], axis=-1)
     owned = batch["label"] < 10
     named = optax.softmax_cross_entropy_with_integer_labels(label, batch["label"]).mean()
     ordered = optax.softmax_cross_entropy_with_integer_labels(place, batch["place"]).mean()

@@ -6,7 +6,7 @@ import json
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from paligemma_jax.model.layers import parameters, remat, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.synthetic import stacked
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import BUCKET, Batch, Example, ahead, batch, order, read
+from paligemma_jax.training.data import BUCKET, Batch, Example, Rows, ahead, batch, make_example, order, read
 from paligemma_jax.training.losses import answer_loss
 from paligemma_jax.training.optimizers import make_optimizer
 
 Parameters = dict[str, Array]
+Loss = Callable[[Any, Any, int], tuple[Array, Array]]  # of model, batch and `longest`: the sum of losses, and what to divide it by
 
 
 @jax.tree_util.register_dataclass
@@ -45,10 +46,13 @@ class State:
 
 
 class Trainer:
-    """The model split into what learns and what is frozen, and the compiled functions over them."""
+    """The model split into what learns and what is frozen, and the compiled functions over them.
 
-    def __init__(self, model: PaliGemma, config: Finetune, steps: int):
-        self.model, self.config = model, config
+    `loss` is by default that of `config` on a `Batch`; with another, the model and the batch can be any pytrees.
+    """
+
+    def __init__(self, model: Any, config: Finetune, steps: int, loss: Loss | None = None):
+        self.model, self.config, self.loss = model, config, loss or partial(_answer_loss, config)
         values = parameters(model)
         self.names = [path for path in values if re.fullmatch(config.pattern, path)]
         if not self.names:
@@ -63,18 +67,16 @@ class Trainer:
         learns = {path: jnp.array(values[path], jnp.float32) for path in self.names}
         return State(jnp.int32(0), learns, self.optimizer.init(learns), jax.tree.map(jnp.copy, learns) if self.config.ema else {})
 
-    def filled(self, learns: Parameters, frozen: Parameters) -> PaliGemma:
+    def filled(self, learns: Parameters, frozen: Parameters) -> Any:
         return with_parameters(self.model, (frozen | learns).__getitem__)
 
-    def result(self, state: State) -> PaliGemma:
+    def result(self, state: State) -> Any:
         """The model as measured and saved: with the average, where there is one."""
         return self.filled(state.average or state.learns, self.frozen)
 
     def _losses(self, learns: Parameters, frozen: Parameters, batch: Batch, longest: int) -> tuple[Array, Array]:
-        """The sum of the batch's losses, and what to divide it by."""
-        options = dict(reduction=self.config.reduction, smoothing=self.config.label_smoothing)
         with remat(self.config.remat):
-            return answer_loss(self.filled(learns, frozen), batch.inputs, batch.weights, longest, **options)  # type: ignore[arg-type]
+            return self.loss(self.filled(learns, frozen), batch, longest)
 
     def _step(self, state: State, frozen: Parameters, batch: Batch, longest: int) -> tuple[State, dict[str, Array]]:
         """One update. The parts of the batch add up their sums, divided once: the gradient is that of the whole."""
@@ -96,15 +98,21 @@ class Trainer:
         return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
 
 
-def finetune(config: Finetune) -> Path:
+def _answer_loss(config: Finetune, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:
+    return answer_loss(model, batch.inputs, batch.weights, longest, reduction=config.reduction, smoothing=config.label_smoothing)
+
+
+def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None = None) -> Path:
     """Trains as `config` says; returns the folder of the final model. ValueError for whatever the user can mend.
 
+    data, validation: rows in the place of those files, by number: lists, grain sources, data sets.
     A run that was stopped, by SIGTERM or anything worse, continues with `resume=True` from its last checkpoint, bit for bit on a CPU.
     """
     keep_programs()
     source = checkpoint.resolve(config.model)
     processor = make_processor(source)
-    train, validation = read(config.data), read(config.validation) if config.validation else []
+    train = data or read(config.data)
+    validation = validation or (read(config.validation) if config.validation else [])
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
     model = checkpoint.load_model(source, config.dtype, config.numerics, wide=lambda path: bool(re.fullmatch(config.pattern, path)))
@@ -120,13 +128,13 @@ def finetune(config: Finetune) -> Path:
     return run.folder / "model"
 
 
-def _train(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train: list[Example], validation: list[Example]) -> tuple[State, bool]:
+def _train(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train: Rows, validation: Rows) -> tuple[State, bool]:
     config, first = trainer.config, int(state.step)
 
     def batches() -> Iterator[Any]:
         for step in range(first, steps):
             rows = order(len(train), config.seed, step * config.batch_size, config.batch_size)
-            yield partial(make, [train[i] for i in rows])
+            yield partial(_made, make, train, rows)
 
     with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None) as bar:
         for step, data in enumerate(ahead(batches()), first + 1):
@@ -136,7 +144,7 @@ def _train(trainer: Trainer, run: Run, state: State, steps: int, make: Any, trai
             line["tokens_s"] = data.inputs.valid.sum() / (time.perf_counter() - began)
             if not np.isfinite(line["loss"]):
                 raise ValueError(run.bad(step, line["loss"], data))
-            measure = validation and (step == steps or (config.validate_every and step % config.validate_every == 0))
+            measure = len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0))
             if measure:
                 line["validation_loss"] = _measure(trainer, state, make, validation)
             run.log(line)
@@ -149,10 +157,14 @@ def _train(trainer: Trainer, run: Run, state: State, steps: int, make: Any, trai
     return state, False
 
 
-def _measure(trainer: Trainer, state: State, make: Any, rows: list[Example]) -> float:
+def _made(make: Callable[[list[Example]], Batch], source: Rows, rows: Any) -> Batch:
+    return make([make_example(source[int(i)], int(i)) for i in rows])
+
+
+def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
     """The loss over all rows, in the run's own reduction and without label smoothing's effect on the weights."""
     size, total, count = trainer.config.batch_size, 0.0, 0.0
-    for data in ahead(partial(make, rows[i : i + size]) for i in range(0, len(rows), size)):
+    for data in ahead(partial(_made, make, rows, range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)):
         loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, data, longest=_longest(data))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1e-9)
