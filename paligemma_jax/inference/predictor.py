@@ -202,20 +202,23 @@ def _cut(text: str, stops: list[str]) -> str:
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def load(source: str | Path = "tiny", *, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None) -> Predictor:
-    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, or a hub id.
+def load(
+    source: str | Path = "tiny", *, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None, quantize: str | None = None
+) -> Predictor:
+    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, a LoRA adapter, or a hub id.
 
     dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
     numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
     the one that the checkpoint was converted from, or means.
     mesh: a `jax.sharding.Mesh` over whose devices the parameters are spread (`paligemma_jax.scaling.sharding.make_mesh`): each device
     gets its slices only, and only they are read.
+    quantize: "nf4" or "int8": the decoder's projections in 4 or 8 bits (`paligemma_jax.quantization`).
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
     keep_programs()
     directory = checkpoint.resolve(source)
     processor = make_processor(directory)  # before the weights: what is wrong is told at once
-    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh), processor)
+    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh, quantize=quantize), processor)
 
 
 def make_processor(directory: Path) -> Processor:

@@ -31,18 +31,48 @@ class Einsum(nnx.Module):
     def __init__(self, equation: str, shape: tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs):
         operands, result = equation.split("->")
         outs = sum(axis in result for axis in operands.split(",")[1])
-        self.equation = equation
-        self.contracted = len(shape) - outs
+        self.shape, self.contracted = shape, len(shape) - outs
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * math.prod(shape[outs:]) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(shape[:outs])) if bias else None
 
+    def dense(self, dtype: Any) -> Array:
+        return self.kernel[...].astype(dtype)
+
     def __call__(self, x: Array) -> Array:
-        kernel, outs = self.kernel[...].astype(x.dtype), self.kernel.ndim - self.contracted
-        # As one matrix of [out, in]: with more axes XLA on a CPU transposes and copies it for each product.
-        flat = kernel.reshape(math.prod(kernel.shape[:outs]), -1)
-        y = jnp.einsum("...i,oi->...o", x.reshape(*x.shape[: x.ndim - self.contracted], -1), flat)
-        y = y.reshape(*y.shape[:-1], *kernel.shape[:outs])
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return biased(product(x, self.dense(x.dtype), self.contracted), self.bias)
+
+
+def product(x: Array, kernel: Array, contracted: int) -> Array:
+    """x [..., in...] times kernel [out..., in...] over the last `contracted` axes -> [..., out...].
+
+    As one matrix of [out, in]: with more axes XLA on a CPU transposes and copies it for each product.
+    """
+    outs = kernel.shape[: kernel.ndim - contracted]
+    y = jnp.einsum("...i,oi->...o", x.reshape(*x.shape[: x.ndim - contracted], -1), kernel.reshape(math.prod(outs), -1))
+    return y.reshape(*y.shape[:-1], *outs)
+
+
+def biased(y: Array, bias: Any) -> Array:
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def swap(model: Any, make: Callable[[str, Any], Any]) -> Any:
+    """A copy of the model with `make(path, module)` in the place of every module for which that is not None; the arrays are the same."""
+
+    def visit(module: Any, path: str) -> None:
+        listed = isinstance(module, nnx.List)
+        for name, child in list(enumerate(module) if listed else vars(module).items()):
+            if not isinstance(child, nnx.Module):
+                continue
+            if (new := make(f"{path}{name}", child)) is None:
+                visit(child, f"{path}{name}/")
+            elif listed:
+                module[name] = new
+            else:
+                setattr(module, name, new)
+
+    visit(model := jax.tree.map(lambda leaf: leaf, model), "")
+    return model
 
 
 class RMSNorm(nnx.Module):
