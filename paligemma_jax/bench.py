@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from paligemma_jax.inference.generate import Request, State
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.scaling.cost import decode_bytes, prefill_flops
+from paligemma_jax.scaling.cost import best_time, decode_bytes, matrix_rate, prefill_flops
 from paligemma_jax.synthetic import load, make_inputs, stacked
 
 Clocked = Callable[[], tuple[float, float]]  # runs once: seconds to the first token, and from there to the last
@@ -52,11 +52,13 @@ class Plan:
     dtype: str | None = None
     depth: int | None = None
     repeats: int = 5
+    train: tuple[str, ...] = ()
+    remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
-        if min(*self.batch, *self.prompt, *self.cached, self.depth or 1, self.repeats) < 1 or self.new < 2:
+        if min(*self.batch, *self.prompt, *self.cached, self.depth or 1, self.repeats + bool(self.train)) < 1 or self.new < 2:
             raise ValueError("bench counts from 1: --batch, --prompt, --cached, --depth and --repeats are at least 1, --new at least 2")
 
 
@@ -155,9 +157,14 @@ def memory_bytes(program: Any) -> int:
     """The peak of the device so far, where it counts that; else the arguments, results and temporaries of a compiled program."""
     if stats := jax.local_devices()[0].memory_stats():
         return stats["peak_bytes_in_use"]
+    return program_bytes(program)["memory_bytes"]
+
+
+def program_bytes(program: Any) -> dict[str, int]:
+    """By the compiler's analysis: arguments, temporaries, and all with the results that do not take an argument's place."""
     sizes = program.memory_analysis()
-    whole = sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-    return whole - sizes.alias_size_in_bytes
+    found = {"argument_bytes": sizes.argument_size_in_bytes, "temporary_bytes": sizes.temp_size_in_bytes}
+    return found | {"memory_bytes": sum(found.values()) + sizes.output_size_in_bytes - sizes.alias_size_in_bytes}
 
 
 def _measure_cached(model: PaliGemma, rows: int, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -210,19 +217,7 @@ def measure_machine(dtype: str) -> dict[str, Any]:
     """Bytes per second of a big copy (read and written ones), and FLOP per second of a big square product, best of a few."""
     device = jax.local_devices()[0]
     cpu = device.platform == "cpu"
-    copied, side = jnp.ones(2**26 if cpu else 2**29, jnp.float32), 2048 if cpu else 8192
-    matrix = jnp.ones((side, side), dtype)
-    copy_s = _best(jax.jit(lambda x: x + 1), copied)
-    product_s = _best(jax.jit(lambda x: x @ x), matrix)
+    copied = jnp.ones(2**26 if cpu else 2**29, jnp.float32)
+    copy_s = best_time(jax.jit(lambda x: x + 1), copied)
     about = {"device": device.device_kind, "platform": device.platform, "cores": os.cpu_count(), "dtype": dtype, "jax": jax.__version__}
-    return about | {"copy_bytes_s": 2 * copied.nbytes / copy_s, "matrix_flops_s": 2 * side**3 / product_s}
-
-
-def _best(function: Callable, x: Array, repeats: int = 8) -> float:
-    jax.block_until_ready(function(x))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(x))
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return about | {"copy_bytes_s": 2 * copied.nbytes / copy_s, "matrix_flops_s": matrix_rate(dtype, 2048 if cpu else 8192)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from paligemma_jax import bench_train
+
 HEADER = (
     "model",
     "layers",
@@ -30,6 +32,8 @@ def table(report: dict[str, Any]) -> str:
     machine = report["machine"]
     head = f"{machine['device']}, {machine['cores']} cores, {machine['dtype']}: copies {machine['copy_bytes_s'] / 1e9:.3g} GB/s,"
     parts = [f"{head} multiplies {machine['matrix_flops_s'] / 1e12:.3g} TFLOP/s; jax {machine['jax']}"]
+    if "training" in report:
+        return "\n\n".join([*parts, _align([bench_train.HEADER, *map(bench_train.cells, report["training"])]), bench_train.NOTE])
     parts.append(_align([HEADER, *map(_row, report["rows"])]))
     if cached := report["cached"]:
         parts.append(_align([CACHED, *(_cached(row, cached) for row in cached)]))
@@ -42,9 +46,9 @@ def _row(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         *(row["model"], row["layers"], str(row["batch"]), str(row["prompt_tokens"]), row["by"]),
         *((f"{row['load_s']:.1f}", f"{sum(row['compile_s'].values()):.1f}") if ours else ("", "")),
-        _spread(row["first_token_s"], 1e3),
-        *(_spread(row["prefill_tokens_s"]) + ratio.get("prefill", ""), f"{row['matrix_share']:.0%}"),
-        *(_spread(row["decode_tokens_s"]) + ratio.get("decode", ""), f"{row['bandwidth_share']:.0%}"),
+        spread_text(row["first_token_s"], 1e3),
+        *(spread_text(row["prefill_tokens_s"]) + ratio.get("prefill", ""), f"{row['matrix_share']:.0%}"),
+        *(spread_text(row["decode_tokens_s"]) + ratio.get("decode", ""), f"{row['bandwidth_share']:.0%}"),
         f"{row['memory_bytes'] / 2**30:.2f}" if ours else "",
     )
 
@@ -53,11 +57,11 @@ def _cached(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
     """With the growth of time and of bytes from the first case of the same model, layers and batch."""
     first = next(other for other in rows if all(other[key] == row[key] for key in ("model", "layers", "batch")))
     time, size = row["step_s"]["median"] / first["step_s"]["median"], row["step_bytes"] / first["step_bytes"]
-    about = (row["model"], row["layers"], str(row["batch"]), str(row["cached_tokens"]), _spread(row["step_s"], 1e3))
+    about = (row["model"], row["layers"], str(row["batch"]), str(row["cached_tokens"]), spread_text(row["step_s"], 1e3))
     return (*about, f"{row['step_bytes'] / 1e6:.0f}", f"{row['bandwidth_share']:.0%}", f"x{time:.2f}", f"x{size:.2f}")
 
 
-def _spread(values: dict[str, float], unit: float = 1.0) -> str:
+def spread_text(values: dict[str, float], unit: float = 1.0) -> str:
     middle, least, most = (f"{values[name] * unit:.{0 if values['median'] * unit >= 100 else 2}f}" for name in ("median", "min", "max"))
     return f"{middle} ({least} - {most})"
 

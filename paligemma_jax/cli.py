@@ -90,6 +90,8 @@ def bench(
     dtype: BenchDtype = None,
     depth: Depth = None,
     repeats: int = 5,
+    train: tuple[Literal["all", "lora", "qlora"], ...] = (),
+    remat: Literal["none", "full", "dots"] = "none",
     chart: Chart = None,
     json: bool = False,
 ) -> None:
@@ -108,16 +110,19 @@ def bench(
         dtype: float32, bfloat16 or float16.
         depth: Only so many layers in each tower, at full width, where both models would not fit into memory.
         repeats: Runs after the first, which warms up.
+        train: Measure training steps instead: of all weights, of LoRA, of LoRA on nf4. With --repeats 0 only compile, and tell the memory.
+        remat: What of each layer such a step computes again in its backward pass: nothing, all, or all but the products with weights.
         chart: Draw tokens/s to this file, as in speed.png.
         json: Print one JSON object instead of the table; times in seconds.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
-    from paligemma_jax import bench_report
+    from paligemma_jax import bench_report, bench_train
     from paligemma_jax.bench import Plan, run
 
-    report = run(Plan(model, batch, prompt, new, layers, cached, against, dtype, depth, repeats))
+    plan = Plan(model, batch, prompt, new, layers, cached, against, dtype, depth, repeats, train, remat)
+    report = bench_train.run(plan) if train else run(plan)
     print(_json(report) if json else bench_report.table(report))
-    if chart:
+    if chart and not train:
         bench_report.chart(report, chart)
 
 
@@ -126,7 +131,7 @@ def finetune(config: Annotated[Finetune, tyro.conf.arg(name="")]) -> None:
 
     Example: paligemma-jax finetune --data train.jsonl --output run --steps 1000
     """
-    from paligemma_jax.training.trainer import finetune
+    from paligemma_jax.training.finetune import finetune
 
     print(finetune(config))
 

@@ -99,6 +99,7 @@ def quantize(model: Any, kind: str, pattern: str = PROJECTIONS) -> Any:
         of = lambda kernel: quantize_array(kind, kernel, module.contracted)
         for _ in range(lead):
             of = jax.vmap(of)
-        return Quantized(kind, module.shape, module.contracted, *of(kernel), module.bias)
+        codes, scale = of(kernel)
+        return Quantized(kind, module.shape, module.contracted, codes, scale, module.bias)
 
     return swap(model, make)

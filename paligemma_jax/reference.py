@@ -17,6 +17,7 @@ from convert.tensor import loaded
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.training.config import Finetune
 
 
 def transformers_model(model: PaliGemma) -> Any:
@@ -77,13 +78,49 @@ def generator(model: Any, inputs: Inputs, new: int, compiled: bool = False) -> C
         assert tokens.shape[1] == inputs.tokens.shape[1] + new
         return times[1] - times[0], times[-1] - times[1]
 
-    batch = {
+    batch = _batch(model, inputs)
+    return run
+
+
+def trainer(model: Any, inputs: Inputs, config: Finetune) -> Callable[[], tuple[float, float]]:
+    """A function that makes one step of AdamW, eager, in training mode: 0, and its seconds. LoRA is peft's, on the same products."""
+    import torch
+
+    if config.lora:
+        try:
+            import peft
+        except ImportError:
+            raise ValueError("to measure LoRA against transformers, install the extra: pip install 'paligemma-jax[test]'") from None
+        target = r".*language_model.*\.(self_attn|mlp)\.\w+_proj"
+        model = peft.get_peft_model(model, peft.LoraConfig(r=config.lora_rank, lora_alpha=int(config.lora_alpha), target_modules=target))
+    if config.remat == "full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.learning_rate, weight_decay=0.0)
+    batch = {name: array.to(model.device) for name, array in _batch(model, inputs).items()}
+    labels = torch.where(torch.from_numpy(np.array(inputs.targets)), torch.from_numpy(inputs.tokens).long(), -100).to(model.device)
+
+    def run() -> tuple[float, float]:
+        start = time.perf_counter()
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert np.isfinite(loss.item())  # waits for the device
+        return 0.0, time.perf_counter() - start
+
+    return run
+
+
+def _batch(model: Any, inputs: Inputs) -> dict[str, Any]:
+    import torch
+
+    return {
         "input_ids": torch.from_numpy(inputs.tokens).long(),
         "pixel_values": torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy()).to(model.dtype),
         "attention_mask": torch.from_numpy(inputs.valid).long(),
-        "token_type_ids": torch.from_numpy(inputs.targets).long(),
+        "token_type_ids": torch.from_numpy(np.array(inputs.targets)).long(),
     }
-    return run
 
 
 def _torch(array: np.ndarray) -> Any:

@@ -16,7 +16,7 @@ from convert.match import pieces
 from convert.table import HUGGINGFACE
 from paligemma_jax import checkpoint
 from paligemma_jax.model.config import PRESETS, DecoderConfig, PaliGemmaConfig, VisionConfig
-from paligemma_jax.model.layers import parameters, stack, with_parameters
+from paligemma_jax.model.layers import parameters, stack, unstack, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
 
@@ -37,11 +37,21 @@ def load(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
         if depth:
             raise ValueError(f"--depth is for random weights; {name} is a checkpoint")
         return checkpoint.load_model(checkpoint.resolve(name), dtype)
+    return random_model(_config(name, dtype, depth))
+
+
+def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
+    """`load` with shapes in the place of arrays: whatever its size, it costs nothing."""
+    config = _config(name, dtype, depth) if name in RANDOM else replace(checkpoint.load_config(checkpoint.resolve(name)), dtype=dtype)
+    model = checkpoint.abstract(config)
+    return with_parameters(model, lambda path: jax.ShapeDtypeStruct(parameters(model)[path].shape, dtype))
+
+
+def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
     config = replace(RANDOM[name], dtype=dtype)
-    if depth:
-        towers = {tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")}
-        config = replace(config, **towers)
-    return random_model(config)
+    if not depth:
+        return config
+    return replace(config, **{tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")})
 
 
 def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
@@ -65,11 +75,22 @@ def _uniform(key: Array, std: float, shape: tuple[int, ...], dtype: str) -> Arra
     return jax.random.uniform(key, shape, dtype, -1, 1) * jnp.asarray(3**0.5 * std, dtype)
 
 
-def stacked(model: PaliGemma) -> PaliGemma:
+def stacked(model: PaliGemma, delete: bool = True) -> PaliGemma:
     """The model with stacked layers; the arrays of the list are deleted."""
+    model = jax.tree.map(lambda array: array, model)
     for tower in (model.vision, model.decoder):
-        layers, tower.layers = tower.layers, jax.block_until_ready(stack(tower.layers))
-        jax.tree.map(lambda array: array.delete(), layers)
+        layers, tower.layers = tower.layers, stack(tower.layers)
+        if delete:
+            jax.block_until_ready(tower.layers)
+            jax.tree.map(lambda array: array.delete(), layers)
+    return model
+
+
+def unstacked(model: PaliGemma) -> PaliGemma:
+    """The inverse of `stacked`; the arrays of the stack stay."""
+    model = jax.tree.map(lambda array: array, model)
+    for tower in (model.vision, model.decoder):
+        tower.layers = unstack(tower.layers)
     return model
 
 

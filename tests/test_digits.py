@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-from paligemma_jax.checkpoint import TINY
-from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.training import digits, probe, tiny
 
@@ -123,15 +121,6 @@ def test_patch_targets_name_the_digit_that_covers_most_of_a_patch(scenes):
             np.testing.assert_allclose(targets["look"][i, patch].mean(), source.alpha[scenes.glyphs[i, k]].mean(), rtol=1e-5)
         covered = (targets["label"][i] < 10).sum()
         assert 0 < covered < 64 and ((targets["place"][i] == digits.MAX_DIGITS) == (targets["label"][i] == 10)).all()
-
-
-def test_rows_are_those_of_the_processor(scenes):
-    processor = Processor(Tokenizer(TINY / "tokenizer.model"), digits.SIZE, 64)
-    asked = [digits.ask(scenes, 0, task, scenes.digits(0)[0]) for task in digits.PROMPTS]
-    rows = tiny.rows(processor, asked)
-    expected = processor([scenes.images[0]] * 4, [p for p, _ in asked], [a for _, a in asked], padding_side="right", length=64 + tiny.TEXT)
-    for name, array in rows.items():
-        np.testing.assert_array_equal(array, getattr(expected, name))
 
 
 def test_neighbouring_locations_start_alike():

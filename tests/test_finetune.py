@@ -21,11 +21,12 @@ from paligemma_jax.checkpoint import TINY, load_model
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.synthetic import stacked
-from paligemma_jax.training import trainer as training
+from paligemma_jax.training import features, runs
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import order, read
+from paligemma_jax.training.data import Batch, order, read
+from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.losses import answer_loss, token_loss
-from paligemma_jax.training.trainer import Trainer, finetune
+from paligemma_jax.training.trainer import Trainer
 
 from PIL import Image  # isort: skip
 
@@ -68,14 +69,14 @@ def test_the_command(command, data, tmp_path):
 def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys):
     options = Finetune(str(data), str(tmp_path / "whole"), steps=7, batch_size=4, learning_rate=1e-3, save_every=2, optimizer="adamw", ema=0.9)
     finetune(options)
-    stopped, log = replace(options, output=str(tmp_path / "stopped")), training.Run.log
+    stopped, log = replace(options, output=str(tmp_path / "stopped")), runs.Run.log
 
     def stop(self, line):
         log(self, line)
         if line["step"] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training.Run, "log", stop)
+    monkeypatch.setattr(runs.Run, "log", stop)
     assert finetune(stopped) == tmp_path / "stopped" and "stopped after step 3" in capsys.readouterr().out
     finetune(replace(stopped, resume=True))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
@@ -153,7 +154,7 @@ def test_layers_and_remat_change_nothing():
         model = load_model(TINY)
         config = Finetune("", "", batch_size=2, warmup=0, learning_rate=1.0, optimizer="sgd", clip=0, beta1=0, remat=remat)
         trainer = Trainer(stacked(model) if form == "stack" else model, config, 1)
-        data = training.Batch(batch(model), np.ones(2, np.float32))
+        data = Batch(batch(model), np.ones(2, np.float32))
         state, _ = trainer.step(trainer.start(), trainer.frozen, data, longest=8)
         found[form, remat] = state.learns["decoder/embedder/table"]
     for value in found.values():
@@ -167,11 +168,65 @@ def test_every_optimizer_learns(optimizer, form):
     rate = {"sgd": 1e-1, "muon": 1e-2}.get(optimizer, 1e-3)
     config = Finetune("", "", batch_size=2, optimizer=optimizer, learning_rate=rate, weight_decay=0.01, train="decoder")
     trainer = Trainer(stacked(model) if form == "stack" else model, config, 12)
-    state, data, seen = trainer.start(), training.Batch(batch(model), np.ones(2, np.float32)), []
+    state, data, seen = trainer.start(), Batch(batch(model), np.ones(2, np.float32)), []
     for _ in range(12):
         state, report = trainer.step(state, trainer.frozen, data, longest=8)
         seen.append(float(report["loss"]))
     assert seen[-1] < 0.8 * seen[0]
+
+
+def test_features_are_made_once_and_change_nothing(data, tmp_path, monkeypatch):
+    """Training on what the frozen encoder said before equals training with the encoder; what one run kept the next one reads."""
+    options = Finetune(str(data), str(tmp_path / "plain"), steps=4, batch_size=4, accumulate=2, learning_rate=1e-3, train="decoder")
+    finetune(options, validation=read(data))
+    kept = replace(options, output=str(tmp_path / "kept"), features=str(tmp_path / "features"))
+    finetune(kept, validation=read(data))
+    np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "plain"), rtol=1e-5)
+    assert len(list((tmp_path / "features").rglob("*.npy"))) == 12
+    monkeypatch.setattr(features, "pixels", None)  # needed no more
+    finetune(replace(kept, output=str(tmp_path / "again")))
+
+
+def test_rows_of_any_source(data, tmp_path):
+    """Of grain's, and of a plain list, the same run as of the file."""
+    grain = pytest.importorskip("grain", reason="the source is grain's: install the extra test-core")
+    options = Finetune(str(data), str(tmp_path / "file"), steps=3, batch_size=4, learning_rate=1e-3)
+    finetune(options)
+    rows = [{**json.loads(line), "image": Image.open(data.parent / json.loads(line)["image"])} for line in data.read_text().splitlines()]
+    for name, source in (("list", rows), ("grain", grain.MapDataset.source(rows).map(dict))):
+        finetune(replace(options, data="", output=str(tmp_path / name)), data=source)
+        assert losses(tmp_path / name) == losses(tmp_path / "file")
+    with pytest.raises(ValueError, match="--features keeps what is made of image files"):
+        finetune(replace(options, output=str(tmp_path / "x"), features=str(tmp_path / "f"), train="decoder"), data=rows)
+
+
+def test_what_is_logged(data, tmp_path):
+    options = Finetune(str(data), str(tmp_path / "run"), steps=4, batch_size=4, validate_every=2, samples=2, tensorboard=True)
+    finetune(options, validation=read(data)[:5])
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "validation_loss" in line] == [2, 4]
+    assert all(0 < line["mfu"] < 1.5 and line["memory_bytes"] > 1e8 and line["tokens_s"] > 0 for line in log)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in samples] == [2, 2, 4, 4] and {line["suffix"] for line in samples} == {"0", "1"}
+    assert b"validation_loss" in b"".join(file.read_bytes() for file in (tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_parts_must_have_as_many_images_each(data, tmp_path):
+    images = [str(data.parent / f"{i}.png") for i in range(3)]
+    rows = [{"image": images[: 1 + i % 3], "prefix": "ocr", "suffix": "x"} for i in range(4)]
+    with pytest.raises(ValueError, match=r"--accumulate asks for as many in each of its 2 parts"):
+        finetune(Finetune("", str(tmp_path / "run"), steps=1, batch_size=4, accumulate=2), data=rows)
+    finetune(Finetune("", str(tmp_path / "whole"), steps=1, batch_size=4), data=rows)
+
+
+def test_the_encoder_learns_at_its_own_rate():
+    model = load_model(TINY)
+    config = Finetune("", "", batch_size=2, warmup=0, learning_rate=1e-3, vision_rate=0.1, clip=0)
+    trainer = Trainer(model, config, 10)
+    state, _ = trainer.step(trainer.start(), trainer.frozen, Batch(batch(model), np.ones(2, np.float32)), longest=8)
+    moved = {path: float(jnp.abs(value - parameters(model)[path]).max()) for path, value in state.learns.items()}
+    assert moved["decoder/layers/0/mlp/up/kernel"] == pytest.approx(1e-3, rel=0.01)
+    assert moved["vision/layers/0/mlp/up/kernel"] == pytest.approx(1e-4, rel=0.01)
 
 
 def test_order():

@@ -61,7 +61,8 @@ def swap(model: Any, make: Callable[[str, Any], Any]) -> Any:
 
     def visit(module: Any, path: str) -> None:
         listed = isinstance(module, nnx.List)
-        for name, child in list(enumerate(module) if listed else vars(module).items()):
+        children: list[tuple[Any, Any]] = list(enumerate(module) if listed else vars(module).items())
+        for name, child in children:
             if not isinstance(child, nnx.Module):
                 continue
             if (new := make(f"{path}{name}", child)) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ TRAIN = {
     "decoder": r"decoder/.*",
     "attention": r"decoder/layers/.*attention/.*",
     "projector": r"projector/.*",
+    "lora": r".*/lora_[ab]",
 }
 
 
@@ -29,7 +31,21 @@ class Finetune:
     """Continue the run in --output from its last checkpoint."""
 
     train: str = "all"
-    """What learns: all, decoder, attention, projector, or a regular expression of parameter paths like vision/.*|projector/.*"""
+    """What learns: all, decoder, attention, projector, lora, or a regular expression of parameter paths like projector/.*|.*/lora_[ab]"""
+    lora_rank: int = 16
+    """Of LoRA in the decoder."""
+    lora_vision_rank: int = 0
+    """Of LoRA in the image encoder."""
+    lora_alpha: float = 16.0
+    """What LoRA learns counts alpha / rank times."""
+    rslora: bool = False
+    """It counts alpha / sqrt(rank) times instead (arXiv:2312.03732)."""
+    lora_dropout: float = 0.0
+    """Part of the inputs of LoRA that is dropped in training."""
+    lora_target: str = r".*(attention|mlp)/\w+"
+    """What LoRA adapts: a regular expression of paths like decoder/layers/attention/q (decoder/layers/3/attention/q with --layers list)."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the decoder's projections, frozen, in 4 or 8 bits (with --train lora: QLoRA)."""
 
     steps: int | None = None
     """Optimizer steps; by default --epochs decides."""
@@ -66,6 +82,16 @@ class Finetune:
     seed: int = 0
     """Of the order of the rows."""
 
+    flip: float = 0.0
+    """Chance that a picture is mirrored, its boxes with it; never where its row speaks of left or right."""
+    crop: float = 1.0
+    """Smallest part of each side that a random crop keeps; boxes go along."""
+    color: float = 0.0
+    """Largest random change of brightness, contrast and saturation; 0.2 is usual."""
+
+    features: str | None = None
+    """Keep the outputs of the frozen image encoder in this folder, for all epochs and runs."""
+
     length: int | None = None
     """Pad every row to this many tokens, so that one program serves; by default to the longest of its batch, rounded up to 32."""
     dtype: str | None = None
@@ -79,36 +105,54 @@ class Finetune:
 
     validate_every: int = 0
     """Steps between measurements on --validation; 0 for only at the end."""
+    samples: int = 4
+    """Rows of --validation to answer at each measurement, into samples.jsonl."""
+    tensorboard: bool = False
+    """Write the log for TensorBoard too."""
     save_every: int = 100
     """Steps between checkpoints; one is always made at the end."""
     keep: int = 2
     """Last checkpoints to keep; the best on --validation stays as well."""
-    export: Literal["jax", "huggingface", "big_vision"] = "jax"
-    """Format of the final model/: this project's own, as transformers reads it, or as big_vision does."""
+    export: Literal["jax", "huggingface", "big_vision"] | None = None
+    """Format of the final model/: this project's own (jax, the default), as transformers reads it, or as big_vision does. LoRA leaves adapter/,
+    which peft reads, and model/, with the adapter merged into it, if this is given."""
 
     def __post_init__(self):
-        at_least_1 = {name: getattr(self, name) for name in ("batch_size", "accumulate", "save_every", "keep") if getattr(self, name) < 1}
-        at_least_0 = {
-            name: getattr(self, name)
-            for name in ("warmup", "weight_decay", "clip", "validate_every", "seed", "vision_rate")
-            if getattr(self, name) < 0
-        }
-        below_1 = {name: getattr(self, name) for name in ("beta1", "beta2", "label_smoothing", "ema") if not 0 <= getattr(self, name) < 1}
-        for wrong, rule in ((at_least_1, "is at least 1"), (at_least_0, "is not negative"), (below_1, "lies in 0 <= x < 1")):
-            for name, value in wrong.items():
-                raise ValueError(f"--{name.replace('_', '-')} {value}: it {rule}")
-        if (self.steps is not None and self.steps < 1) or self.epochs <= 0:
-            raise ValueError(f"nothing to do: steps {self.steps}, epochs {self.epochs}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate {self.learning_rate}: it is above 0")
+        rules: list[tuple[str, Callable[[float], bool], str]] = [
+            ("is at least 1", lambda x: x >= 1, "batch_size accumulate save_every keep"),
+            ("is not negative", lambda x: x >= 0, "warmup weight_decay clip validate_every samples seed vision_rate lora_rank lora_vision_rank"),
+            ("is above 0", lambda x: x > 0, "learning_rate lora_alpha epochs"),
+            ("lies in 0 <= x < 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema lora_dropout color"),
+            ("lies in 0 <= x <= 1", lambda x: 0 <= x <= 1, "flip"),
+            ("lies in 0 < x <= 1", lambda x: 0 < x <= 1, "crop"),
+        ]
+        for rule, holds, names in rules:
+            for name in names.split():
+                if not holds(getattr(self, name)):
+                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it {rule}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"nothing to do: --steps {self.steps}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"--train {self.train!r} is neither one of {', '.join(TRAIN)} nor a regular expression: {error}") from None
+        for name, known in (("train", f"{', '.join(TRAIN)} or "), ("lora_target", "")):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r} is not {known}a regular expression: {error}") from None
+        if self.quantize and self.train not in ("lora", "projector") and "lora" not in self.train:
+            raise ValueError(f"--quantize freezes the decoder's projections: --train lora adapts them, --train {self.train} cannot")
+        if self.features and self.augments:
+            raise ValueError("--features are those of the pictures as they are: leave out --flip, --crop and --color")
 
     @property
     def pattern(self) -> str:
         """The regular expression of the paths of what learns."""
         return TRAIN.get(self.train, self.train)
+
+    @property
+    def lora(self) -> bool:
+        return "lora" in self.train
+
+    @property
+    def augments(self) -> bool:
+        return self.flip > 0 or self.crop < 1 or self.color > 0

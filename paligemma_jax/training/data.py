@@ -6,7 +6,7 @@ A batch is a function of seed and step, whatever came before.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +46,7 @@ class Example:
 class Batch:
     inputs: Inputs
     weights: Any  # float32 [B]; 0 for a row that only fills up
+    features: Any = None  # of the image encoder [M, P, W]; then `inputs.images` is None
 
 
 def read(file: str | Path) -> list[Example]:
@@ -120,14 +121,26 @@ def _shuffled(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def batch(examples: Sequence[Example], processor: Processor, size: int, length: int | None) -> Batch:
-    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0."""
+def batch(
+    examples: Sequence[Example], processor: Processor, size: int, length: int | None, parts: int = 1, features: Callable[[list], Any] | None = None
+) -> Batch:
+    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0.
+
+    parts: so many will be computed one after the other: ValueError if they have not as many images each.
+    features: of image files, in the place of their pixels.
+    """
     filled = [*examples, *[examples[0]] * (size - len(examples))]
     rows = processor.rows([list(e.images) for e in filled], [e.prefix for e in filled], [e.suffix for e in filled])
+    images = [len(row.images) for row in rows]
+    if len(set(np.reshape(images, (parts, -1)).sum(axis=1))) > 1:
+        raise ValueError(f"rows {[e.line for e in examples]} have {images} images: --accumulate asks for as many in each of its {parts} parts")
+    flat = [image for row in rows for image in row.images]
     longest = max(len(row.prompt) + len(row.suffix) for row in rows)
     padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))
     weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
-    return Batch(Inputs(images=pixels([image for row in rows for image in row.images], processor.image_size), **padded), weights)
+    if features:
+        return Batch(Inputs(images=None, **padded), weights, features(flat))
+    return Batch(Inputs(images=pixels(flat, processor.image_size), **padded), weights)
 
 
 def ahead(makers: Iterator[Any], depth: int = 4) -> Iterator[Any]:

@@ -114,7 +114,7 @@ def unmerge(model: Any, factors: Mapping[str, Factors]) -> Any:
 
 def attach(model: Any, factors: Mapping[str, Factors]) -> Any:
     """The model (layers as a list) with the adapter that `factors` are, path by path, as `add_lora` puts it."""
-    return swap(model, lambda path, module: LoRA(module, *map(jnp.asarray, (f.a, f.b)), f.scale) if (f := factors.get(path)) else None)
+    return swap(model, lambda path, module: LoRA(module, jnp.asarray(f.a), jnp.asarray(f.b), f.scale) if (f := factors.get(path)) else None)
 
 
 def factors(model: Any) -> dict[str, Factors]:

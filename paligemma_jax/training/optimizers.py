@@ -41,8 +41,14 @@ def make_optimizer(config: Finetune, steps: int) -> optax.GradientTransformation
             schedule, consistent_rms=0.2, adam_b1=config.beta1, adam_b2=config.beta2,
             weight_decay=decay, weight_decay_mask=decays, muon_weight_dimension_numbers=matrices,  # type: ignore[arg-type]
         )  # fmt: skip
-    slower = optax.stateless(lambda updates, _: {path: u * config.vision_rate if path.startswith("vision/") else u for path, u in updates.items()})
-    return optax.chain(optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), rule, slower)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), rule, optax.stateless(_slower(config.vision_rate))
+    )
+
+
+def _slower(rate: float) -> Any:
+    """The updates of the image encoder times `rate`."""
+    return lambda updates, _: {path: update * rate if path.startswith("vision/") else update for path, update in updates.items()}
 
 
 def decays(parameters: Mapping[str, Any]) -> dict[str, bool]:

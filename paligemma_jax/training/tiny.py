@@ -35,7 +35,8 @@ from paligemma_jax.processing.tokenizer import LOCATIONS, SEGMENTS, Tokenizer
 from paligemma_jax.training import digits, probe
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Example, ahead
-from paligemma_jax.training.trainer import Trainer, finetune
+from paligemma_jax.training.finetune import finetune
+from paligemma_jax.training.trainer import Trainer
 
 MUON = Finetune(
     data="", output="", optimizer="muon", learning_rate=2e-3, weight_decay=0.02, beta2=0.98, warmup=100, layers="list", save_every=500,

@@ -1,0 +1,189 @@
+"""Fine-tuning from beginning to end: data, model, the loop that survives being stopped, and what comes out."""
+
+from __future__ import annotations
+
+import re
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from convert import peft
+from paligemma_jax import checkpoint
+from paligemma_jax.inference.predictor import Predictor, keep_programs, make_processor
+from paligemma_jax.model.layers import parameters, with_parameters
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.quantization import quantize
+from paligemma_jax.scaling.cost import matrix_rate, training_flops
+from paligemma_jax.synthetic import stacked, unstacked
+from paligemma_jax.training import lora
+from paligemma_jax.training.augment import Augment
+from paligemma_jax.training.config import Finetune
+from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, make_example, order, read
+from paligemma_jax.training.features import Features
+from paligemma_jax.training.runs import Run
+from paligemma_jax.training.trainer import State, Trainer
+
+
+def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None = None) -> Path:
+    """Trains as `config` says; returns the folder of the final model, or adapter. ValueError for whatever the user can mend.
+
+    data, validation: rows in the place of those files, by number: lists, grain sources, data sets.
+    A run that was stopped, by SIGTERM or anything worse, continues with `resume=True` from its last checkpoint, bit for bit on a CPU.
+    """
+    keep_programs()
+    source = checkpoint.resolve(config.model)
+    if config.lora and peft.is_adapter(source):
+        raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
+    processor = make_processor(source)
+    train = read(config.data) if data is None else data
+    validation = validation if validation is not None else read(config.validation) if config.validation else []
+    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
+    run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
+    wide = lambda path: bool(re.fullmatch(config.pattern, path))
+    model = checkpoint.load_model(source, config.dtype, config.numerics, wide=wide, quantize=config.quantize)
+    features = Features(Path(config.features), model, processor.image_size) if config.features else None
+    if features:
+        features.fill(model, [train, validation], config.batch_size)
+    trainer = Trainer(prepared(model, config, delete=True), config, steps)
+    del model
+    if features and any(path.startswith("vision/") for path in trainer.names):
+        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
+    state = run.restore(trainer.start())
+    make = partial(batch, processor=processor, size=config.batch_size, length=config.length, parts=config.accumulate, features=features)
+    state, stopped = _loop(trainer, run, state, steps, make, train, validation, processor)
+    run.finish()
+    if stopped:
+        print(f"stopped after step {int(state.step)}; --resume continues")
+        return run.folder
+    run.chart()
+    return _save(trainer, state, source, run.folder)
+
+
+def prepared(model: Any, config: Finetune, delete: bool = False) -> Any:
+    """A model with its layers as a list, as `config` trains it: quantized, stacked, with LoRA. Of arrays, or of shapes inside `jax.eval_shape`.
+
+    delete: the arrays that are stacked.
+    """
+    model = quantize(model, config.quantize) if config.quantize else model
+    model = stacked(model, delete) if config.layers == "stack" else model
+    if not config.lora:
+        return model
+    ranks = {"decoder": config.lora_rank, "vision": config.lora_vision_rank}
+    return lora.add_lora(model, ranks, config.lora_alpha, config.rslora, config.lora_dropout, config.lora_target, config.seed)
+
+
+def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train: Rows, validation: Rows, processor: Processor) -> tuple[State, bool]:
+    config, first = trainer.config, int(state.step)
+    augment = Augment(config.flip, config.crop, config.color) if config.augments else None
+    rate = matrix_rate(trainer.model.config.activation_dtype)
+
+    def batches() -> Iterator[Any]:
+        for step in range(first, steps):
+            start = step * config.batch_size
+            rows = order(len(train), config.seed, start, config.batch_size)
+            yield partial(_made, make, train, rows, augment and partial(_augmented, augment, config.seed, start))
+
+    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None) as bar:
+        for step, data in enumerate(ahead(batches()), first + 1):
+            began = time.perf_counter()
+            state, report = trainer.step(state, trainer.frozen, data, longest=longest(data))
+            line = {"step": step, **{name: float(value) for name, value in report.items()}}
+            seconds = time.perf_counter() - began
+            work = training_flops(trainer.model.config, data.inputs, trainer.names, encodes=data.features is None)
+            line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": memory_bytes()}
+            if not np.isfinite(line["loss"]):
+                raise ValueError(run.bad(step, line["loss"], data))
+            if len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0)):
+                line["validation_loss"] = _measure(trainer, state, make, validation)
+                _answer(trainer, state, run, validation, processor)
+            run.log(line)
+            bar.update()
+            bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
+            if step == steps or step % config.save_every == 0 or asked:
+                run.save(step, state, line.get("validation_loss"))
+            if asked and step < steps:
+                return state, True
+    return state, False
+
+
+def _made(make: Any, source: Rows, rows: Any, augment: Any = None) -> Batch:
+    examples = [make_example(source[int(i)], int(i)) for i in rows]
+    return make([augment(n, example) for n, example in enumerate(examples)] if augment else examples)
+
+
+def _augmented(augment: Augment, seed: int, start: int, n: int, example: Any) -> Any:
+    return augment(example, np.random.default_rng((seed, start + n)))
+
+
+def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
+    """The loss over all rows, as they are, in the run's own reduction."""
+    size, total, count = trainer.config.batch_size, 0.0, 0.0
+    for data in ahead(partial(_made, make, rows, range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)):
+        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, data, longest=longest(data))
+        total, count = total + float(loss), count + float(weight)
+    return total / max(count, 1e-9)
+
+
+def _answer(trainer: Trainer, state: State, run: Run, rows: Rows, processor: Processor) -> None:
+    """What the model says to the first rows, into samples.jsonl."""
+    examples = [make_example(rows[i], i) for i in range(min(trainer.config.samples, len(rows)))]
+    if not examples:
+        return
+    predictor = Predictor(trainer.result(state), processor)
+    room = processor.context - max(len(row.prompt) for row in processor.rows([list(e.images) for e in examples], [e.prefix for e in examples]))
+    answers = predictor.answers([list(e.images) for e in examples], [e.prefix for e in examples], min(64, room), progress=False)
+    for example, answer in zip(examples, answers):
+        run.log({"step": int(state.step), "prefix": example.prefix, "suffix": example.suffix, "answer": answer.text}, "samples.jsonl")
+
+
+def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
+    """The adapter, if LoRA alone has learned; else, or if asked for, the whole model, merged into the base as it was before it was quantized."""
+    config, model = trainer.config, trainer.result(state)
+    model = unstacked(model) if config.layers == "stack" else model
+    found, plain = lora.factors(model), {path for path in trainer.names if "/lora_" not in path}
+    if found and not plain:
+        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(source.resolve())
+        peft.write(folder / "adapter", found, model.config, base)
+        if config.export is None:
+            return folder / "adapter"
+    if found:
+        learned = parameters(model)
+        base_model = checkpoint.load_model(source, config.dtype, config.numerics)
+        model = with_parameters(base_model, lambda path: learned[path] if path in learned else parameters(base_model)[path])
+        model = lora.merge(lora.attach(model, found))
+    checkpoint.save(folder / "model", model, like=source, to=config.export or "jax", force=True)
+    return folder / "model"
+
+
+def longest(data: Batch) -> int:
+    return -(-int(data.inputs.targets.sum(axis=1).max()) // BUCKET) * BUCKET
+
+
+def memory_bytes() -> int:
+    """The most that was in use so far: on the device where it counts that, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _sigterm:
+    """A list that is filled when the process is asked to end, by SIGTERM, while inside."""
+
+    def __enter__(self) -> list[int]:
+        asked: list[int] = []
+        try:
+            self.before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+        except ValueError:  # not in the main thread
+            self.before = None
+        return asked
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)

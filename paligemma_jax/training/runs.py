@@ -1,0 +1,110 @@
+"""A run's folder: what it was asked to do, its log, its checkpoints, its picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from paligemma_jax.training.config import Finetune
+from paligemma_jax.training.data import Batch
+from paligemma_jax.training.trainer import State
+
+
+class Run:
+    """config.json, log.jsonl, samples.jsonl, checkpoints/, loss.png, and tensorboard/ where wanted."""
+
+    def __init__(self, config: Finetune):
+        self.folder = Path(config.output)
+        settings, file = asdict(replace(config, resume=False)), self.folder / "config.json"
+        if config.resume:
+            if not file.is_file():
+                raise ValueError(f"{self.folder} has no run to resume: there is no config.json")
+            before = json.loads(file.read_text())
+            if other := [name for name, value in settings.items() if before.get(name) != value]:
+                told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in other)
+                raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} is not empty: give another --output, or --resume to continue the run there")
+        self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=lambda found: -found["validation_loss"], n=1, keep_checkpoints_without_metrics=False)
+        kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
+
+    def restore(self, state: State) -> State:
+        """The last checkpoint, or `state` where there is none; what was logged after it is dropped."""
+        step = self.manager.latest_step()
+        for log in (self.folder / "log.jsonl", self.folder / "samples.jsonl"):
+            if log.exists():
+                whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                log.write_text("".join(line for line in whole if json.loads(line)["step"] <= (step or 0)))
+        if step is None:
+            return state
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        return self.manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[return-value]
+
+    def save(self, step: int, state: State, validation_loss: float | None) -> None:
+        """Returns as soon as training may go on; the writing goes on beside it, until `finish`."""
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        if jax.default_backend() == "cpu":  # there Orbax holds on to the very memory that the next step is given
+            state = jax.tree.map(jnp.copy, state)
+        self.manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+
+    def finish(self) -> None:
+        """Waits for what is being written."""
+        self.manager.wait_until_finished()
+        if self.board:
+            self.board.close()
+
+    def log(self, line: dict[str, Any], name: str = "log.jsonl") -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self.board:
+            for key, value in line.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(key, value, line["step"])
+
+    def bad(self, step: int, loss: float, data: Batch) -> str:
+        """Saves the batch; returns what to say."""
+        self.finish()
+        file = self.folder / f"bad_batch_{step}.npz"
+        arrays = {name: getattr(data.inputs, name) for name in ("tokens", "images", "valid", "prefix", "targets")}
+        np.savez(file, weights=data.weights, **{name: array for name, array in arrays.items() if array is not None})
+        last = self.manager.latest_step()
+        return (
+            f"the loss of step {step} is {loss}; its batch is in {file}, the last checkpoint is of step {last}: lower --learning-rate, or look at it"
+        )
+
+    def chart(self) -> None:
+        """loss.png, where matplotlib is installed."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        figure = Figure((8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for name in ("loss", "validation_loss"):
+            if points := [(line["step"], line[name]) for line in lines if name in line]:
+                axes.plot(*zip(*points), marker="o" if name == "validation_loss" else None, label=name.replace("_", " "))
+        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.legend(frameon=False)
+        figure.savefig(self.folder / "loss.png", dpi=120)
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ValueError("to write for TensorBoard, install the extra: pip install 'paligemma-jax[train]'") from None
+    return SummaryWriter(str(folder))
