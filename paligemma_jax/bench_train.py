@@ -140,6 +140,9 @@ def _spread(values: dict[str, float]) -> str:
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
     about = (row["model"], row["train"], row["remat"], str(row["batch"]), str(row["tokens"]), row["by"])
-    timed = (_spread(row["step_s"]), _spread(row["tokens_s"]) + (f" x{row['slower']:.2f}" if "slower" in row else ""), f"{row['mfu']:.0%}")
+    timed = ("", "", "")
+    if "step_s" in row:
+        faster = f" x{row['slower']:.2f}" if "slower" in row else ""
+        timed = (_spread(row["step_s"]), _spread(row["tokens_s"]) + faster, f"{row['mfu']:.0%}")
     memory = tuple(f"{row[name] / 2**30:.2f}" if name in row else "" for name in ("argument_bytes", "temporary_bytes", "memory_bytes"))
-    return (*about, f"{row['compile_s']:.1f}" if "compile_s" in row else "", *(timed if "step_s" in row else ("", "", "")), *memory)
+    return (*about, f"{row['compile_s']:.1f}" if "compile_s" in row else "", *timed, *memory)

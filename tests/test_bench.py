@@ -152,3 +152,24 @@ def _row(tokens):
 def test_an_unknown_dtype_is_told(command):
     code, _, error = command("bench", "--dtype", "int3")
     assert code == 2 and error == "paligemma-jax: unknown dtype 'int3'; there are float32, bfloat16, float16\n"
+
+
+def test_training_steps(command, tmp_path):
+    """A step of all weights, of LoRA and of QLoRA: measured, and compiled only, which tells the same memory."""
+    options = ["bench", "--train", "all", "lora", "qlora", "--model", "tiny", "--new", 8, "--json", "--remat", "full"]
+    reports = [json.loads(command(*options, "--repeats", repeats)[1])["training"] for repeats in (1, 0)]
+    full, low, small = reports[0]
+    assert [row["train"] for row in reports[0]] == ["all", "lora", "qlora"] and all(row["tokens_s"]["median"] > 0 for row in reports[0])
+    assert small["argument_bytes"] < low["argument_bytes"] < 0.5 * full["argument_bytes"]
+    assert low["flops"] == small["flops"] < full["flops"] and all(0 < row["mfu"] < 1 for row in reports[0])
+    assert [row["memory_bytes"] for row in reports[0]] == [row["memory_bytes"] for row in reports[1]]
+    code, out, _ = command(*options[:-3], "--repeats", 0)
+    assert code == 0 and "qlora" in out and max(map(len, out.splitlines())) < 140
+
+
+def test_training_against_transformers(command):
+    pytest.importorskip("peft", reason="the contender is transformers with peft: install the extra test")
+    code, out, error = command("bench", "--train", "lora", "--model", "tiny", "--new", 4, "--repeats", 1, "--against", "transformers", "--json")
+    assert code == 0, error
+    ours, theirs = json.loads(out)["training"]
+    assert theirs["by"] == "transformers" and theirs["slower"] == pytest.approx(theirs["step_s"]["median"] / ours["step_s"]["median"])

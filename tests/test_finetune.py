@@ -255,7 +255,7 @@ def test_wrong_rows_are_counted_and_named(data, tmp_path):
 @pytest.mark.parametrize(
     "options,expected",
     [
-        (["--train", "("], "neither one of"),
+        (["--train", "("], "or a regular expression"),
         (["--train", "nothing"], "matches no parameter"),
         (["--batch-size", "0"], "is at least 1"),
         (["--batch-size", "3", "--accumulate", "2"], "does not divide"),

@@ -80,10 +80,10 @@ def test_theirs_here(random_checkpoint, tmp_path, options):
 
 @pytest.mark.parametrize("begun", [True, False])
 def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
-    """From factors drawn at random every number is within 1e-4 after ten steps of 1e-3.
+    """Every factor is within 1 % of its way after ten steps of 1e-3.
 
-    From peft's own start (B is 0) every factor is within 1 % of its way: the gradient of A is 0 at first, then so small that for single
-    numbers it is all rounding, of which Adam makes steps of full size.
+    From factors drawn at random (from peft's own start the gradient of A is 0 at first) every number is within 1e-4 too, but for the few whose
+    gradient was once a ten-thousandth of the others': that is rounding, and Adam makes steps of full size of it.
     """
     reference, _, model = random_checkpoint("pg2", 0)
     torch.manual_seed(0)
@@ -93,7 +93,13 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
     optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.01)
     config = Finetune(**asdict(replace(PLAIN, train="lora", lora_rank=4, lora_alpha=8.0)))
 
-    def as_ours():
+    def put(values):
+        with torch.no_grad():
+            for p, value in zip(learning, values):
+                p.copy_(value)
+
+    def as_ours(values=None):
+        put(learning if values is None else values)
         wrapped.save_pretrained(str(tmp_path / "adapter"))
         return files.read(tmp_path / "adapter", model.config)
 
@@ -103,11 +109,17 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
     trainer = Trainer(ready, config, 10)
     state = trainer.start()
     assert set(trainer.names) == set(values)
+    clear = {}
     for step in range(10):
         inputs = random_inputs(reference, ROWS, step, "right")
         loss = torch_loss(wrapped, inputs)
         optimizer.zero_grad()
         loss.backward()
+        of, values = [p.detach().clone() for p in learning], [p.grad for p in learning]
+        for name, f in as_ours(values).items():
+            for side, g in (("a", f.a), ("b", f.b)):
+                clear[name, side] = clear.get((name, side), True) & (np.abs(g) > 1e-4 * np.abs(g).max())
+        put(of)
         optimizer.step()
         state, report = trainer.step(state, trainer.frozen, Batch(inputs, np.ones(4, np.float32)), longest=12)
         assert float(report["loss"]) == pytest.approx(loss.item(), rel=1e-4)
@@ -115,7 +127,8 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
         for name in ("a", "b"):
             found, goal = state.learns[f"{path}/lora_{name}"], getattr(wanted, name)
             if begun:
-                np.testing.assert_allclose(found, goal, atol=1e-4, err_msg=path)
+                assert clear[path, name].mean() > 0.9
+                assert np.abs(found - goal)[clear[path, name]].max() < 1e-4, path
             moved = np.linalg.norm(goal - getattr(start[path], name))
             assert moved > 1e-3 and np.linalg.norm(found - goal) < 1e-2 * moved
 

@@ -22,7 +22,7 @@ class Finetune:
     data: str
     """Rows to learn from: JSONL with image (a path, or a list of them; relative to the file), prefix, suffix and, if wanted, weight."""
     output: str
-    """The run's folder: config.json, log.jsonl, loss.png, checkpoints/ and, at the end, model/."""
+    """The run's folder: config.json, log.jsonl, loss.png, checkpoints/ and, at the end, model/ or adapter/."""
     model: str = "tiny"
     """What to start from: tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, or a hub id."""
     validation: str | None = None
@@ -80,7 +80,7 @@ class Finetune:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is measured and saved; 0 for none."""
     seed: int = 0
-    """Of the order of the rows."""
+    """Of the order of the rows, of augmentation, dropout and the start of LoRA."""
 
     flip: float = 0.0
     """Chance that a picture is mirrored, its boxes with it; never where its row speaks of left or right."""
@@ -114,8 +114,7 @@ class Finetune:
     keep: int = 2
     """Last checkpoints to keep; the best on --validation stays as well."""
     export: Literal["jax", "huggingface", "big_vision"] | None = None
-    """Format of the final model/: this project's own (jax, the default), as transformers reads it, or as big_vision does. LoRA leaves adapter/,
-    which peft reads, and model/, with the adapter merged into it, if this is given."""
+    """Format of the final model/: jax (this project's own, the default), huggingface or big_vision. LoRA leaves adapter/, and model/ if asked."""
 
     def __post_init__(self):
         rules: list[tuple[str, Callable[[float], bool], str]] = [

@@ -28,7 +28,7 @@ def make_schedule(config: Finetune, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Finetune, steps: int) -> optax.GradientTransformation:
-    """Of a dict path -> parameter: clipping, then the optimizer; Adam's eps is torch's 1e-8."""
+    """Of a dict path -> parameter, whose gradient is clipped already; Adam's eps is torch's 1e-8."""
     schedule, decay = make_schedule(config, steps), config.weight_decay
     if config.optimizer == "adamw":
         rule = optax.adamw(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decays)
@@ -41,9 +41,7 @@ def make_optimizer(config: Finetune, steps: int) -> optax.GradientTransformation
             schedule, consistent_rms=0.2, adam_b1=config.beta1, adam_b2=config.beta2,
             weight_decay=decay, weight_decay_mask=decays, muon_weight_dimension_numbers=matrices,  # type: ignore[arg-type]
         )  # fmt: skip
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(), rule, optax.stateless(_slower(config.vision_rate))
-    )
+    return optax.chain(rule, optax.stateless(_slower(config.vision_rate))) if config.vision_rate != 1 else rule
 
 
 def _slower(rate: float) -> Any:

@@ -4,6 +4,7 @@
 
 Two runs of the `Trainer`. The first teaches the image encoder alone, patch by patch, to say which digit it sees, where and how it looks (a
 throw-away linear probe), on scenes that grow from tidy to varied. The second is an ordinary `finetune` of the whole model to answer in words.
+Begun again with the same DIR, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -177,12 +178,13 @@ def main() -> None:
     parser.add_argument("--answering-steps", type=int, default=3500)
     args = parser.parse_args()
     config, start, final = PaliGemmaConfig.preset("tiny"), args.output / "start", args.output / "tiny"
-    train_tokenizer(start / "tokenizer.model")
-    model = probe.initial(config, Tokenizer(start / "tokenizer.model", config.image_token_id))
-    learn_to_see(model, args.seeing_steps)
-    write(start, model, "float32")
-    run = replace(MUON, output=str(args.output / "run"), model=str(start), steps=args.answering_steps, batch_size=32, vision_rate=0.3, length=96)
-    answering = finetune(run, Questions(args.answering_steps * run.batch_size))
+    if not (start / "model.safetensors").exists():
+        train_tokenizer(start / "tokenizer.model")
+        model = probe.initial(config, Tokenizer(start / "tokenizer.model", config.image_token_id))
+        learn_to_see(model, args.seeing_steps)
+        write(start, model, "float32")
+    run = replace(MUON, output=str(args.output / "run"), model=str(start), steps=args.answering_steps, batch_size=32, vision_rate=0.3)
+    answering = finetune(replace(run, resume=Path(run.output).exists()), Questions(args.answering_steps * run.batch_size))
     final.mkdir(exist_ok=True)
     (final / "tokenizer.model").write_bytes((start / "tokenizer.model").read_bytes())
     write(final, checkpoint.load_model(answering), "bfloat16")

@@ -74,25 +74,29 @@ class Trainer:
 
     def _step(self, state: State, frozen: Parameters, batch: Any, longest: int) -> tuple[State, dict[str, Array]]:
         """One update. The parts of the batch add up their sums, divided once: the gradient is that of the whole."""
-        parts = jax.tree.map(lambda a: a.reshape(self.config.accumulate, -1, *a.shape[1:]), batch)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.config.seed), state.step), self.config.accumulate)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
-        def add(total: Any, row: tuple[Any, Array]) -> tuple[Any, None]:
-            part, key = row
+        def gradients(part: Any, key: Array) -> Any:
             with dropout(key):
-                found = jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest)
-            return jax.tree.map(jnp.add, total, found), None
+                return jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest)
 
-        zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.learns)
-        ((loss, count), gradient), _ = jax.lax.scan(add, zero, (parts, keys))
+        if (parts := self.config.accumulate) == 1:
+            (loss, count), gradient = gradients(batch, key)
+        else:
+            rows = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch), jax.random.split(key, parts)
+            zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.learns)
+            add = lambda total, row: (jax.tree.map(jnp.add, total, gradients(*row)), None)
+            ((loss, count), gradient), _ = jax.lax.scan(add, zero, rows)
         count = jnp.maximum(count, 1e-9)
-        loss, gradient = loss / count, jax.tree.map(lambda g: g / count, gradient)
+        loss, norm = loss / count, optax.tree.norm(gradient) / count
+        clip = jnp.minimum(1, self.config.clip / jnp.maximum(norm, 1e-9)) if self.config.clip else 1.0
+        gradient = jax.tree.map(lambda g: g * (clip / count), gradient)  # at once: the gradient of all weights is held but once
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.learns)
         learns: Any = optax.apply_updates(state.learns, updates)
         average = optax.incremental_update(learns, state.average, 1 - self.config.ema) if self.config.ema else {}
         new = State(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss)), new, state)  # a loss that is not a number changes nothing
-        return new, {"loss": loss, "gradient_norm": optax.tree.norm(gradient)}
+        return new, {"loss": loss, "gradient_norm": norm}
 
 
 def _answer_loss(config: Finetune, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:
