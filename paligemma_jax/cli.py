@@ -31,6 +31,7 @@ def generate(
     max_new_tokens: int = 128,
     dtype: Dtype = None,
     numerics: Numerics = None,
+    quantize: Literal["nf4", "int8"] | None = None,
     json: bool = False,
 ) -> None:
     """Answer prompts about images.
@@ -40,10 +41,12 @@ def generate(
     Args:
         image: Image files, one for each prompt, or one for all of them. For several images in one prompt write <image> into it for each.
         prompt: What to ask: "caption en", "answer en where is the cat?", "detect cat". One for each image, or one for all of them.
-        model: tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, or a hub id like google/paligemma2-3b-mix-224.
+        model: tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, an adapter, or a hub id like
+            google/paligemma2-3b-mix-224.
         max_new_tokens: The longest answer, in tokens.
         dtype: float32, bfloat16 or float16.
         numerics: transformers or big_vision, where the two compute different numbers.
+        quantize: Hold the decoder's projections in 4 or 8 bits.
         json: Print one JSON object a line, with image, prompt and answer, instead of text.
     """
     from paligemma_jax import load  # here, so that --help need not wait for jax
@@ -51,7 +54,8 @@ def generate(
 
     images, prompts = _pair(list(image), list(prompt))
     opened = {path: load_image(path) for path in image}  # before the model, so that a wrong path is told at once
-    answers = load(model, dtype=dtype, numerics=numerics).generate([[opened[path] for path in group] for group in images], prompts, max_new_tokens)
+    predictor = load(model, dtype=dtype, numerics=numerics, quantize=quantize)
+    answers = predictor.generate([[opened[path] for path in group] for group in images], prompts, max_new_tokens)
     for shown, asked, answer in zip(images, prompts, answers):
         shown = shown[0] if len(shown) == 1 else shown
         print(_json({"image": shown, "prompt": asked, "answer": answer}) if json else answer)

@@ -83,9 +83,10 @@ class Embedder(nnx.Module):
         table = self.table[...]
         return table[tokens].astype(dtype) * jnp.asarray(table.shape[1] ** 0.5, dtype)
 
-    def decode(self, x: Array, start: Array | int = 0, size: int | None = None) -> Array:
-        """[..., D] -> float32[..., V], or the `size` columns from `start` on."""
-        table = self.table[...] if size is None else jax.lax.dynamic_slice_in_dim(self.table[...], start, size)
+    def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
+        """[..., D] -> float32[..., V], or every `parts`-th column from `part` on: a part of every slice, where devices hold slices of the table."""
+        table = self.table[...]
+        table = table if parts == 1 else table.reshape(-1, parts, table.shape[1])[:, part]
         return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
     def decode_at(self, x: Array, tokens: Array) -> Array:
@@ -126,18 +127,16 @@ class Decoder(nnx.Module):
         The vocabulary goes by in chunks, so that [..., V] never exists, forward or backward, and the table is read once.
         """
         V = self.config.vocab_size
-        chunk = min(chunk, V)
+        parts = next(n for n in range(1, V + 1) if V % n == 0 and V <= n * chunk)
 
         @jax.checkpoint
-        def one(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
-            begin = jnp.minimum(start, V - chunk)  # the last chunk overlaps the one before: those columns do not count again
-            logits = self._cap(self.embedder.decode(x, begin, chunk), capped)
-            new = begin + jnp.arange(chunk) >= start
-            total = jnp.logaddexp(carry[0], jax.nn.logsumexp(jnp.where(new, logits, -jnp.inf), axis=-1))
-            return (total, carry[1] + jnp.where(new, logits, 0).sum(axis=-1) if smoothing else carry[1]), None
+        def one(carry: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
+            logits = self._cap(self.embedder.decode(x, part, parts), capped)
+            total = jnp.logaddexp(carry[0], jax.nn.logsumexp(logits, axis=-1))
+            return (total, carry[1] + logits.sum(axis=-1) if smoothing else carry[1]), None
 
         none = jnp.zeros(tokens.shape, jnp.float32)
-        (total, summed), _ = jax.lax.scan(one, (none - jnp.inf, none), jnp.arange(0, V, chunk))
+        (total, summed), _ = jax.lax.scan(one, (none - jnp.inf, none), jnp.arange(parts))
         chosen = self._cap(self.embedder.decode_at(x, tokens), capped)
         return (1 - smoothing) * chosen + smoothing / V * summed - total
 
