@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("PALIGEMMA_JAX_CACHE", "off")  # what a test compiles, it compiles itself
 
 import functools
 import importlib.util
@@ -34,6 +35,16 @@ collect_ignore = [file.name for file in HERE.glob("test_*.py") if WITHOUT_TORCH 
 
 def pytest_report_header() -> str:
     return f"without torch: left out {', '.join(sorted(collect_ignore))}" if WITHOUT_TORCH else "with torch: live parity"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """Every program of XLA's on the CPU holds memory maps, and Linux gives a process 65,530: past them it dies of a segmentation fault.
+
+    tests/test_generation.py alone takes 19,000.
+    """
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
