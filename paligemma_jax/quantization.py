@@ -2,6 +2,7 @@
 
 nf4 is that of QLoRA (arXiv:2305.14314) and bitsandbytes: blocks of 64 weights in the order of memory, each divided by its largest magnitude and
 rounded to the nearest of 16 values; two of them to the byte, the first in the high bits. int8 has one scale for each output.
+Codes and scales keep the kernel's axes where blocks divide the last one, so that they can be spread over devices as it is.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Quantized(nnx.Module):
         self.kind, self.shape, self.contracted = kind, shape, contracted
         self.codes, self.scale, self.bias = nnx.Param(codes), nnx.Param(scale), bias
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """A stack's leading axes."""
+        return self.codes.shape[: self.codes.ndim - _axes(self.kind, self.shape)]
+
     def dense(self, dtype: Any) -> Array:
         return dequantize(self.kind, self.codes[...], self.scale[...], self.shape).astype(dtype)
 
@@ -52,7 +58,10 @@ class Quantized(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 2))
 def quantize_array(kind: str, kernel: Array, contracted: int) -> tuple[Array, Array]:
-    """kernel [out..., in...] -> codes and float32 scales: int8 [out..., in...] and [out...], or nf4 uint8 [N/2] and [N/64]."""
+    """kernel [out..., in...] -> codes and float32 scales.
+
+    int8: int8 [out..., in...] and [out...]. nf4: uint8 [..., X/2] and [..., X/64] of [..., X], or flat where 64 does not divide X.
+    """
     wide = kernel.astype(jnp.float32)
     if kind == "int8":
         ins = tuple(range(kernel.ndim - contracted, kernel.ndim))
@@ -62,7 +71,13 @@ def quantize_array(kind: str, kernel: Array, contracted: int) -> tuple[Array, Ar
     scale = jnp.max(jnp.abs(blocks), axis=1)
     part = blocks / jnp.maximum(scale, 1e-30)[:, None]
     codes = sum((part > edge).astype(jnp.uint8) for edge in BETWEEN).reshape(-1, 2)  # type: ignore[union-attr]
-    return codes[:, 0] << 4 | codes[:, 1], scale
+    axes = kernel.shape[: _axes(kind, kernel.shape) - 1]
+    return (codes[:, 0] << 4 | codes[:, 1]).reshape(*axes, -1), scale.reshape(*axes, -1)
+
+
+def _axes(kind: str, shape: tuple[int, ...]) -> int:
+    """How many axes the codes of a kernel have."""
+    return 1 if kind == "nf4" and shape[-1] % BLOCK else len(shape)
 
 
 def dequantize(kind: str, codes: Array, scale: Array, shape: tuple[int, ...]) -> Array:
@@ -71,7 +86,7 @@ def dequantize(kind: str, codes: Array, scale: Array, shape: tuple[int, ...]) ->
         return codes * scale.reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     values = jnp.asarray(NF4)[jnp.stack([codes >> 4, codes & 15], axis=-1)]
     values = values.reshape(*scale.shape, BLOCK) * scale[..., None]
-    return values.reshape(*scale.shape[:-1], *shape)
+    return values.reshape(*codes.shape[: codes.ndim - _axes(kind, shape)], *shape)
 
 
 def parts(small: Any, path: str, kernel: Array) -> dict[str, Array]:

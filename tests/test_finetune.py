@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from paligemma_jax.synthetic import stacked
 from paligemma_jax.training import features, runs
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch, order, read
-from paligemma_jax.training.finetune import finetune
+from paligemma_jax.training.finetune import finetune, prepared
 from paligemma_jax.training.losses import answer_loss, token_loss
 from paligemma_jax.training.trainer import Trainer
 
@@ -227,6 +228,22 @@ def test_the_encoder_learns_at_its_own_rate():
     moved = {path: float(jnp.abs(value - parameters(model)[path]).max()) for path, value in state.learns.items()}
     assert moved["decoder/layers/0/mlp/up/kernel"] == pytest.approx(1e-3, rel=0.01)
     assert moved["vision/layers/0/mlp/up/kernel"] == pytest.approx(1e-4, rel=0.01)
+
+
+@pytest.mark.parametrize("train,quantized", [("all", None), ("decoder", None), ("lora", None), ("lora", "nf4")])
+def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(data, tmp_path, train, quantized):
+    config = Finetune(str(data), "", train=train, quantize=quantized, dtype="bfloat16", lora_rank=2, batch_size=2, learning_rate=1e-3)
+    wide = lambda path: bool(re.fullmatch(config.pattern, path))
+    trainer = Trainer(prepared(load_model(TINY, "bfloat16", wide=wide, quantize=quantized), config), config, 4)
+    state, found = trainer.start(), []
+    for _ in range(4):
+        state, report = trainer.step(state, trainer.frozen, Batch(batch(load_model(TINY)), np.ones(2, np.float32)), longest=8)
+        found.append(float(report["loss"]))
+    assert found[-1] < found[0]
+    assert {value.dtype.name for value in state.learns.values()} == {"float32"}
+    kept = {value.dtype.name for path, value in trainer.frozen.items() if not path.endswith(("codes", "/scale"))}
+    assert kept == (set() if train == "all" else {"bfloat16"})
+    assert {value.dtype.name for path, value in trainer.frozen.items() if path.endswith("codes")} == ({"uint8"} if quantized else set())
 
 
 def test_order():

@@ -23,11 +23,11 @@ def test_nf4_by_hand():
     """Against its definition, written down again in numpy."""
     kernel = weight()
     codes, scale = quantize_array("nf4", jnp.asarray(kernel), 1)
-    assert codes.dtype == jnp.uint8 and codes.nbytes == kernel.size // 2 and scale.shape == (kernel.size // 64,)
+    assert codes.dtype == jnp.uint8 and codes.nbytes == kernel.size // 2 and scale.shape == (32, 6, 1)
     blocks = kernel.reshape(-1, 64)
     largest = np.abs(blocks).max(axis=1, keepdims=True)
     nearest = np.abs(blocks[..., None] / largest[..., None] - NF4).argmin(-1)
-    np.testing.assert_array_equal(np.asarray(codes), (nearest.ravel()[::2] << 4) | nearest.ravel()[1::2])
+    np.testing.assert_array_equal(np.asarray(codes).ravel(), (nearest.ravel()[::2] << 4) | nearest.ravel()[1::2])
     np.testing.assert_allclose(dequantize("nf4", codes, scale, kernel.shape), (NF4[nearest] * largest).reshape(kernel.shape), rtol=1e-6)
 
 
@@ -38,8 +38,16 @@ def test_nf4_is_that_of_bitsandbytes():
         kernel = weight((192, 320), seed)
         packed, state = reference.quantize_4bit(torch.from_numpy(kernel), blocksize=64, quant_type="nf4")
         codes, scale = quantize_array("nf4", jnp.asarray(kernel), 1)
-        np.testing.assert_array_equal(np.asarray(codes), packed.numpy().ravel())
+        np.testing.assert_array_equal(np.asarray(codes).ravel(), packed.numpy().ravel())
         np.testing.assert_array_equal(dequantize("nf4", codes, scale, kernel.shape), reference.dequantize_4bit(packed, state).numpy())
+
+
+def test_nf4_of_an_axis_that_blocks_do_not_divide():
+    kernel = weight((6, 32, 24))
+    codes, scale = quantize_array("nf4", jnp.asarray(kernel), 1)
+    same, flat = quantize_array("nf4", jnp.asarray(kernel.reshape(-1)), 1)
+    np.testing.assert_array_equal(codes, same)
+    np.testing.assert_array_equal(dequantize("nf4", codes, scale, kernel.shape).ravel(), dequantize("nf4", same, flat, (kernel.size,)))
 
 
 @pytest.mark.parametrize("kind,error", [("int8", 0.008), ("nf4", 0.1)])

@@ -35,6 +35,11 @@ class Einsum(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * math.prod(shape[outs:]) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(shape[:outs])) if bias else None
 
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """A stack's leading axes."""
+        return self.kernel.shape[: self.kernel.ndim - len(self.shape)]
+
     def dense(self, dtype: Any) -> Array:
         return self.kernel[...].astype(dtype)
 

@@ -84,15 +84,13 @@ def add_lora(model: Any, rank: Mapping[str, int], alpha: float, rslora: bool = F
         if not isinstance(module, Einsum | Quantized) or not R or not re.fullmatch(target, path):
             return None
         found.append(path)
-        weights = module.codes if isinstance(module, Quantized) else module.kernel
         outs = len(module.shape) - module.contracted
         out, ins = module.shape[:outs], module.shape[outs:]
-        lead = weights.shape[: weights.ndim - (1 if isinstance(module, Quantized) and module.kind == "nf4" else len(module.shape))]
         own = zlib.crc32(path.encode())
         bound = math.prod(ins) ** -0.5
-        a = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), own), (*lead, R, *ins), jnp.float32, -bound, bound)
-        seeds = jnp.asarray(own + np.arange(math.prod(lead)).reshape(lead), jnp.uint32) if rate else None
-        return LoRA(module, a, jnp.zeros((*lead, *out, R)), alpha / (R**0.5 if rslora else R), rate, seeds)
+        a = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), own), (*module.lead, R, *ins), jnp.float32, -bound, bound)
+        seeds = jnp.asarray(own + np.arange(math.prod(module.lead)).reshape(module.lead), jnp.uint32) if rate else None
+        return LoRA(module, a, jnp.zeros((*module.lead, *out, R)), alpha / (R**0.5 if rslora else R), rate, seeds)
 
     model = swap(model, make)
     if not found:
