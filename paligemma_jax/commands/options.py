@@ -1,0 +1,44 @@
+"""What several subcommands ask for, in the same words. Nothing here imports jax, so that --help need not wait for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from paligemma_jax.inference.predictor import Predictor
+
+Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
+Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
+Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, and how it is held: the flags of every subcommand that loads one."""
+
+    model: Name = "tiny"
+    """tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, an adapter, or a hub id like google/paligemma2-3b-mix-224."""
+    dtype: Dtype = None
+    """float32, bfloat16 or float16."""
+    numerics: Numerics = None
+    """transformers or big_vision, where the two compute different numbers."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the decoder's projections in 4 or 8 bits."""
+
+    def load(self) -> Predictor:
+        from paligemma_jax import load
+
+        return load(self.model, dtype=self.dtype, numerics=self.numerics, quantize=self.quantize)
+
+
+Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
+
+
+def dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
