@@ -127,7 +127,7 @@ class Decoder(nnx.Module):
         The vocabulary goes by in chunks, so that [..., V] never exists, forward or backward, and the table is read once.
         """
         V = self.config.vocab_size
-        parts = next(n for n in range(1, V + 1) if V % n == 0 and V <= n * chunk)
+        parts = next(n for n in range(1, V + 1) if V % n == 0 and n * chunk >= V)
 
         @jax.checkpoint
         def one(carry: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
