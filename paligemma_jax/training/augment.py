@@ -10,10 +10,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from paligemma_jax.processing.image import load_image
+from paligemma_jax.processing.locations import BOX, LAST, locations
 from paligemma_jax.training.data import Example
 
-BINS = 1024
-BOX = re.compile(r"((?:<loc\d{4}>){4})")
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -39,7 +38,7 @@ class Augment:
         still = "<seg" in prefix + suffix
         if mirrored and not still and not SIDES.search(prefix + suffix):
             images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
-            prefix, suffix = (moved(text, lambda box: box[[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, BINS, 0, BINS]) for text in (prefix, suffix))
+            prefix, suffix = (moved(text, lambda box: box[[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, LAST, 0, LAST]) for text in (prefix, suffix))
         if self.crop < 1 and not still and len(images) == 1 and not BOX.search(prefix):
             cut = moved(suffix, lambda box: inside(box, window))
             if cut or not suffix:
@@ -55,23 +54,21 @@ class Augment:
 
 
 def moved(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
-    """`text` with every box (y0, x0, y1, x1 in 1/1024 of the sides) where `move` puts it; None drops it, and what is said of it up to the next ;"""
+    """`text` with every box (y0, x0, y1, x1 in bins) where `move` puts it; None drops it, and what is said of it up to the next ;"""
     if not BOX.search(text):
         return text
     kept = []
     for part in text.split(" ; "):
-        pieces = BOX.split(part)  # every other one is a box
-        boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in pieces[1::2]]
-        seen = [box for box in boxes if box is not None]
-        if len(seen) == len(boxes):
-            pieces[1::2] = ["".join(f"<loc{int(np.clip(round(value), 0, BINS - 1)):04}>" for value in box) for box in seen]
-            kept.append("".join(pieces))
+        boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in BOX.findall(part)]
+        places = iter([locations(box) for box in boxes if box is not None])
+        if all(box is not None for box in boxes):
+            kept.append(BOX.sub(lambda _, places=places: next(places), part))
     return " ; ".join(kept)
 
 
 def inside(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
     """The box as the window shows it; None if less than a third of it can be seen."""
     start, size = np.tile(window[:2], 2), np.tile(window[2:] - window[:2], 2)
-    seen = np.clip((box / BINS - start) / size, 0, 1) * BINS
+    seen = np.clip((box / LAST - start) / size, 0, 1) * LAST
     area = lambda b: max(b[2] - b[0], 0) * max(b[3] - b[1], 0)
     return seen if area(seen) * size[0] * size[1] * 3 >= area(box) and area(seen) > 0 else None

@@ -8,21 +8,24 @@ into training and held-out digits before anything is composed, so no scan is eve
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from paligemma_jax.checkpoint import TINY
+from paligemma_jax.processing.locations import LAST, Detection, overlap, parse, with_masks, write
+from paligemma_jax.processing.masks_codec import SIDE, MaskCodec, load_codec
+
 SIZE = 112  # pixels along the side of a training canvas
 HELD_OUT = 300  # scans that training never sees
 MAX_DIGITS = 4
 GLYPH = 32  # samples along a glyph's side
+CODEC = TINY / "vae-digits.safetensors"  # made by `training.masks`
 NUMBERS = ("no", "one", "two", "three", "four")
-PROMPTS = {"caption": "caption en", "ocr": "ocr", "count": "answer en how many digits?", "detect": "detect {}"}
-LOCATED = re.compile(r"<loc(\d{4})>" * 4 + r" (\d)")
+PROMPTS = {"caption": "caption en", "ocr": "ocr", "count": "answer en how many digits?", "detect": "detect {}", "segment": "segment {}"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Glyphs:
     alpha: np.ndarray  # float32[G, N, N], 1 where ink is
     aspect: np.ndarray  # float32[G], width / height before stretching
     labels: np.ndarray  # int[G]
+    codes: np.ndarray | None = None  # int[G, 16] of their shapes (`coded`)
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Scenes:
     labels: np.ndarray  # int[B, K], -1 where a scene has fewer digits
     boxes: np.ndarray  # int[B, K, 4]: y0, x0, y1, x1 in pixels, the tight box of the ink
     glyphs: np.ndarray  # int[B, K]: which glyph of the source
+    masks: np.ndarray | None = None  # bool[B, K, H, W]: where the ink is
+    codes: np.ndarray | None = None  # int[B, K, 16] of the masks, where the source has codes
 
     def digits(self, index: int) -> list[int]:
         return [int(label) for label in self.labels[index] if label >= 0]
@@ -85,6 +91,17 @@ def glyphs(held_out: bool, copies: int = 0, size: int = GLYPH, gain: float = 1.6
     cut = [_cut(scan, rng, size, gain) for _ in range(max(copies, 1)) for scan in images]
     alpha, aspect = zip(*cut)
     return Glyphs(np.stack(alpha), np.array(aspect, np.float32), np.tile(labels, max(copies, 1)))
+
+
+def shapes(alpha: np.ndarray) -> np.ndarray:
+    """float32[G, 64, 64] of glyphs float32[G, N, N]: 1 where ink is, as `masks_codec.square` cuts a mask out along its box."""
+    side = lambda glyph: np.asarray(Image.fromarray(glyph).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    return np.stack([side(glyph) > 0.5 for glyph in alpha]).astype(np.float32)
+
+
+def coded(source: Glyphs) -> Glyphs:
+    """The glyphs with the codes of their shapes by the embedded codec."""
+    return replace(source, codes=load_codec(CODEC).encode(shapes(source.alpha)))
 
 
 def _place(rng: np.random.Generator, sizes: np.ndarray, canvas: tuple[int, int], grid: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -159,35 +176,29 @@ def compose(
         images += alpha[:, k, ..., None] * (ink[:, k, None, None] - images)
 
     order = np.argsort(np.where(placed, left + right, 10**6), axis=1)
+    masks = np.take_along_axis(alpha > 0.5, order[..., None, None], 1)
     labels = np.take_along_axis(np.where(placed, source.labels[chosen], -1), order, 1)
     chosen = np.take_along_axis(chosen, order, 1)
     boxes = np.take_along_axis(boxes * placed[..., None], order[..., None], 1)
-    return Scenes((np.clip(images, 0, 1) * 255).astype(np.uint8), labels, boxes, chosen)
+    codes = None if source.codes is None else source.codes[chosen]
+    return Scenes((np.clip(images, 0, 1) * 255).astype(np.uint8), labels, boxes, chosen, masks, codes)
 
 
 def ask(scenes: Scenes, index: int, task: str, digit: int | None = None) -> tuple[str, str]:
-    """(prompt, answer) of a task of `PROMPTS` about one scene; `digit` is the one to detect (none there: the answer is empty)."""
+    """(prompt, answer) of a task of `PROMPTS` about one scene; `digit` is the one to detect or segment (none there: the answer is empty)."""
     digits = scenes.digits(index)
     names = [str(d) for d in digits]
     if task == "caption":
         listed = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         answer = f"{NUMBERS[len(names)]} digit{'s' * (len(names) > 1)}: {listed}"
-    elif task == "detect":
-        canvas = scenes.images.shape[1:3]
-        answer = " ; ".join(f"{locations(box, canvas)} {d}" for box, d in zip(scenes.boxes[index], digits) if d == digit)
+    elif task in ("detect", "segment"):
+        height, width = scenes.images.shape[1:3]
+        codes = scenes.codes[index].tolist() if task == "segment" and scenes.codes is not None else [()] * len(digits)
+        things = [Detection(str(d), (x0, y0, x1, y1), codes=tuple(c)) for (y0, x0, y1, x1), d, c in zip(scenes.boxes[index].tolist(), digits, codes)]
+        answer = write((thing for thing in things if thing.label == str(digit)), (width, height))
     else:
         answer = {"ocr": " ".join(names), "count": str(len(names))}[task]
     return PROMPTS[task].format(digit), answer
-
-
-def locations(box: Sequence[int], canvas: tuple[int, int]) -> str:
-    """Pixels (y0, x0, y1, x1) as PaliGemma writes them: y before x, 1,024 bins along each side."""
-    return "".join(f"<loc{min(int(value / side * 1024), 1023):04}>" for value, side in zip(box, (*canvas, *canvas)))
-
-
-def detections(answer: str) -> list[tuple[np.ndarray, int]]:
-    """The boxes (float[4]: y0, x0, y1, x1 in 1/1024 of the sides) and digits that an answer to `detect` names."""
-    return [(np.array(found[:4], float), int(found[4])) for found in LOCATED.findall(answer)]
 
 
 def to_detect(rng: np.random.Generator, digits: Sequence[int]) -> int:
@@ -196,18 +207,18 @@ def to_detect(rng: np.random.Generator, digits: Sequence[int]) -> int:
     return int(rng.choice(digits if rng.random() < 5 / 6 else absent))
 
 
-def heldout(task: str, n: int, seed: int = 0) -> list[tuple[np.ndarray, str, str]]:
-    """`n` samples (image uint8[S, S, 3], prompt, answer) of a task, made of digits that training never sees."""
+def heldout_scenes(task: str, n: int, seed: int = 0) -> tuple[Scenes, list[int]]:
+    """`n` scenes of digits that training never sees, and what digit to ask for in each."""
     rng = np.random.default_rng([seed, list(PROMPTS).index(task)])
-    scenes = compose(rng, glyphs(held_out=True), n)
-    return [(scenes.images[i], *ask(scenes, i, task, to_detect(rng, scenes.digits(i)))) for i in range(n)]
+    source = glyphs(held_out=True)
+    scenes = compose(rng, coded(source) if task == "segment" else source, n)
+    return scenes, [to_detect(rng, scenes.digits(i)) for i in range(n)]
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes (y0, x0, y1, x1)."""
-    sides = np.maximum(0, np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]))
-    both = sides.prod()
-    return float(both / max((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both, 1e-9))
+def heldout(task: str, n: int, seed: int = 0) -> list[tuple[np.ndarray, str, str]]:
+    """`n` samples (image uint8[S, S, 3], prompt, answer) of a task about them."""
+    scenes, asked = heldout_scenes(task, n, seed)
+    return [(scenes.images[i], *ask(scenes, i, task, asked[i])) for i in range(n)]
 
 
 def score(task: str, answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
@@ -220,12 +231,27 @@ def score(task: str, answers: Sequence[str], truths: Sequence[str]) -> dict[str,
     if task == "detect":
         found = true = named = 0
         for answer, truth in zip(answers, truths):
-            free, wanted = detections(answer), detections(truth)
+            free, wanted = (list(parse(text, (LAST, LAST))) for text in (answer, truth))
             true, named = true + len(wanted), named + len(free)
-            for box, digit in wanted:
-                hit = next((i for i, (other, d) in enumerate(free) if d == digit and overlap(box, other) >= 0.5), None)
+            for thing in wanted:
+                hit = next((i for i, other in enumerate(free) if other.label == thing.label and overlap(thing.box, other.box) >= 0.5), None)
                 if hit is not None:
                     free.pop(hit)
                     found += 1
         result |= {"found": found / max(true, 1), "spurious": (named - found) / max(named, 1)}
     return result
+
+
+def mask_overlaps(answers: Sequence[str], scenes: Scenes, asked: Sequence[int], codec: MaskCodec) -> list[float]:
+    """Of every digit that was asked for: intersection over union of its ink and the best of the masks answered that is not taken yet; 0 without."""
+    height, width = scenes.images.shape[1:3]
+    found = []
+    for i, (answer, digit) in enumerate(zip(answers, asked)):
+        free = [thing.mask for thing in with_masks(parse(answer, (width, height)), (width, height), codec) if thing.mask is not None]
+        for k in np.flatnonzero(scenes.labels[i] == digit):
+            ink = scenes.masks[i, k] if scenes.masks is not None else np.zeros((height, width), bool)
+            scores = [(ink & mask).sum() / (ink | mask).sum() for mask in free]
+            found.append(max(scores, default=0.0))
+            if scores:
+                free.pop(int(np.argmax(scores)))
+    return found

@@ -21,13 +21,18 @@ from paligemma_jax.training import digits
 PROBE = {"label": 11, "place": 5, "box": 4, "look": 64}  # outputs: digit or none, place in reading order or none, y0 x0 y1 x1, 8 x 8 pixels
 
 
-def initial(config: PaliGemmaConfig, tokenizer: Tokenizer) -> PaliGemma:
-    """A model of random parameters, except where the first hundreds of steps would only find out what is known: see the three functions."""
+def initial(config: PaliGemmaConfig, tokenizer: Tokenizer, codebook: np.ndarray) -> PaliGemma:
+    """A model of random parameters, except where the first hundreds of steps would only find out what is known: see the four functions.
+
+    codebook: float32[128, E] of the mask codec.
+    """
     model = PaliGemma(config, nnx.Rngs(0))
     start = dict(parameters(model))
-    first = tokenizer.loc(0)
     table = start["decoder/embedder/table"]
-    start["decoder/embedder/table"] = table.at[first : first + 1024].set(waves(1024, table.shape[1]) + 0.1 * table[first : first + 1024])
+    for first, known in ((tokenizer.loc(0), waves(1024, table.shape[1])), (tokenizer.seg(0), spread(codebook, table.shape[1]))):
+        rows = slice(first, first + len(known))
+        table = table.at[rows].set(known + 0.1 * table[rows])
+    start["decoder/embedder/table"] = table
     start["vision/patch/kernel"] = cosines(config.vision.patch_size, config.vision.hidden_size).T
     start["vision/position"] = grid_positions(config.vision.num_patches, config.vision.hidden_size)
     return with_parameters(model, start.__getitem__)
@@ -37,6 +42,13 @@ def waves(n: int, width: int) -> Array:
     """float32[n, width]: unit rows, alike for neighbouring coordinates: sines and cosines of 0.25 to 32 turns."""
     turns = np.geomspace(0.25, 32, width // 2) * np.arange(n)[:, None] / n
     return jnp.asarray(np.concatenate([np.sin(2 * np.pi * turns), np.cos(2 * np.pi * turns)], 1) * (2 / width) ** 0.5, jnp.float32)
+
+
+def spread(codebook: np.ndarray, width: int) -> Array:
+    """float32[N, width]: unit rows, alike for codes that draw alike: the codebook about its mean, turned at random into more dimensions."""
+    turn, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(width, codebook.shape[1])))
+    rows = (codebook - codebook.mean(0)) @ turn.T
+    return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
 
 
 def cosines(patch: int, width: int) -> Array:

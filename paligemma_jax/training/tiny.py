@@ -3,7 +3,8 @@
     python -m paligemma_jax.training.tiny --output DIR
 
 Two runs of the `Trainer`. The first teaches the image encoder alone, patch by patch, to say which digit it sees, where and how it looks (a
-throw-away linear probe), on scenes that grow from tidy to varied. The second is an ordinary `finetune` of the whole model to answer in words.
+throw-away linear probe), on scenes that grow from tidy to varied. The second is an ordinary `finetune` of the whole model to answer in words,
+boxes and masks, in the codes of the codec that `training.masks` makes.
 Begun again with the same DIR, it goes on where it was stopped.
 """
 
@@ -32,6 +33,7 @@ from paligemma_jax.inference.predictor import Predictor, load
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import Einsum, parameters
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.masks_codec import load_codec
 from paligemma_jax.processing.tokenizer import LOCATIONS, SEGMENTS, Tokenizer
 from paligemma_jax.training import digits, probe
 from paligemma_jax.training.config import Finetune
@@ -120,17 +122,17 @@ def learn_to_see(model: PaliGemma, steps: int) -> None:
 
 
 class Questions:
-    """Varied scenes with a question each, by number. Of four, two ask for digits to find, one for the text, one for caption or count."""
+    """Varied scenes with a question each, by number. Of five, two ask for masks, one for boxes, one for the text, one for caption or count."""
 
     def __init__(self, rows: int):
-        self.rows, self.source = rows, digits.glyphs(held_out=False, copies=12)
+        self.rows, self.source = rows, digits.coded(digits.glyphs(held_out=False, copies=12))
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng((3, index))
-        task = ("detect", "detect", "ocr", rng.choice(["caption", "count"]))[index % 4]
+        task = ("segment", "segment", "detect", "ocr", rng.choice(["caption", "count"]))[index % 5]
         scenes = digits.compose(rng, self.source, 1)
         prompt, answer = digits.ask(scenes, 0, task, digits.to_detect(rng, scenes.digits(0)))
         return Example((scenes.images[0],), prompt, answer, weight=1.0, line=index)  # not a dict: the answer for a digit that is not there is empty
@@ -141,8 +143,10 @@ def evaluate(predictor: Predictor, n: int) -> dict[str, dict[str, float]]:
     scores = {}
     for task in digits.PROMPTS:
         images, prompts, truths = zip(*digits.heldout(task, n))
-        answers = [predictor.generate(list(images[i : i + 100]), list(prompts[i : i + 100]), 32) for i in range(0, n, 100)]
-        scores[task] = digits.score(task, sum(answers, []), truths)
+        answers = predictor.generate(list(images), list(prompts), 100 if task == "segment" else 32, batch_size=100)
+        scores[task] = digits.score(task, answers, truths)
+        if task == "segment":
+            scores[task] = {"iou": float(np.mean(digits.mask_overlaps(answers, *digits.heldout_scenes(task, n), load_codec(digits.CODEC))))}
     return scores
 
 
@@ -175,18 +179,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeing-steps", type=int, default=5000)
-    parser.add_argument("--answering-steps", type=int, default=3500)
+    parser.add_argument("--answering-steps", type=int, default=4500)
     args = parser.parse_args()
     config, start, final = PaliGemmaConfig.preset("tiny"), args.output / "start", args.output / "tiny"
     if not (start / "model.safetensors").exists():
         train_tokenizer(start / "tokenizer.model")
-        model = probe.initial(config, Tokenizer(start / "tokenizer.model", config.image_token_id))
+        codebook = np.asarray(load_codec(digits.CODEC).codebook[...])
+        model = probe.initial(config, Tokenizer(start / "tokenizer.model", config.image_token_id), codebook)
         learn_to_see(model, args.seeing_steps)
         write(start, model, "float32")
     run = replace(MUON, output=str(args.output / "run"), model=str(start), steps=args.answering_steps, batch_size=32, vision_rate=0.3)
     answering = finetune(replace(run, resume=Path(run.output).exists()), Questions(args.answering_steps * run.batch_size))
     final.mkdir(exist_ok=True)
-    (final / "tokenizer.model").write_bytes((start / "tokenizer.model").read_bytes())
+    for file in (start / "tokenizer.model", digits.CODEC):
+        (final / file.name).write_bytes(file.read_bytes())
     write(final, checkpoint.load_model(answering), "bfloat16")
     photo().save(args.output / "digits.jpg", quality=92)
     for task, scores in evaluate(load(final), 500).items():
