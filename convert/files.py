@@ -39,9 +39,9 @@ def write_json(file: Path, value: Any, **how: Any) -> None:
 
 
 def companions(directory: Path) -> dict[str, Path | bytes]:
-    """The files of a checkpoint directory beside its weights: config.json, tokenizer, processor, generation, licence."""
+    """The files of a checkpoint directory beside its weights: config.json, tokenizer, processor, generation, licence, mask codec."""
     found = {file.name: file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")}
-    return {name: file for name, file in found.items() if file.suffix in COMPANIONS or name.startswith(("LICENSE", "NOTICE"))}
+    return {name: file for name, file in found.items() if file.suffix in COMPANIONS or name.startswith(("LICENSE", "NOTICE", "vae-"))}
 
 
 def write_files(directory: Path, files: dict[str, Path | bytes]) -> None:

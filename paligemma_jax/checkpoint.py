@@ -27,7 +27,7 @@ from paligemma_jax.training import lora
 
 TINY = Path(__file__).parent / "assets" / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "vae-*.npz"]
 
 
 def resolve(source: str | Path) -> Path:
@@ -58,6 +58,13 @@ def files(source: Path) -> Path:
     """Where the tokenizer of what `resolve` found lies."""
     source = under(source)
     return source / orbax.FILES if (source / orbax.CONFIG).exists() else source
+
+
+def codec_file(source: Path) -> Path | None:
+    """The mask codec beside a checkpoint: vae-oid.npz as published, or another vae-*.npz or vae-*.safetensors."""
+    place = files(source)
+    found = sorted((place if place.is_dir() else place.parent).glob("vae-*"))
+    return next((file for file in found if file.suffix in (".npz", ".safetensors")), None)
 
 
 def under(source: Path) -> Path:

@@ -21,11 +21,11 @@ def picture(boxes):
 
 
 def said(boxes):
-    return " ; ".join("".join(f"<loc{min(v * 4, 1023):04}>" for v in box) + f" thing {i}" for i, box in enumerate(boxes))
+    return " ; ".join("".join(f"<loc{round(v / SIZE * 1023):04}>" for v in box) + f" thing {i}" for i, box in enumerate(boxes))
 
 
 def told(text):
-    return [np.array([int(part[4:8]) for part in piece.split(">")[:4]]) / 1024 for piece in text.split(" ; ") if piece]
+    return [np.array([int(part[4:8]) for part in piece.split(">")[:4]]) / 1023 for piece in text.split(" ; ") if piece]
 
 
 @pytest.mark.parametrize("augment", [Augment(flip=1.0), Augment(crop=0.5), Augment(flip=0.5, crop=0.6, color=0.3)])
@@ -77,4 +77,4 @@ def test_the_same_seed_gives_the_same_picture():
 
 def test_boxes_in_the_question_go_along():
     new = Augment(flip=1.0, crop=0.5)(Example((picture([]),), said([(0, 0, 40, 64)]), "a cup", 1.0, 1), np.random.default_rng(0))
-    assert new.prefix == "<loc0000><loc0768><loc0160><loc1023> thing 0" and new.images[0].size == (SIZE, SIZE)
+    assert new.prefix == "<loc0000><loc0767><loc0160><loc1023> thing 0" and new.images[0].size == (SIZE, SIZE)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from paligemma_jax.processing.locations import overlap
+from paligemma_jax.processing.masks_codec import load_codec
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.training import digits, probe, tiny
 
@@ -48,7 +50,7 @@ def test_digits_stand_apart_in_reading_order_and_inside(scenes):
         boxes = boxes[:count]
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= digits.SIZE).all() and (boxes[:, :2] < boxes[:, 2:]).all()
         assert (np.diff(boxes[:, 1] + boxes[:, 3]) >= 0.08 * digits.SIZE).all()
-        assert all(digits.overlap(boxes[i], boxes[j]) == 0 for i in range(count) for j in range(i))
+        assert all(overlap(boxes[i], boxes[j]) == 0 for i in range(count) for j in range(i))
     assert np.bincount((scenes.labels >= 0).sum(1), minlength=5)[1:].min() > 25
 
 
@@ -85,9 +87,24 @@ def test_questions_and_answers():
     assert digits.ask(scenes, 1, "caption") == ("caption en", "one digit: 7")
     assert digits.ask(scenes, 0, "ocr") == ("ocr", "3 5 3")
     assert digits.ask(scenes, 0, "count") == ("answer en how many digits?", "3")
-    found = "<loc0102><loc0102><loc0512><loc0307> 3 ; <loc0512><loc0768><loc1023><loc1023> 3"  # y before x, the end clamped
+    found = "<loc0102><loc0102><loc0512><loc0307> 3 ; <loc0512><loc0767><loc1023><loc1023> 3"  # y before x
     assert digits.ask(scenes, 0, "detect", 3) == ("detect 3", found)
     assert digits.ask(scenes, 1, "detect", 0) == ("detect 0", "")
+
+
+def test_masks_are_the_ink():
+    """On a canvas that is not square; and the answers to `segment` are boxes, 16 codes and the digit, which give the ink back."""
+    scenes = digits.compose(np.random.default_rng(0), digits.coded(digits.glyphs(held_out=True)), 30, (120, 200), variety=0)
+    assert scenes.masks is not None and scenes.masks.shape == (30, 4, 120, 200)
+    np.testing.assert_array_equal(scenes.masks.any(1), scenes.images[..., 0] < 128)
+    asked = [scene[0] for scene in map(scenes.digits, range(30))]
+    answers = [digits.ask(scenes, i, "segment", digit)[1] for i, digit in enumerate(asked)]
+    assert all(answer.count("<loc") * 4 == answer.count("<seg") and answer.endswith(f" {digit}") for answer, digit in zip(answers, asked))
+    codec = load_codec(digits.CODEC)
+    found = digits.mask_overlaps(answers, scenes, asked, codec)
+    assert len(found) >= 30 and np.mean(found) > 0.9
+    assert digits.mask_overlaps([""] * 30, scenes, asked, codec) == [0.0] * len(found)
+    assert np.mean(digits.mask_overlaps(answers[1:] + answers[:1], scenes, asked, codec)) < 0.2
 
 
 def test_score_counts_every_find_once():
@@ -107,7 +124,7 @@ def test_held_out_samples(task):
     assert [sample[1:] for sample in samples] == [sample[1:] for sample in again] != [sample[1:] for sample in other]
     for image, prompt, answer in samples:
         assert image.shape == (digits.SIZE, digits.SIZE, 3) and image.dtype == np.uint8
-        assert prompt.startswith(digits.PROMPTS[task][:6]) and (answer or task == "detect")
+        assert prompt.startswith(digits.PROMPTS[task][:6]) and (answer or task in ("detect", "segment"))
 
 
 def test_patch_targets_name_the_digit_that_covers_most_of_a_patch(scenes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paligemma_jax import checkpoint
-from paligemma_jax.inference import generate, scoring
+from paligemma_jax.inference import generate, pointing, scoring
 from paligemma_jax.inference.batching import round_up, run_all
 from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.image import Source, pixels
+from paligemma_jax.processing.locations import Detections
+from paligemma_jax.processing.masks_codec import MaskCodec, load_codec
 from paligemma_jax.processing.processor import Images, Inputs, Processor, Row
 from paligemma_jax.processing.tokenizer import Tokenizer
 
@@ -44,10 +47,18 @@ class Predictor:
 
     model: PaliGemma
     processor: Processor
+    codec_file: Path | None = None  # of the masks
 
     @property
     def config(self) -> PaliGemmaConfig:
         return self.model.config
+
+    @cached_property
+    def codec(self) -> MaskCodec:
+        """What turns the `<seg>` of an answer into a mask and back. ValueError if none lies beside the checkpoint."""
+        if self.codec_file is None:
+            raise ValueError("no mask codec beside the checkpoint: put the published vae-oid.npz (gs://big_vision/paligemma/) into its directory")
+        return load_codec(self.codec_file)
 
     def generate(self, images: Images, prompts: Texts, max_new_tokens: int = 128, sampler: Strategy = Greedy(), **options: Any) -> list[str]:
         """The answer to every prompt, as text without special tokens. Arguments, options and errors are those of `answers`;
@@ -97,6 +108,28 @@ class Predictor:
 
         found = run_all(self.model, self.processor, rows, run, batch_size, progress)
         return [Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops) for one in found]
+
+    def detect(self, image: Source, label: str, **options: Any) -> Detections:
+        """Where a thing ("cat"; "cat ; dog") is on an image: its `Detection`s, boxes in pixels, with scores. Options are those of `answers`."""
+        return self._pointed(image, f"detect {label}", options)
+
+    def segment(self, image: Source, label: str, **options: Any) -> Detections:
+        """As `detect`, with the masks too. ValueError if the checkpoint has no mask codec."""
+        _ = self.codec  # told at once
+        return self._pointed(image, f"segment {label}", options)
+
+    def detections(self, answer: Answer | str, image: Source) -> Detections:
+        """What an answer points at, in pixels of the image that it is about: `processing.locations.Detections`.
+
+        They have scores if `answer` is an `Answer`, and masks where it says any, for which a codec is needed: ValueError if there is none.
+        """
+        return pointing.detections(self, answer, image)
+
+    def _pointed(self, image: Source, prompt: str, options: dict[str, Any]) -> Detections:
+        (answer,) = self.answers(image, prompt, **options)
+        if answer.error:
+            raise ValueError(answer.error)
+        return self.detections(answer, image)
 
     def stream(
         self, image: Any, prompt: str, max_new_tokens: int = 128, sampler: Greedy | Sample = Greedy(), *, seed: int = 0, stop: Texts = ()
@@ -218,7 +251,7 @@ def load(
     keep_programs()
     directory = checkpoint.resolve(source)
     processor = make_processor(directory)  # before the weights: what is wrong is told at once
-    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh, quantize=quantize), processor)
+    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh, quantize=quantize), processor, checkpoint.codec_file(directory))
 
 
 def make_processor(directory: Path) -> Processor:

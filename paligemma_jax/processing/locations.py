@@ -69,7 +69,8 @@ def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
         if codes and (len(codes) != CODES or max(codes) >= VOCABULARY):
             skipped.append(thing[2])
             codes = []
-        own = [value for (piece, value), end in zip(tokens, ends) if thing.start() < end and end - len(piece) < thing.end() and piece.strip()]
+        last = thing.start() + len(thing[0].rstrip())
+        own = [value for (piece, value), end in zip(tokens, ends) if piece and thing.start() < end and end - len(piece) < last]
         score = float(np.exp(np.mean(own))) if own else None
         found.append(Detection(thing[3].strip(), _pixels(box, size), score, tuple(codes)))
     skipped = [part.strip(" ;\n") for part in [*skipped, text[at:]]]

@@ -72,10 +72,10 @@ def learn(codec: MaskCodec, masks: np.ndarray, steps: int, loss: Any, seed: int)
     return trainer.result(state)
 
 
-def train(narrow: int, width: int, steps: int) -> MaskCodec:
-    masks = digits.shapes(digits.glyphs(held_out=False, copies=12).alpha)
+def train(narrow: int, width: int, steps: int, masks: np.ndarray) -> MaskCodec:
+    """A codec of its own for masks float32[G, 64, 64]: `narrow` and `width` are its sizes."""
     codec = learn(MaskCodec(narrow, width), masks, steps // 4, reconstruction_loss, 1)
-    points = np.asarray(jax.jit(MaskCodec.embed)(codec, masks[: 4 * BATCH * 4])).reshape(-1, width)
+    points = np.asarray(jax.jit(MaskCodec.embed)(codec, masks[:1024])).reshape(-1, width)
     codebook = jnp.asarray(k_means(points, VOCABULARY))
     values = parameters(codec)
     codec = with_parameters(codec, lambda path: codebook if path == "codebook" else values[path])
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--narrow", type=int, default=4)
     parser.add_argument("--width", type=int, default=32)
     args = parser.parse_args()
-    codec = train(args.narrow, args.width, args.steps)
+    codec = train(args.narrow, args.width, args.steps, digits.shapes(digits.glyphs(held_out=False, copies=12).alpha))
     save_codec(args.output, codec)
     masks = digits.shapes(digits.glyphs(held_out=True).alpha)
     found, used = overlaps(codec, masks), np.unique(codec.encode(masks)).size
