@@ -10,8 +10,9 @@ import tyro
 from paligemma_jax.commands.bench import bench
 from paligemma_jax.commands.finetune import finetune
 from paligemma_jax.commands.generate import generate
+from paligemma_jax.commands.predict import predict
 
-COMMANDS = {"generate": generate, "finetune": finetune, "bench": bench}
+COMMANDS = {"generate": generate, "finetune": finetune, "predict": predict, "bench": bench}
 
 
 def main() -> None:

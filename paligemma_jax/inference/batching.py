@@ -30,20 +30,16 @@ def round_up(n: int, step: int = BUCKET) -> int:
     return -(-n // step) * step
 
 
-def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> list[Any]:
-    """What `run` generates for every row, in the order of `rows`: (tokens, log-probabilities, score), or the error of a row whose image fails."""
-    results: list[Any] = [None] * len(rows)
+def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
+    """What `run` generates, batch by batch: by number of row its (tokens, log-probabilities, score), or its error if its image fails."""
     batches = _batches(rows, batch_size)
     shown = progress if progress is not None else len(batches) > 1 and sys.stderr.isatty()
     with ThreadPoolExecutor(4) as threads, tqdm(total=len(rows), disable=not shown, unit="prompt") as bar:
         images = Images(model, processor.image_size, threads, Counter(key for row in rows for key in map(_key, row.images)))
         for number, batch in enumerate(batches):
             images.open([image for ahead in batches[number : number + 1 + AHEAD] for i in ahead for image in rows[i].images])
-            results_of = dict(_run_batch(processor, rows, batch, images, run))
-            for i in batch:
-                results[i] = results_of[i]
+            yield dict(_run_batch(processor, rows, batch, images, run))
             bar.update(len(batch))
-    return results
 
 
 def _batches(rows: Sequence[Row], size: int) -> list[list[int]]:

@@ -95,6 +95,24 @@ class Predictor:
         ValueError if the inputs do not fit together, or prompt and answer the context; an image that fails is told in its own Answer.
         """
         rows = self.processor.rows(images, prompts)
+        options: Any = dict(seeds=seeds, min_new_tokens=min_new_tokens, stop=stop, allowed=allowed, batch_size=batch_size, progress=progress)
+        found = {i: answer for batch in self.batches(rows, max_new_tokens, sampler, **options) for i, answer in batch.items()}
+        return [found[i] for i in range(len(rows))]
+
+    def batches(
+        self,
+        rows: list[Row],
+        max_new_tokens: int = 128,
+        sampler: Strategy = Greedy(),
+        *,
+        seeds: Sequence[int] | None = None,
+        min_new_tokens: int = 0,
+        stop: Texts = (),
+        allowed: np.ndarray | None = None,
+        batch_size: int = 16,
+        progress: bool | None = None,
+    ) -> Iterator[dict[int, Answer]]:
+        """`answers` to what `processor.rows` made, as they come: of each batch, by the numbers of its rows."""
         self._check_room(rows, max_new_tokens, batch_size)
         chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
         stops = _stops(stop)
@@ -106,8 +124,8 @@ class Predictor:
             options: dict[str, Any] = dict(seeds=chosen[numbers], allowed=mask, min_new_tokens=min_new_tokens, features=features, halt=halt)
             return generate.generate(self.model, inputs, max_new_tokens, sampler=sampler, slots=inputs.tokens.shape[1] + new, **options)
 
-        found = run_all(self.model, self.processor, rows, run, batch_size, progress)
-        return [Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops) for one in found]
+        for found in run_all(self.model, self.processor, rows, run, batch_size, progress):
+            yield {i: Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops) for i, one in found.items()}
 
     def detect(self, image: Source, label: str, **options: Any) -> Detections:
         """Where a thing ("cat"; "cat ; dog") is on an image: its `Detection`s, boxes in pixels, with scores. Options are those of `answers`."""

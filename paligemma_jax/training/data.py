@@ -70,16 +70,16 @@ def read(file: str | Path) -> list[Example]:
     return examples
 
 
-def make_example(row: Any, line: int, folder: Path = Path()) -> Example:
-    """A row of any source, checked; paths relative to `folder`. ValueError for what it lacks."""
+def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True) -> Example:
+    """A row of any source, checked; paths relative to `folder`. ValueError for what it lacks. Only to learn from, it needs a suffix."""
     if isinstance(row, Example):
         return row
     if not isinstance(row, dict):
-        raise ValueError("not an object with image, prefix and suffix")
-    for name in ("prefix", "suffix"):
+        raise ValueError(f"not an object with image{', prefix and suffix' if learns else ' and prefix'}")
+    for name in ("prefix", "suffix") if learns else ("prefix",):
         if not isinstance(row.get(name), str):
             raise ValueError(f"{name} is {'missing' if name not in row else 'not a text'}")
-    if not row["suffix"]:
+    if learns and not row["suffix"]:
         raise ValueError("suffix is empty: there is nothing to learn")
     images: Any = [row.get("image")] if not isinstance(row.get("image"), list) else row["image"]
     if not images or not all(isinstance(image, Source) for image in images):
@@ -88,7 +88,7 @@ def make_example(row: Any, line: int, folder: Path = Path()) -> Example:
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise ValueError(f"weight is {weight!r}, not a number from 0 on")
     images = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
-    return Example(images, row["prefix"], row["suffix"], float(weight), line)
+    return Example(images, row["prefix"], row["suffix"] if learns else "", float(weight), line)
 
 
 def _unreadable(examples: list[Example]) -> list[str]:

@@ -1,0 +1,129 @@
+"""Answers to data sets of any size: rows of JSONL in, the same rows with their answers out, in order; what was stopped goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from paligemma_jax.inference.parts import Part
+from paligemma_jax.inference.predictor import Answer, Predictor
+from paligemma_jax.inference.sampling import Greedy, Strategy
+from paligemma_jax.processing.processor import Row
+from paligemma_jax.training.data import make_example
+
+WINDOW = 16  # batches whose rows are read together, sorted by length, and put back in order
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What came of a part of the rows, in all runs so far; of this run alone, the tokens and seconds."""
+
+    answers: str  # the file
+    errors: str
+    answered: int
+    failed: int
+    tokens: int
+    seconds: float
+    rows_s: float
+
+
+def predict(
+    predictor: Predictor,
+    data: str | Path,
+    output: str | Path,
+    max_new_tokens: int = 128,
+    sampler: Strategy = Greedy(),
+    *,
+    batch_size: int = 16,
+    score: bool = False,
+    resume: bool = False,
+    part: tuple[int, int] | None = None,
+    settings: Mapping[str, Any] = {},
+    progress: bool | None = None,
+    **options: Any,
+) -> Predicted:
+    """Answers the rows {"image", "prefix", ...} of the JSONL file `data`, image paths relative to it, into the folder `output`.
+
+    answers.jsonl: every row as it is, with "answer" and, if `score`, the log-probability of that as "score", in the order of `data`.
+    errors.jsonl: {"line", "error", "row"} of the rows that cannot be answered. Memory does not grow with the number of rows.
+
+    resume: go on with what is in `output`: of a run that was killed at most one batch is lost, no row is written twice, none left out.
+    part: (n, of), only the n-th of so many runs of rows, into answers-0000n-of-0000m.jsonl: `cat answers-*` has them in order. By default this
+    process's of all those of jax.distributed. Parts share nothing but the folder.
+    settings: what else must be the same to go on, as the name of the model.
+    options: of `Predictor.batches`. The seed of a row is the number of its line, so that a sample does not depend on parts or batches.
+    ValueError if the file, the folder or the options cannot be used.
+    """
+    data, (number, of) = Path(data), part or (jax.process_index(), jax.process_count())
+    if not data.is_file():
+        raise ValueError(f"{data}: no such file; give JSONL with image and prefix on each line")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}, --batch-size {batch_size}: both are at least 1")
+    files, rows = Part(Path(output), number, of), sum(1 for _ in _rows(data))
+    own = range(rows * number // of, rows * (number + 1) // of)
+    about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score}
+    files.begin({**settings, **about, "sampler": repr(sampler), "options": repr(options)}, resume)
+    run = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size, progress=False, **options)
+    start, before, tokens = time.perf_counter(), files.answered, 0
+    with tqdm(total=len(own), desc=f"part {number}" if of > 1 else None, unit="row", disable=None if progress is None else not progress) as bar:
+        bar.update(files.answered + len(files.failed))
+        to_come = files.to_come(islice(_rows(data), own.start, own.stop))
+        while window := dict(islice(to_come, WINDOW * batch_size)):
+            bar.update(sum(line in files.waits for line in window))
+            for batch in _window(predictor, files, window, data.parent, score, run):
+                bar.update(len(batch))
+                tokens += sum(len(answer.tokens) for answer in batch)
+                bar.set_postfix(tokens_s=f"{tokens / (time.perf_counter() - start):.0f}", failed=len(files.failed), refresh=False)
+            files.settle(window)
+    files.finish()
+    seconds = time.perf_counter() - start
+    rate = (files.answered - before) / seconds
+    return Predicted(str(files.answers), str(files.errors), files.answered, len(files.failed), tokens, seconds, rate)
+
+
+def _window(predictor: Predictor, files: Part, window: dict[int, bytes], folder: Path, score: bool, run: dict[str, Any]) -> Iterator[list[Answer]]:
+    """Answers what of a window (line -> text) is not pending yet; a batch is written when it is given out."""
+    asked: dict[int, tuple[Any, Row]] = {}
+    for line, text in window.items():
+        if line not in files.waits:
+            row: Any = text.decode(errors="replace")
+            try:
+                row = json.loads(text)
+                asked[line] = row, _ask(predictor, row, line, folder, run["max_new_tokens"])
+            except (ValueError, RecursionError) as error:
+                reason = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)
+                files.note([{"line": line, "error": reason, "row": row}])
+    if not asked:
+        return
+    lines = list(asked)
+    for batch in predictor.batches([row for _, row in asked.values()], seeds=lines, **run):
+        files.note(_record(lines[i], asked[lines[i]][0], answer, score) for i, answer in batch.items())
+        yield list(batch.values())
+
+
+def _ask(predictor: Predictor, row: Any, line: int, folder: Path, new: int) -> Row:
+    example = make_example(row, line, folder, learns=False)
+    (asked,) = predictor.processor.rows([list(example.images)], [example.prefix])
+    if (tokens := len(asked.prompt)) + new > predictor.processor.context:
+        raise ValueError(f"{tokens} tokens of images and prefix and {new} new ones are more than the context of {predictor.processor.context}")
+    return asked
+
+
+def _record(line: int, row: dict[str, Any], answer: Answer, score: bool) -> dict[str, Any]:
+    if answer.error:
+        return {"line": line, "error": answer.error, "row": row}
+    return {"line": line, "row": row | {"answer": answer.text} | ({"score": answer.score} if score else {})}
+
+
+def _rows(data: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not empty, with their numbers from 1."""
+    with data.open("rb") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
