@@ -8,11 +8,18 @@ import sys
 import tyro
 
 from paligemma_jax.commands.bench import bench
+from paligemma_jax.commands.demo import demo
 from paligemma_jax.commands.finetune import finetune
 from paligemma_jax.commands.generate import generate
 from paligemma_jax.commands.predict import predict
 
-COMMANDS = {"generate": generate, "finetune": finetune, "predict": predict, "bench": bench}
+COMMANDS = {
+    "generate": generate,
+    "finetune": finetune,
+    "predict": predict,
+    "demo": demo,
+    "bench": bench,
+}
 
 
 def main() -> None:

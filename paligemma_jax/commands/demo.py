@@ -1,0 +1,45 @@
+"""`paligemma-jax demo`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from threading import Event
+from typing import Annotated, Literal
+
+import tyro
+
+from paligemma_jax.commands.options import Dtype, Names, Numerics, Source
+from paligemma_jax.demo.limits import Limits
+
+
+def demo(
+    model: Names = ("tiny",),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    users: int = 2,
+    limits: Annotated[Limits, tyro.conf.arg(name="max")] = Limits(),
+    dtype: Dtype = None,
+    numerics: Numerics = None,
+    quantize: Literal["nf4", "int8"] | None = None,
+) -> None:
+    """Show a page in the browser that answers prompts about pictures.
+
+    Example: paligemma-jax demo --model google/paligemma2-3b-mix-224
+
+    Args:
+        model: As for generate; several are asked side by side, as a checkpoint and its adapter.
+        host: Who may come: 127.0.0.1 is this machine alone, 0.0.0.0 everybody in the network, without a password.
+        port: Where; 0 takes any that is free.
+        users: How many are answered at the same time; others wait in a queue.
+        dtype: float32, bfloat16 or float16.
+        numerics: transformers or big_vision, where the two compute different numbers.
+        quantize: Hold the decoder's projections in 4 or 8 bits.
+    """
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs an extra: pip install 'paligemma-jax[demo]'")
+    from paligemma_jax.demo.server import served
+
+    predictors = {one: Source(one, dtype, numerics, quantize).load() for one in model}
+    with served(predictors, limits, host, port, users) as address:
+        print(f"{address}  (Ctrl-C ends it)", flush=True)
+        Event().wait()
