@@ -31,7 +31,7 @@ def generate(
 ) -> None:
     """Answer prompts about images.
 
-    Example: paligemma-jax generate --image photo.jpg --prompt "detect cat" --draw boxes.png
+    Example: paligemma-jax generate --image a.jpg --prompt "detect cat" --draw b.jpg
 
     Args:
         image: Image files, one for each prompt, or one for all of them. For several images in one prompt write <image> into it for each.
