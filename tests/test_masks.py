@@ -111,9 +111,10 @@ def test_wrong_files(published, tmp_path):
         from_tensors({})
     np.savez(tmp_path / "pickled.npz", **{"encoder.0.weight": np.array([{}], object)})
     save_file({"x": np.ones(3)}, tmp_path / "other.safetensors")
+    np.save(tmp_path / "one.npy", np.ones(3))
     (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04")
     (tmp_path / "cut.safetensors").write_bytes(b"\x08")
-    for name in ("pickled.npz", "other.safetensors", "cut.npz", "cut.safetensors", "nowhere.npz"):
+    for name in ("pickled.npz", "other.safetensors", "cut.npz", "cut.safetensors", "one.npy", "nowhere.npz"):
         with pytest.raises(ValueError, match=name):
             load_codec(tmp_path / name)
 

@@ -157,11 +157,13 @@ def load_codec(file: str | Path) -> MaskCodec:
     """The codec of an .npz (the published vae-oid.npz) or a .safetensors file. ValueError if it is none."""
     try:
         if Path(file).suffix == ".safetensors":
-            return from_tensors(load_file(file), file)
-        with np.load(file, allow_pickle=False) as archive:
-            return from_tensors({name: archive[name] for name in archive.files if name.startswith(("encoder.", "decoder.", "_vq_vae."))}, file)
-    except (OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, SafetensorError) as error:
+            found = load_file(file)
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files if name.startswith(("encoder.", "decoder.", "_vq_vae._embedding"))}
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read as a VQ-VAE of masks ({error}): give the published vae-oid.npz") from None
+    return from_tensors(found, file)
 
 
 def save_codec(file: str | Path, codec: MaskCodec) -> None:

@@ -91,7 +91,7 @@ def overlaps(codec: MaskCodec, masks: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--narrow", type=int, default=4)
     parser.add_argument("--width", type=int, default=32)
     args = parser.parse_args()

@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeing-steps", type=int, default=5000)
-    parser.add_argument("--answering-steps", type=int, default=4500)
+    parser.add_argument("--answering-steps", type=int, default=6000)
     args = parser.parse_args()
     config, start, final = PaliGemmaConfig.preset("tiny"), args.output / "start", args.output / "tiny"
     if not (start / "model.safetensors").exists():
@@ -190,6 +190,8 @@ def main() -> None:
         write(start, model, "float32")
     run = replace(MUON, output=str(args.output / "run"), model=str(start), steps=args.answering_steps, batch_size=32, vision_rate=0.3)
     answering = finetune(replace(run, resume=Path(run.output).exists()), Questions(args.answering_steps * run.batch_size))
+    if answering == Path(run.output):
+        return  # stopped
     final.mkdir(exist_ok=True)
     for file in (start / "tokenizer.model", digits.CODEC):
         (final / file.name).write_bytes(file.read_bytes())
