@@ -5,31 +5,26 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from test_trainer import TOY
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoint import TINY, load_model
 from paligemma_jax.model.layers import parameters
-from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.synthetic import stacked
 from paligemma_jax.training import features, runs
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import Batch, order, read
-from paligemma_jax.training.finetune import finetune, prepared
-from paligemma_jax.training.losses import answer_loss, token_loss
+from paligemma_jax.training.data import read
+from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.trainer import Trainer
-
-from PIL import Image  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -109,71 +104,10 @@ def test_twenty_kills(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss of step \d is (nan|inf); its batch is in .*bad_batch"):
+    with pytest.raises(ValueError, match=r"the loss of step \d is (nan|inf), .*its batch is in .*bad_batch"):
         finetune(Finetune(str(data), str(tmp_path / "run"), steps=9, batch_size=4, learning_rate=1e30, warmup=0, clip=0, optimizer="sgd"))
     (file,) = (tmp_path / "run").glob("bad_batch_*.npz")
     assert np.load(file)["tokens"].shape[0] == 4
-
-
-def batch(model, extra=0, side="right"):
-    """Two rows of tiny, with `extra` columns of padding."""
-    rng, P = np.random.default_rng(0), model.config.vision.num_patches
-    tokens = np.concatenate([np.full((2, P), model.config.image_token_id), rng.integers(5, 400, (2, 9))], 1).astype(np.int32)
-    images = rng.uniform(-1, 1, (2, model.config.vision.image_size, model.config.vision.image_size, 3)).astype(np.float32)
-    valid = np.arange(P + 9) < np.array([[P + 9], [P + 7]])
-    targets = valid & (np.arange(P + 9) >= P + 4)
-    pad = [(0, 0), (extra, 0) if side == "left" else (0, extra)]
-    tokens, valid, targets = (np.pad(a, pad) for a in (tokens, valid, targets))
-    return Inputs(tokens, images, valid, valid & ~targets, targets)
-
-
-def loss_of(model, inputs):
-    total, count = answer_loss(model, jax.tree.map(jnp.asarray, inputs), jnp.ones(2), 8)
-    return total / count
-
-
-def test_padding_moves_neither_loss_nor_gradient():
-    model = load_model(TINY)
-    loss, gradient = jax.value_and_grad(loss_of)(model, batch(model))
-    assert float(loss) == pytest.approx(float(token_loss(model(*_called(batch(model))), batch(model).tokens, batch(model).targets)), rel=1e-5)
-    for extra, side in ((5, "right"), (5, "left")):
-        other, moved = jax.value_and_grad(loss_of)(model, batch(model, extra, side))
-        assert float(other) == pytest.approx(float(loss), rel=1e-5)
-        for path, value in parameters(moved).items():
-            wanted = parameters(gradient)[path]
-            assert jnp.linalg.norm(value - wanted) <= 1e-4 * jnp.linalg.norm(wanted) + 1e-6, path
-
-
-def _called(inputs):
-    return inputs.tokens, inputs.images, inputs.valid, inputs.prefix
-
-
-def test_layers_and_remat_change_nothing():
-    """One step with stacked layers and with either remat equals the plain one."""
-    found = {}
-    for form, remat in (("list", "none"), ("stack", "none"), ("stack", "full"), ("list", "dots")):
-        model = load_model(TINY)
-        config = Finetune("", "", batch_size=2, warmup=0, learning_rate=1.0, optimizer="sgd", clip=0, beta1=0, remat=remat)
-        trainer = Trainer(stacked(model) if form == "stack" else model, config, 1)
-        data = Batch(batch(model), np.ones(2, np.float32))
-        state, _ = trainer.step(trainer.start(), trainer.frozen, data, longest=8)
-        found[form, remat] = state.learns["decoder/embedder/table"]
-    for value in found.values():
-        np.testing.assert_allclose(value, found["list", "none"], atol=2e-5)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
-@pytest.mark.parametrize("form", ["list", "stack"])
-def test_every_optimizer_learns(optimizer, form):
-    model = load_model(TINY)
-    rate = {"sgd": 1e-1, "muon": 1e-2}.get(optimizer, 1e-3)
-    config = Finetune("", "", batch_size=2, optimizer=optimizer, learning_rate=rate, weight_decay=0.01, train="decoder")
-    trainer = Trainer(stacked(model) if form == "stack" else model, config, 12)
-    state, data, seen = trainer.start(), Batch(batch(model), np.ones(2, np.float32)), []
-    for _ in range(12):
-        state, report = trainer.step(state, trainer.frozen, data, longest=8)
-        seen.append(float(report["loss"]))
-    assert seen[-1] < 0.8 * seen[0]
 
 
 def test_features_are_made_once_and_change_nothing(data, tmp_path, monkeypatch):
@@ -188,6 +122,26 @@ def test_features_are_made_once_and_change_nothing(data, tmp_path, monkeypatch):
     finetune(replace(kept, output=str(tmp_path / "again")))
 
 
+def test_the_last_checkpoints_stay_and_the_best(tmp_path):
+    """The best on validation, however long ago; after a stop it is still known."""
+    trainer = Trainer({"x": jnp.zeros(1)}, TOY, 9, loss=lambda model, batch, longest: (jnp.sum(model["x"]), jnp.float32(1)))
+    run, losses = runs.Run(Finetune("", str(tmp_path / "run"), keep=2)), [3.0, None, 1.0, None, 2.0]
+    state = trainer.start()
+    for step, loss in enumerate(losses, 1):
+        state, _ = trainer.step(state, trainer.frozen, None, longest=0)
+        run.save(step, state, loss)
+    run.finish()
+    run = runs.Run(Finetune("", str(tmp_path / "run"), keep=2, resume=True))
+    assert int(run.restore(trainer_again(trainer)).step) == 5
+    run.save(6, state, 4.0)
+    run.finish()
+    assert sorted(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir()) == [3, 5, 6]
+
+
+def trainer_again(trainer):
+    return Trainer({"x": jnp.zeros(1)}, trainer.config, 9, loss=trainer.loss).start()
+
+
 def test_rows_of_any_source(data, tmp_path):
     """Of grain's, and of a plain list, the same run as of the file."""
     grain = pytest.importorskip("grain", reason="the source is grain's: install the extra test-core")
@@ -199,6 +153,12 @@ def test_rows_of_any_source(data, tmp_path):
         assert losses(tmp_path / name) == losses(tmp_path / "file")
     with pytest.raises(ValueError, match="--features keeps what is made of image files"):
         finetune(replace(options, output=str(tmp_path / "x"), features=str(tmp_path / "f"), train="decoder"), data=rows)
+    for row, message in (
+        ({"image": rows[0]["image"], "prefix": "ocr"}, "suffix is missing"),
+        (rows[0] | {"prefix": "ocr " * 9000}, "the context is"),
+    ):
+        with pytest.raises(ValueError, match=f"row 1: .*{message}"):
+            finetune(replace(options, output=str(tmp_path / message[:3])), data=[rows[0], row])
 
 
 def test_what_is_logged(data, tmp_path):
@@ -218,55 +178,6 @@ def test_parts_must_have_as_many_images_each(data, tmp_path):
     with pytest.raises(ValueError, match=r"--accumulate asks for as many in each of its 2 parts"):
         finetune(Finetune("", str(tmp_path / "run"), steps=1, batch_size=4, accumulate=2), data=rows)
     finetune(Finetune("", str(tmp_path / "whole"), steps=1, batch_size=4), data=rows)
-
-
-def test_the_encoder_learns_at_its_own_rate():
-    model = load_model(TINY)
-    config = Finetune("", "", batch_size=2, warmup=0, learning_rate=1e-3, vision_rate=0.1, clip=0)
-    trainer = Trainer(model, config, 10)
-    state, _ = trainer.step(trainer.start(), trainer.frozen, Batch(batch(model), np.ones(2, np.float32)), longest=8)
-    moved = {path: float(jnp.abs(value - parameters(model)[path]).max()) for path, value in state.learns.items()}
-    assert moved["decoder/layers/0/mlp/up/kernel"] == pytest.approx(1e-3, rel=0.01)
-    assert moved["vision/layers/0/mlp/up/kernel"] == pytest.approx(1e-4, rel=0.01)
-
-
-@pytest.mark.parametrize("train,quantized", [("all", None), ("decoder", None), ("lora", None), ("lora", "nf4")])
-def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(data, tmp_path, train, quantized):
-    config = Finetune(str(data), "", train=train, quantize=quantized, dtype="bfloat16", lora_rank=2, batch_size=2, learning_rate=1e-3)
-    wide = lambda path: bool(re.fullmatch(config.pattern, path))
-    trainer = Trainer(prepared(load_model(TINY, "bfloat16", wide=wide, quantize=quantized), config), config, 4)
-    state, found = trainer.start(), []
-    for _ in range(4):
-        state, report = trainer.step(state, trainer.frozen, Batch(batch(load_model(TINY)), np.ones(2, np.float32)), longest=8)
-        found.append(float(report["loss"]))
-    assert found[-1] < found[0]
-    assert {value.dtype.name for value in state.learns.values()} == {"float32"}
-    kept = {value.dtype.name for path, value in trainer.frozen.items() if not path.endswith(("codes", "/scale"))}
-    assert kept == (set() if train == "all" else {"bfloat16"})
-    assert {value.dtype.name for path, value in trainer.frozen.items() if path.endswith("codes")} == ({"uint8"} if quantized else set())
-
-
-def test_order():
-    first = order(10, 0, 0, 30)
-    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20)) and list(first[:10]) != list(first[10:20])
-    np.testing.assert_array_equal(order(10, 0, 7, 9), first[7:16])
-    assert list(order(10, 1, 0, 10)) != list(first[:10])
-
-
-def test_wrong_rows_are_counted_and_named(data, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    rows = ["{", '{"image": "a.png", "prefix": "x", "suffix": "y"}', '{"prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": ""}']
-    rows += ['{"image": "broken.png", "prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": 3}', "[]", ""]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError) as told:
-        read(tmp_path / "rows.jsonl")
-    message = str(told.value)
-    for part in ("7 rows cannot be used", "line 1: not JSON", "line 3: image is missing", "line 4: suffix is empty", "and 2 more"):
-        assert part in message
-    for text, expected in (("", "has no rows"), ("\n", "has no rows")):
-        (tmp_path / "empty.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=expected):
-            read(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(

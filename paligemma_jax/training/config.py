@@ -110,7 +110,7 @@ class Finetune:
     tensorboard: bool = False
     """Write the log for TensorBoard too."""
     save_every: int = 100
-    """Steps between checkpoints; one is always made at the end."""
+    """Steps between checkpoints; one is made at each measurement on --validation too, and at the end."""
     keep: int = 2
     """Last checkpoints to keep; the best on --validation stays as well."""
     export: Literal["jax", "huggingface", "big_vision"] | None = None

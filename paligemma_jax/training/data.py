@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_jax.processing.image import Source, pixels
-from paligemma_jax.processing.processor import Inputs, Processor
+from paligemma_jax.processing.processor import Inputs, Processor, Row
 
 BUCKET = 32  # rows are padded to a multiple of so many tokens, and their answers too, so that few programs are compiled
 
@@ -49,22 +50,28 @@ class Batch:
     features: Any = None  # of the image encoder [M, P, W]; then `inputs.images` is None
 
 
-def read(file: str | Path) -> list[Example]:
-    """All rows of a JSONL file, image paths relative to it, every image opened once; other fields are allowed. ValueError tells all that is wrong."""
-    path, examples, wrong = Path(file), [], []
+def read(file: str | Path, fits: Callable[[Example], Any] | None = None) -> list[Example]:
+    """All rows of a JSONL file, image paths relative to it, every image decoded once; other fields are allowed. ValueError tells all that is wrong.
+
+    fits: raises a ValueError for a row that the model cannot take.
+    """
+    path, examples, wrong = Path(file), [], {}
     if not path.is_file():
         raise ValueError(f"{file}: no such file; give JSONL with image, prefix and suffix on each line")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 if line.strip():
                     examples.append(make_example(json.loads(line), number, path.parent))
-            except ValueError as error:
-                wrong.append(f"line {number}: {f'not JSON ({error})' if isinstance(error, json.JSONDecodeError) else error}")
-    wrong += _unreadable(examples)
+                    if fits:
+                        fits(examples[-1])
+            except (ValueError, RecursionError) as error:
+                wrong[number] = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError) else str(error)
+    wrong = _unreadable(examples) | wrong
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{file}: {len(wrong)} rows cannot be used: {'; '.join(wrong[:5])}{more}")
+        told = [f"line {number}: {wrong[number]}" for number in sorted(wrong)]
+        more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
+        raise ValueError(f"{file}: {len(told)} rows cannot be used: {'; '.join(told[:5])}{more}")
     if not examples:
         raise ValueError(f"{file} has no rows")
     return examples
@@ -91,23 +98,45 @@ def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True
     return Example(images, row["prefix"], row["suffix"] if learns else "", float(weight), line)
 
 
-def _unreadable(examples: list[Example]) -> list[str]:
-    """What is wrong with which image; each file is opened once."""
-    first = {path: example.line for example in reversed(examples) for path in example.images}
-
-    def problem(path: Any) -> str | None:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except FileNotFoundError:
-            return f"line {first[path]}: no such image: {path}"
-        except Exception as error:  # Pillow's decoders raise of every kind
-            return f"line {first[path]}: {path} is not a readable image ({error})"
-        return None
-
+def _unreadable(examples: list[Example]) -> dict[int, str]:
+    """What is wrong with an image, by the line of each row that has it; each file is decoded once."""
+    paths = list(dict.fromkeys(path for example in examples for path in example.images))
     with ThreadPoolExecutor() as pool:
-        found = list(tqdm(pool.map(problem, first), "images", len(first), unit="image", disable=None, leave=False))
-    return [told for told in found if told]
+        found = dict(zip(paths, tqdm(pool.map(_problem, paths), "images", len(paths), unit="image", disable=None, leave=False)))
+    return {example.line: told for example in examples for path in example.images if (told := found[path])}
+
+
+def _problem(path: Any) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # of a JPEG the coarsest scale: to its end, in a third of the time
+            image.load()
+    except FileNotFoundError:
+        return f"no such image: {path}"
+    except Exception as error:  # Pillow's decoders raise of every kind
+        return f"{path} is not a readable image ({error})"
+    return None
+
+
+@contextmanager
+def naming(row: int) -> Iterator[None]:
+    """A ValueError inside says which row it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"row {row}: {error}") from None
+
+
+def example_at(source: Rows, index: int) -> Example:
+    with naming(index):
+        return make_example(source[index], index)
+
+
+def tokenized(example: Example, processor: Processor, length: int | None) -> Row:
+    """Its ids; ValueError if they are more than `length` or the context, or do not go with its images."""
+    rows = processor.rows([list(example.images)], [example.prefix], [example.suffix])
+    processor.pad(rows, "right", length)
+    return rows[0]
 
 
 def order(rows: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -130,17 +159,20 @@ def batch(
     features: of image files, in the place of their pixels.
     """
     filled = [*examples, *[examples[0]] * (size - len(examples))]
-    rows = processor.rows([list(e.images) for e in filled], [e.prefix for e in filled], [e.suffix for e in filled])
+    rows, pictures = [], []
+    for example in filled:
+        with naming(example.line):
+            rows.append(tokenized(example, processor, length))
+            pictures += [] if features else [pixels(rows[-1].images, processor.image_size)]
     images = [len(row.images) for row in rows]
     if len(set(np.reshape(images, (parts, -1)).sum(axis=1))) > 1:
         raise ValueError(f"rows {[e.line for e in examples]} have {images} images: --accumulate asks for as many in each of its {parts} parts")
-    flat = [image for row in rows for image in row.images]
     longest = max(len(row.prompt) + len(row.suffix) for row in rows)
     padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))
     weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
     if features:
-        return Batch(Inputs(images=None, **padded), weights, features(flat))
-    return Batch(Inputs(images=pixels(flat, processor.image_size), **padded), weights)
+        return Batch(Inputs(images=None, **padded), weights, features([image for row in rows for image in row.images]))
+    return Batch(Inputs(images=np.concatenate(pictures), **padded), weights)
 
 
 def ahead(makers: Iterator[Any], depth: int = 4) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from convert.tensor import DTYPES
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
-from paligemma_jax.training.data import Rows, make_example
+from paligemma_jax.training.data import Rows, example_at
 
 
 class Features:
@@ -59,4 +59,4 @@ class Features:
 def _images(sources: list[Rows]) -> Iterator[Any]:
     for source in sources:
         for i in range(len(source)):
-            yield from make_example(source[i], i).images
+            yield from example_at(source, i).images

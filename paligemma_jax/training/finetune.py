@@ -26,7 +26,7 @@ from paligemma_jax.synthetic import stacked, unstacked
 from paligemma_jax.training import lora
 from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, make_example, order, read
+from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, example_at, order, read, tokenized
 from paligemma_jax.training.features import Features
 from paligemma_jax.training.runs import Run
 from paligemma_jax.training.trainer import State, Trainer
@@ -43,8 +43,9 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     if config.lora and peft.is_adapter(source):
         raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
     processor = make_processor(source)
-    train = read(config.data) if data is None else data
-    validation = validation if validation is not None else read(config.validation) if config.validation else []
+    fits = partial(tokenized, processor=processor, length=config.length)
+    train = read(config.data, fits) if data is None else data
+    validation = validation if validation is not None else read(config.validation, fits) if config.validation else []
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
@@ -92,30 +93,31 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train
             yield partial(_made, make, train, rows, augment and partial(_augmented, augment, config.seed, start))
 
     with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None) as bar:
+        began = time.perf_counter()
         for step, data in enumerate(ahead(batches()), first + 1):
-            began = time.perf_counter()
             state, report = trainer.step(state, trainer.frozen, data, longest=longest(data))
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
             work = training_flops(trainer.model.config, data.inputs, trainer.names, encodes=data.features is None)
             line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": memory_bytes()}
-            if not np.isfinite(line["loss"]):
-                raise ValueError(run.bad(step, line["loss"], data))
+            if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
+                raise ValueError(run.bad(line, data))
             if len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0)):
                 line["validation_loss"] = _measure(trainer, state, make, validation)
                 _answer(trainer, state, run, validation, processor)
             run.log(line)
             bar.update()
             bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
-            if step == steps or step % config.save_every == 0 or asked:
+            if step == steps or step % config.save_every == 0 or "validation_loss" in line or asked:
                 run.save(step, state, line.get("validation_loss"))
             if asked and step < steps:
                 return state, True
+            began = time.perf_counter()  # waiting for data counts, measuring and saving do not
     return state, False
 
 
 def _made(make: Any, source: Rows, rows: Any, augment: Any = None) -> Batch:
-    examples = [make_example(source[int(i)], int(i)) for i in rows]
+    examples = [example_at(source, int(i)) for i in rows]
     return make([augment(n, example) for n, example in enumerate(examples)] if augment else examples)
 
 
@@ -134,7 +136,7 @@ def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
 
 def _answer(trainer: Trainer, state: State, run: Run, rows: Rows, processor: Processor) -> None:
     """What the model says to the first rows, into samples.jsonl."""
-    examples = [make_example(rows[i], i) for i in range(min(trainer.config.samples, len(rows)))]
+    examples = [example_at(rows, i) for i in range(min(trainer.config.samples, len(rows)))]
     if not examples:
         return
     predictor = Predictor(trainer.result(state), processor)

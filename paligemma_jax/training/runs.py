@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import orbax.checkpoint as ocp
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch
 from paligemma_jax.training.trainer import State
+
+NEW = ".new"  # of a file that is still being written
 
 
 class Run:
@@ -30,11 +33,12 @@ class Run:
             if other := [name for name, value in settings.items() if before.get(name) != value]:
                 told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in other)
                 raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same")
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.suffix != NEW for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: give another --output, or --resume to continue the run there")
         self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard else None
         self.folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings, indent=2) + "\n")
+        if not config.resume:
+            _write(file, json.dumps(settings, indent=2) + "\n")
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=lambda found: -found["validation_loss"], n=1, keep_checkpoints_without_metrics=False)
         kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
@@ -47,7 +51,7 @@ class Run:
         for log in (self.folder / "log.jsonl", self.folder / "samples.jsonl"):
             if log.exists():
                 whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                log.write_text("".join(line for line in whole if json.loads(line)["step"] <= (step or 0)))
+                _write(log, "".join(line for line in whole if json.loads(line)["step"] <= (step or 0)))
         if step is None:
             return state
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -74,15 +78,17 @@ class Run:
                 if isinstance(value, float):
                     self.board.add_scalar(key, value, line["step"])
 
-    def bad(self, step: int, loss: float, data: Batch) -> str:
+    def bad(self, line: dict[str, Any], data: Batch) -> str:
         """Saves the batch; returns what to say."""
         self.finish()
+        step = line["step"]
         file = self.folder / f"bad_batch_{step}.npz"
         arrays = {name: getattr(data.inputs, name) for name in ("tokens", "images", "valid", "prefix", "targets")}
         np.savez(file, weights=data.weights, **{name: array for name, array in arrays.items() if array is not None})
         last = self.manager.latest_step()
         return (
-            f"the loss of step {step} is {loss}; its batch is in {file}, the last checkpoint is of step {last}: lower --learning-rate, or look at it"
+            f"the loss of step {step} is {line['loss']}, its gradient's norm {line['gradient_norm']}; its batch is in {file}, "
+            f"the last checkpoint is of step {last}: lower --learning-rate, or look at it"
         )
 
     def chart(self) -> None:
@@ -100,6 +106,13 @@ class Run:
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(frameon=False)
         figure.savefig(self.folder / "loss.png", dpi=120)
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all, whenever the process is killed."""
+    new = file.with_suffix(NEW)
+    new.write_text(text)
+    os.replace(new, file)
 
 
 def _board(folder: Path) -> Any:

@@ -95,7 +95,7 @@ class Trainer:
         learns: Any = optax.apply_updates(state.learns, updates)
         average = optax.incremental_update(learns, state.average, 1 - self.config.ema) if self.config.ema else {}
         new = State(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
-        new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss)), new, state)  # a loss that is not a number changes nothing
+        new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)  # what is not a number changes nothing
         return new, {"loss": loss, "gradient_norm": norm}
 
 

@@ -1,0 +1,60 @@
+"""Rows to learn from: their order, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_finetune import data  # noqa: F401
+
+from paligemma_jax.training.config import Finetune
+from paligemma_jax.training.data import order, read
+from paligemma_jax.training.finetune import finetune
+
+
+def test_order():
+    first = order(10, 0, 0, 30)
+    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20)) and list(first[:10]) != list(first[10:20])
+    np.testing.assert_array_equal(order(10, 0, 7, 9), first[7:16])
+    assert list(order(10, 1, 0, 10)) != list(first[:10])
+
+
+def test_wrong_rows_are_counted_and_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = ["{", '{"image": "a.png", "prefix": "x", "suffix": "y"}', '{"prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": ""}']
+    rows += ['{"image": "broken.png", "prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": 3}', "[]", ""]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError) as told:
+        read(tmp_path / "rows.jsonl")
+    message = str(told.value)
+    for part in ("7 rows cannot be used", "line 1: not JSON", "line 3: image is missing", "line 4: suffix is empty", "and 2 more"):
+        assert part in message
+
+
+def test_what_only_a_closer_look_finds(data, tmp_path):  # noqa: F811
+    """Half a JPEG, a picture that three rows miss, bytes that are no text, a row that is too long; a byte order mark is no mistake."""
+    Image.open(data.parent / "0.png").resize((300, 300)).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    row = lambda image, prefix="ocr": json.dumps({"image": image, "prefix": prefix, "suffix": "y"}).encode()
+    rows = [row("whole.jpg"), row("half.jpg"), row("no.jpg"), row("no.jpg"), row("no.jpg"), b'{"image": "\xff"}', row("whole.jpg", "ocr " * 9000)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows))
+    with pytest.raises(ValueError) as told:
+        finetune(Finetune(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
+    message = str(told.value)
+    for part in ("6 rows", "line 2: ", "half.jpg is not a readable image", "line 3: no such image", "line 5: ", "line 6: not JSON", "and 1 more"):
+        assert part in message
+    assert "line 1: " not in message and not (tmp_path / "run").exists()
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\n" + rows[-1])
+    with pytest.raises(ValueError, match=r"1 rows cannot be used: line 2: .* but the context is"):
+        finetune(Finetune(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0])
+    assert len(read(tmp_path / "rows.jsonl")) == 1
+
+
+def test_a_file_without_rows(tmp_path):
+    for text, expected in (("", "has no rows"), ("\n", "has no rows")):
+        (tmp_path / "empty.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=expected):
+            read(tmp_path / "empty.jsonl")
