@@ -43,8 +43,8 @@ def load(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
 def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
     """`load` with shapes in the place of arrays: whatever its size, it costs nothing."""
     config = _config(name, dtype, depth) if name in RANDOM else replace(checkpoint.load_config(checkpoint.resolve(name)), dtype=dtype)
-    model = checkpoint.abstract(config)
-    return with_parameters(model, lambda path: jax.ShapeDtypeStruct(parameters(model)[path].shape, dtype))
+    values = parameters(model := checkpoint.abstract(config))
+    return with_parameters(model, lambda path: jax.ShapeDtypeStruct(values[path].shape, dtype))
 
 
 def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:

@@ -78,7 +78,7 @@ def test_ranks_scales_and_targets():
         lora.add_lora(model, RANKS, 8.0, target="nothing")
 
 
-@pytest.mark.parametrize("preset", ["3b-224", "10b-448", "28b-896"])
+@pytest.mark.parametrize("preset", ["3b-224", "28b-896"])
 def test_an_adapter_is_a_small_part_of_the_model(preset):
     """At the default rank under 2 % of the model's bytes, though it is held in float32 and the model in bfloat16; with rank 8 in the encoder too."""
     config = Finetune("", "", train="lora", lora_vision_rank=8)

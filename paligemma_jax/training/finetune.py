@@ -158,8 +158,8 @@ def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
             return folder / "adapter"
     if found:
         learned = parameters(model)
-        base_model = checkpoint.load_model(source, config.dtype, config.numerics)
-        model = with_parameters(base_model, lambda path: learned[path] if path in learned else parameters(base_model)[path])
+        before = parameters(base_model := checkpoint.load_model(source, config.dtype, config.numerics))
+        model = with_parameters(base_model, lambda path: learned.get(path, before[path]))
         model = lora.merge(lora.attach(model, found))
     checkpoint.save(folder / "model", model, like=source, to=config.export or "jax", force=True)
     return folder / "model"

@@ -39,10 +39,11 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             _write(file, json.dumps(settings, indent=2) + "\n")
-        policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=lambda found: -found["validation_loss"], n=1, keep_checkpoints_without_metrics=False)
+        policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
+        best = policies.BestN(get_metric_fn=good, n=1)
         kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
-        options = ocp.CheckpointManagerOptions(preservation_policy=kept, enable_async_checkpointing=True)
+        # best_fn: or else the metrics are not written, and a run that is resumed would drop its best
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
 
     def restore(self, state: State) -> State:
@@ -59,7 +60,7 @@ class Run:
 
     def save(self, step: int, state: State, validation_loss: float | None) -> None:
         """Returns as soon as training may go on; the writing goes on beside it, until `finish`."""
-        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        metrics = {"validation_loss": np.inf if validation_loss is None else validation_loss}  # Orbax warns of every save without
         if jax.default_backend() == "cpu":  # there Orbax holds on to the very memory that the next step is given
             state = jax.tree.map(jnp.copy, state)
         self.manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
