@@ -11,8 +11,10 @@ EXAMPLES = """examples:
   python -m convert google-paligemma2-3b my-checkpoint --to jax --verify
   python -m convert my-checkpoint for-transformers --to huggingface --dtype bfloat16 --max-shard-size 5GB
   python -m convert pt_224.npz for-transformers --to huggingface --config a-huggingface-directory
+  python -m convert my-checkpoint smaller --quantize nf4,embedding=int8
   python -m convert inspect my-checkpoint
 """
+CHANGES = ("dtype", "resolution", "numerics", "quantize")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -20,10 +22,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m convert", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", metavar="SRC", help="a Hugging Face directory, a checkpoint of this project, or a big_vision .npz")
     p.add_argument("destination", metavar="DST", type=Path, help="what to write; it appears under this name when complete")
-    p.add_argument("--to", required=True, choices=("jax", "huggingface", "big_vision"), help="the format of DST")
+    p.add_argument("--to", choices=("jax", "huggingface", "big_vision"), help="the format of DST; with --quantize jax, else to be named")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every tensor; by default each keeps its own")
     p.add_argument("--resolution", type=int, metavar="PIXELS", help="resize the position embeddings for images of this size")
     p.add_argument("--numerics", choices=("transformers", "big_vision"), help="the profile to record; by default what SRC means")
+    p.add_argument("--quantize", metavar="FORMAT", help='in 8 or 4 bits: int8, int4, nf4, "nf4-32-double,embedding=int8,vision=int8"')
     p.add_argument("--config", metavar="FILE", help="a config.json for SRC; or a Hugging Face directory, whose tokenizer comes along too")
     p.add_argument("--max-shard-size", type=_bytes, metavar="SIZE", help="of one safetensors file, as 5GB; by default those of SRC, or 5GB")
     p.add_argument("--verify", action="store_true", help="read DST back and compare every tensor")
@@ -46,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
         if arguments[:1] == ["inspect"]:
             _inspect(inspector().parse_args(arguments[1:]))
         else:
-            _convert(parser().parse_args(arguments))
+            options = parser().parse_args(arguments)
+            options.to = options.to or ("jax" if options.quantize else parser().error("the following arguments are required: --to"))
+            _convert(options)
     except (ValueError, OSError) as error:
         print(f"convert: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -55,18 +60,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from convert.formats import convert, opened, table
+    from convert.formats import changed, convert, opened, table
 
     if options.dry_run:
         checkpoint = opened(Path(options.source).expanduser(), options.config)
-        checkpoint = checkpoint.with_dtype(options.dtype).with_resolution(options.resolution).with_numerics(options.numerics)
+        checkpoint = changed(checkpoint, options.to, **{name: getattr(options, name) for name in CHANGES})
         rows = table(checkpoint)
         width, middle = max(len(path) for path, *_ in rows), max(len(shape) for _, shape, *_ in rows)
         for path, shape, dtype, nbytes in rows:
             print(f"{path:{width}}  {shape:{middle}}  {dtype:8}  {nbytes:>14,}")
         print(f"{len(rows)} tensors, {checkpoint.nbytes:,} bytes, from {checkpoint.format} to {options.to}")
         return
-    names = ("dtype", "resolution", "numerics", "config", "force", "verify")
+    names = (*CHANGES, "config", "force", "verify")
     checkpoint = convert(
         options.source,
         options.destination,

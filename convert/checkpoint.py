@@ -13,6 +13,7 @@ import numpy as np
 from convert.files import json_bytes
 from convert.tensor import DTYPES, Tensor
 from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig, with_resolution
+from paligemma_jax.model.precision import Format
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")  # these speak of dtype and resolution
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -22,7 +23,7 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 class Checkpoint:
     """An opened checkpoint of any format. No tensor is in memory: they are read when written elsewhere, or put on devices.
 
-    `config.numerics` is the profile that the source means. `dtype` in the config is that of the largest tensor.
+    `config.numerics` is the profile that the source means. `dtype` in the config is that of the largest tensor that is not quantized.
     """
 
     format: str  # "huggingface", "jax", "big_vision"
@@ -31,10 +32,16 @@ class Checkpoint:
     files: dict[str, Path | bytes] = field(default_factory=dict)  # what comes along: config.json, tokenizer, processor, generation
     shards: dict[str, list[str]] = field(default_factory=dict)  # safetensors file -> its keys as spelled, in order: to write the same again
     notes: tuple[str, ...] = ()  # what is odd about it
+    formats: dict[str, Format] = field(default_factory=dict)  # of what is quantized: "decoder/layers/0/mlp/down", whose parts are tensors then
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def parts(self) -> set[str]:
+        """The paths of codes and scales: their dtypes are those of their formats."""
+        return {path for path in self.tensors if path.rpartition("/")[0] in self.formats and not path.endswith("/bias")}
 
     def with_dtype(self, dtype: str | None) -> Checkpoint:
         """Every tensor as `dtype`; bfloat16 and float16 are rounded to nearest even. None leaves all as they are."""
@@ -42,7 +49,8 @@ class Checkpoint:
             return self
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-        tensors = {path: tensor.cast(dtype) for path, tensor in self.tensors.items()}
+        parts = self.parts
+        tensors = {path: tensor if path in parts else tensor.cast(dtype) for path, tensor in self.tensors.items()}
         files = self._edited({name: lambda _: dtype for name in DTYPE_KEYS})
         return replace(self, config=replace(self.config, dtype=dtype), tensors=tensors, files=files)
 

@@ -14,8 +14,10 @@ from typing import Any
 from convert import big_vision, huggingface, orbax
 from convert.checkpoint import Checkpoint, contents
 from convert.files import companions, output
+from convert.quantized import dense, quantized
 from convert.tensor import Progress, Tensor, equal, with_rows
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, with_resolution
+from paligemma_jax.model.precision import Quantization
 
 FORMATS: dict[str, Any] = {"huggingface": huggingface, "jax": orbax, "big_vision": big_vision}
 QUIET: Progress = lambda n: None
@@ -76,6 +78,7 @@ def convert(
     dtype: str | None = None,
     resolution: int | None = None,
     numerics: str | None = None,
+    quantize: str | None = None,
     config: str | Path | None = None,
     max_shard: int | None = None,
     force: bool = False,
@@ -85,15 +88,17 @@ def convert(
     """Converts a checkpoint of any format to any other, tensor by tensor; returns what was written, as read from the source.
 
     dtype: "float32", "bfloat16", "float16"; by default every tensor keeps its own.  resolution: pixels, see `Checkpoint.with_resolution`.
-    numerics: the profile to record.  config: a config.json to take in the place of the source's, or a Hugging Face directory,
-    whose tokenizer and processor then come along too.  verify: read the result back and compare every tensor, bit by bit.
+    numerics: the profile to record.
+    quantize: what to hold in 8 or 4 bits (`Quantization.of`), in "jax" only; the others get what the codes of a quantized source stand for.
+    config: a config.json to take in the place of the source's, or a Hugging Face directory, whose tokenizer and processor then come along
+    too.  verify: read the result back and compare every tensor, bit by bit.
     progress: given the name and the bytes of a stage, returns a context manager that gives a function of the bytes done (tqdm does).
     ValueError, in words for the user, for everything that can be wrong; the destination then is as it was.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{destination} is the source itself, or holds it; give another name")
-    checkpoint = opened(source, config).with_dtype(dtype).with_resolution(resolution).with_numerics(numerics)
+    checkpoint = changed(opened(source, config), to, dtype=dtype, resolution=resolution, numerics=numerics, quantize=quantize)
     stage = progress or (lambda name, nbytes: nullcontext(QUIET))
     with stage("writing", checkpoint.nbytes) as advance:
         write(checkpoint, destination, to, force=force, max_shard=max_shard, progress=advance)
@@ -101,6 +106,16 @@ def convert(
         with stage("verifying", checkpoint.nbytes) as advance:
             compare(checkpoint, read(destination, checkpoint.config), advance)
     return checkpoint
+
+
+def changed(
+    checkpoint: Checkpoint, to: str, dtype: str | None = None, resolution: int | None = None, numerics: str | None = None, quantize: str | None = None
+) -> Checkpoint:
+    """The checkpoint as it is to be written (see `convert`)."""
+    if quantize and to != "jax":
+        raise ValueError(f"{to} checkpoints hold no quantized weights: write --to jax")
+    checkpoint = quantized(checkpoint.with_dtype(dtype).with_resolution(resolution).with_numerics(numerics), Quantization.of(quantize))
+    return checkpoint if to == "jax" else dense(checkpoint)
 
 
 def opened(source: Path, config: str | Path | None) -> Checkpoint:
@@ -132,7 +147,7 @@ def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, A
     checkpoint = opened(Path(source).expanduser(), config)
     dtypes = Counter(tensor.dtype.name for tensor in checkpoint.tensors.values())
     notes = list(checkpoint.notes)
-    if len(dtypes) > 1:
+    if len({tensor.dtype for path, tensor in checkpoint.tensors.items() if path not in checkpoint.parts}) > 1:
         notes.append("its tensors have several dtypes")
     if variant(checkpoint.config) is None:
         notes.append("its shapes are those of no published PaliGemma")
@@ -148,9 +163,10 @@ def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, A
         "decoder": checkpoint.config.decoder.model_type,
         "resolution": checkpoint.config.vision.image_size,
         "numerics": checkpoint.config.numerics,
-        "parameters": sum(size(tensor) for tensor in checkpoint.tensors.values()),
+        "parameters": sum(size(tensor) for tensor in dense(checkpoint).tensors.values()),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(dtypes),
+        **({"quantized": dict(Counter(map(str, checkpoint.formats.values())))} if checkpoint.formats else {}),
         "files": sorted(checkpoint.files),
         "odd": notes,
     }

@@ -107,6 +107,11 @@ def _grouped(faults: Iterable[str]) -> list[str]:
     return [first + f" (and {len(rest)} more like this)" * bool(rest) for first, *rest in alike.values()]
 
 
+def alike(paths: Iterable[str]) -> list[str]:
+    """The paths, each once, with a * for the layer."""
+    return list(dict.fromkeys(re.sub(r"/layers/\d+/", "/layers/*/", path) for path in paths))
+
+
 def foreign(found: Iterable[str], expected: Iterable[str]) -> str:
     """What a checkpoint with the keys `found` seems to be instead, if it has nothing of one tower."""
     vision = {key for key in expected if key.startswith(("vision_tower", "img/", "vision/"))}

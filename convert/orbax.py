@@ -1,7 +1,9 @@
 """This project's own checkpoints, in and out: weights that Orbax restores, config and numerics in paligemma.json, other files beside.
 
-    DIR/paligemma.json     {"version", "config" (as in config.json), "generation", "shards" (of a Hugging Face source)}
-    DIR/params/            what `orbax.checkpoint.StandardCheckpointer` saves and restores: a tree of arrays
+    DIR/paligemma.json     {"version", "config" (as in config.json), "generation", "shards" (of a Hugging Face source),
+                            "quantized": {"decoder/layers/0/mlp/down": "nf4-64", ...}}
+    DIR/params/            what `orbax.checkpoint.StandardCheckpointer` saves and restores: a tree of arrays; of a quantized matrix
+                           codes and scales (`paligemma_jax/model/codes.py`) in the place of the kernel
     DIR/huggingface/       config.json, tokenizer, processor, ... as they came along
 
 `write` streams: it puts every array, uncompressed and whole, into a zarr directory of its own, as Orbax does with `use_ocdbt=False`.
@@ -20,16 +22,19 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.config import read_config, write_config
 from convert.files import companions, read_json, write_files, write_json
-from convert.match import Entry, match, pieces
+from convert.match import Entry, Piece, match, pieces
+from convert.quantized import INTEGERS, in_parts
 from convert.table import JAX
 from convert.tensor import DTYPES, Job, Progress, Tensor, stored
 from convert.tensor import write as write_tensors
 from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.precision import Format
 
 CONFIG, PARAMS, FILES = "paligemma.json", "params", "huggingface"
 VERSION = 1
 FILLED = "store_array_data_equal_to_fill_value"  # is a chunk that is not there a fault, or all zeros?
-DTYPE_NAMES = {"<f4": "float32", "<f2": "float16"} | {name: name for name in DTYPES}  # zarr's spelling, and tensorstore's
+STORED = DTYPES | INTEGERS
+DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"} | {name: name for name in STORED}  # zarr's, and tensorstore's
 
 
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
@@ -45,10 +50,27 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
         shards = {str(name): [str(key) for key in keys] for name, keys in described.get("shards", {}).items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{params} is not an Orbax checkpoint, or a damaged one ({error!r})") from None
-    tensors = match(entries, pieces(JAX[config.decoder.model_type], config), DTYPE_NAMES, params, CONFIG)
-    largest = max(tensors.values(), key=lambda tensor: tensor.nbytes)
+    found, formats, dtypes = _parts(directory / CONFIG, described.get("quantized", {}), config)
+    tensors = match(entries, found, DTYPE_NAMES, params, CONFIG)
+    for path, tensor in tensors.items():
+        if tensor.dtype.name not in ([dtypes[path]] if path in dtypes else DTYPES):
+            raise ValueError(f"{params}: {path} has dtype {tensor.dtype}, {CONFIG} asks for {dtypes.get(path, 'one of ' + ', '.join(DTYPES))}")
+    largest = max((tensor for path, tensor in tensors.items() if path not in dtypes), key=lambda tensor: tensor.nbytes)
     files = companions(directory / FILES) if (directory / FILES).is_dir() else {}
-    return Checkpoint("jax", replace(config, dtype=largest.dtype.name), tensors, files, shards)
+    return Checkpoint("jax", replace(config, dtype=largest.dtype.name), tensors, files, shards, formats=formats)
+
+
+def _parts(file: Path, named: Any, config: PaliGemmaConfig) -> tuple[list[Piece], dict[str, Format], dict[str, str]]:
+    """The pieces to look for, the formats that paligemma.json names, and the dtypes of their parts."""
+    found = pieces(JAX[config.decoder.model_type], config)
+    if not named:
+        return found, {}, {}
+    try:
+        formats = {str(where): Format.of(str(name)) for where, name in named.items()}
+        found, dtypes = in_parts(found, formats, config)
+        return found, formats, dtypes
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} has no sound list of what is quantized: {error}") from None
 
 
 def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n: None) -> None:
@@ -74,7 +96,9 @@ def describe(directory: Path, checkpoint: Checkpoint) -> None:
     (directory / FILES).mkdir(exist_ok=True)
     write_files(directory / FILES, checkpoint.files)
     config, generation = write_config(checkpoint.config, checkpoint.config.dtype), {"eos_token_id": list(checkpoint.config.eos_token_ids)}
-    write_json(directory / CONFIG, {"version": VERSION, "config": config, "generation": generation, "shards": checkpoint.shards})
+    described = {"version": VERSION, "config": config, "generation": generation, "shards": checkpoint.shards}
+    described |= {"quantized": {where: str(format) for where, format in checkpoint.formats.items()}} if checkpoint.formats else {}
+    write_json(directory / CONFIG, described)
 
 
 def _config(file: Path, described: dict[str, Any]) -> PaliGemmaConfig:
@@ -90,11 +114,11 @@ def _entry(params: Path, key: str, tree: dict[str, Any]) -> Entry:
         zarr = read_json(array / ".zarray")
         dtype, shape = zarr["dtype"], tuple(zarr["shape"])
         if zarr == _zarray(shape, dtype, zarr["order"]) and dtype in DTYPE_NAMES and zarr["order"] in ("C", "F"):
-            return Entry(dtype, shape, lambda: _whole(array / _chunk(shape), DTYPES[DTYPE_NAMES[dtype]], shape, zarr["order"]))
+            return Entry(dtype, shape, lambda: _whole(array / _chunk(shape), STORED[DTYPE_NAMES[dtype]], shape, zarr["order"]))
     store = _open(params, key, tree)
     dtype = store.dtype.name
     raw = lambda index: np.asarray(store[index].read().result() if index else store.read().result())
-    return Entry(dtype, tuple(store.shape), lambda: Tensor(tuple(store.shape), DTYPES[dtype], raw))
+    return Entry(dtype, tuple(store.shape), lambda: Tensor(tuple(store.shape), STORED[dtype], raw))
 
 
 def _whole(file: Path, dtype: np.dtype, shape: tuple[int, ...], order: str) -> Tensor:

@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding
 from convert import formats, orbax, peft
 from convert.checkpoint import Checkpoint
 from convert.files import companions
+from convert.quantized import quantized
 from convert.tensor import Tensor, loaded
 from paligemma_jax import quantization
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.precision import Quantization
 from paligemma_jax.scaling.sharding import shardings
 from paligemma_jax.training import lora
 
@@ -91,28 +93,27 @@ def load_model(
     (43 ms for 3 ms in a 2304 x 9216 product).  numerics: by default what the checkpoint means.
     mesh: where to put the parameters (`paligemma_jax.scaling.sharding`); each device is given its slices, and only they are read.
     wide: the paths of the parameters to hold in float32 whatever `dtype` is: those that learn.
-    quantize: "nf4" or "int8", for the decoder's projections (`paligemma_jax.quantization`); each is made smaller as soon as it is read.
-    An adapter is merged into the model, or laid beside its quantized products.
+    quantize: what to hold in 8 or 4 bits (`Quantization.of`); each matrix is made smaller while it is read, some rows at a time.
+    An adapter is merged into the model, or laid beside its products where some are quantized.
     ValueError if the source is not a whole PaliGemma checkpoint.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    checkpoint = formats.read(under(source)).with_numerics(numerics)
+    checkpoint = quantized(formats.read(under(source)).with_numerics(numerics), Quantization.of(quantize))
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype)
     for note in checkpoint.notes:
         warnings.warn(f"{source}: {note}", stacklevel=2)
     model = abstract(replace(checkpoint.config, dtype=dtype))
+    model = jax.eval_shape(partial(quantization.hold, formats=checkpoint.formats), model) if checkpoint.formats else model
     places = shardings({path: leaf.shape for path, leaf in parameters(model).items()}, mesh) if mesh else {}
-    small = jax.eval_shape(partial(quantization.quantize, kind=quantize), model) if quantize else model
-    arrays = {}
+    parts, arrays = checkpoint.parts, {}
     for path, tensor in checkpoint.tensors.items():
-        array = _put(tensor.cast("float32" if wide(path) else dtype), places.get(path))
-        arrays |= quantization.parts(small, path, array) if quantize else {path: array}
-    model = with_parameters(small, arrays.pop)
+        arrays[path] = _put(tensor if path in parts else tensor.cast("float32" if wide(path) else dtype), places.get(path))
+    model = with_parameters(model, arrays.pop)
     if not peft.is_adapter(source):
         return model
     model = lora.attach(model, peft.read(source, model.config))
-    return model if quantize else lora.merge(model)
+    return model if checkpoint.formats else lora.merge(model)
 
 
 def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: str = "jax", force: bool = False) -> None:
@@ -126,9 +127,10 @@ def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: 
             tensors[path] = loaded(array)
         else:  # what `stack` made
             tensors |= {path.replace("/layers/", f"/layers/{i}/"): loaded(array, (i,)) for i in range(array.shape[0])}
-    config = replace(model.config, dtype=tensors["decoder/embedder/table"].dtype.name)
+    config = replace(model.config, dtype=tensors.get("decoder/embedder/table", tensors["decoder/norm/scale"]).dtype.name)
     came_along = companions(files(resolve(like))) if like else {}
-    formats.write(Checkpoint("jax", config, tensors, came_along), directory, to, force=force)
+    checkpoint = Checkpoint("jax", config, tensors, came_along, formats=quantization.formats(model))
+    formats.write(formats.changed(checkpoint, to), directory, to, force=force)
 
 
 def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:

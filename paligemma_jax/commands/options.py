@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -16,6 +16,7 @@ Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
 Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
 Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
+Quantize = Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: as the checkpoint is)")]
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Source:
     """float32, bfloat16 or float16."""
     numerics: Numerics = None
     """transformers or big_vision, where the two compute different numbers."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """Hold the decoder's projections in 4 or 8 bits."""
+    quantize: Quantize = None
+    """What to hold in 8 or 4 bits: int8, int4, nf4 (the decoder's projections), or more in words: nf4-32-double,embedding=int8,vision=int8"""
 
     def load(self) -> Predictor:
         from paligemma_jax import load

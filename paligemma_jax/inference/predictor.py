@@ -263,7 +263,8 @@ def load(
     the one that the checkpoint was converted from, or means.
     mesh: a `jax.sharding.Mesh` over whose devices the parameters are spread (`paligemma_jax.scaling.sharding.make_mesh`): each device
     gets its slices only, and only they are read.
-    quantize: "nf4" or "int8": the decoder's projections in 4 or 8 bits (`paligemma_jax.quantization`).
+    quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
+    "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
     keep_programs()

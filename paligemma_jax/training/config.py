@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from paligemma_jax.model.precision import Quantization
+
 # What --train takes: the parameters whose path (`model/layers.parameters`) matches.
 TRAIN = {
     "all": r".*",
@@ -44,8 +46,8 @@ class Finetune:
     """Part of the inputs of LoRA that is dropped in training."""
     lora_target: str = r".*(attention|mlp)/\w+"
     """What LoRA adapts: a regular expression of paths like decoder/layers/attention/q (decoder/layers/3/attention/q with --layers list)."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """Hold the decoder's projections, frozen, in 4 or 8 bits (with --train lora: QLoRA)."""
+    quantize: str | None = None
+    """Hold the decoder's projections, frozen, in int8, int4 or nf4 (with --train lora: QLoRA), or more: nf4-64-double,embedding=int8,vision=int8"""
 
     steps: int | None = None
     """Optimizer steps; by default --epochs decides."""
@@ -138,6 +140,7 @@ class Finetune:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r} is not {known}a regular expression: {error}") from None
+        Quantization.of(self.quantize)
         if self.quantize and self.train not in ("lora", "projector") and "lora" not in self.train:
             raise ValueError(f"--quantize freezes the decoder's projections: --train lora adapts them, --train {self.train} cannot")
         if self.features and self.augments:

@@ -50,6 +50,8 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     model = checkpoint.load_model(source, config.dtype, config.numerics, wide=wide, quantize=config.quantize)
+    if not config.quantize and any(re.fullmatch(config.pattern, path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
+        raise ValueError(f"--model {config.model} is quantized, and codes do not learn: --train lora adapts it, or start from what it was made of")
     features = Features(Path(config.features), model, processor.image_size) if config.features else None
     if features:
         features.fill(model, [train, validation], config.batch_size)

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", required=True)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--train", default="lora")
-    parser.add_argument("--quantize", choices=("nf4", "int8"))
+    parser.add_argument("--quantize")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
