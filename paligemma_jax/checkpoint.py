@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,8 @@ from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.precision import Quantization
-from paligemma_jax.scaling.sharding import shardings
+from paligemma_jax.scaling import hosts
+from paligemma_jax.scaling.sharding import distribute, find_mesh, shardings
 from paligemma_jax.training import lora
 
 TINY = Path(__file__).parent / "assets" / "tiny"
@@ -83,7 +85,7 @@ def load_model(
     source: Path,
     dtype: str | None = None,
     numerics: str | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     wide: Callable[[str], bool] = lambda path: False,
     quantize: str | None = None,
 ) -> PaliGemma:
@@ -91,7 +93,7 @@ def load_model(
 
     dtype: of parameters and activations, one of DTYPES. By default the checkpoint's own; on a CPU float32, where bfloat16 is slower
     (43 ms for 3 ms in a 2304 x 9216 product).  numerics: by default what the checkpoint means.
-    mesh: where to put the parameters (`paligemma_jax.scaling.sharding`); each device is given its slices, and only they are read.
+    mesh: where to put the parameters (`paligemma_jax.scaling.sharding.find_mesh`); each device is given its slices, and only they are read.
     wide: the paths of the parameters to hold in float32 whatever `dtype` is: those that learn.
     quantize: what to hold in 8 or 4 bits (`Quantization.of`); each matrix is made smaller while it is read, some rows at a time.
     An adapter is merged into the model, or laid beside its products where some are quantized.
@@ -105,7 +107,8 @@ def load_model(
         warnings.warn(f"{source}: {note}", stacklevel=2)
     model = abstract(replace(checkpoint.config, dtype=dtype))
     model = jax.eval_shape(partial(quantization.hold, formats=checkpoint.formats), model) if checkpoint.formats else model
-    places = shardings({path: leaf.shape for path, leaf in parameters(model).items()}, mesh) if mesh else {}
+    mesh = find_mesh(mesh, checkpoint.config)
+    places = shardings(parameters(model), mesh) if mesh else {}
     parts, arrays = checkpoint.parts, {}
     for path, tensor in checkpoint.tensors.items():
         arrays[path] = _put(tensor if path in parts else tensor.cast("float32" if wide(path) else dtype), places.get(path))
@@ -113,14 +116,17 @@ def load_model(
     if not peft.is_adapter(source):
         return model
     model = lora.attach(model, peft.read(source, model.config))
-    return model if checkpoint.formats else lora.merge(model)
+    return distribute(model if checkpoint.formats else lora.merge(model), mesh)
 
 
 def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: str = "jax", force: bool = False) -> None:
     """Writes a model, stacked or not, as "jax" (this project's own), "huggingface" or "big_vision", in the dtype of its parameters.
 
     like: the checkpoint that it was trained from, whose tokenizer and processor files come along. ValueError as in `convert.write`.
+    Several processes write together, each its shards.
     """
+    if jax.process_count() > 1:
+        return _save_together(directory, model, like, to)
     tensors: dict[str, Tensor] = {}
     for path, array in parameters(model).items():
         if re.match(r"\w+/layers/\d|(?!\w+/layers/)", path):
@@ -131,6 +137,33 @@ def save(directory: Path, model: PaliGemma, like: str | Path | None = None, to: 
     came_along = companions(files(resolve(like))) if like else {}
     checkpoint = Checkpoint("jax", config, tensors, came_along, formats=quantization.formats(model))
     formats.write(formats.changed(checkpoint, to), directory, to, force=force)
+
+
+def _save_together(directory: Path, model: PaliGemma, like: str | Path | None, to: str) -> None:
+    """As "jax", by Orbax; the first process describes it, and converts it where it shall be another format."""
+    import orbax.checkpoint as ocp
+
+    tree: dict = {}
+    for path, array in parameters(model).items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = array
+    new = directory.with_name(f".{directory.name}.new")
+    if hosts.first():
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    hosts.wait("save")
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(new.resolve() / orbax.PARAMS, tree)
+    if hosts.first():
+        config = replace(model.config, dtype=tree["decoder"]["norm"]["scale"].dtype.name)
+        came_along = companions(files(resolve(like))) if like else {}
+        orbax.describe(new, Checkpoint("jax", config, {}, came_along, formats=quantization.formats(model)))
+        formats.convert(new, directory, to, force=True)
+        shutil.rmtree(new)
+    hosts.wait("saved")
 
 
 def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:

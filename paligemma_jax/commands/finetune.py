@@ -14,6 +14,9 @@ def finetune(config: Annotated[Finetune, tyro.conf.arg(name="")]) -> None:
 
     Example: paligemma-jax finetune --data train.jsonl --output run --steps 1000
     """
+    from paligemma_jax.scaling import hosts
     from paligemma_jax.training.finetune import finetune
 
-    print(finetune(config))
+    folder = finetune(config)
+    if hosts.first():
+        print(folder)

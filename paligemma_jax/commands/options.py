@@ -17,6 +17,8 @@ Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
 Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
 Quantize = Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: as the checkpoint is)")]
+Mesh = Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint="(default: one device)")]
+Hosts = Annotated[str | None, tyro.conf.arg(metavar="WHO", help_behavior_hint="(default: this process alone)")]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,17 @@ class Source:
     """transformers or big_vision, where the two compute different numbers."""
     quantize: Quantize = None
     """What to hold in 8 or 4 bits: int8, int4, nf4 (the decoder's projections), or more in words: nf4-32-double,embedding=int8,vision=int8"""
+    mesh: Mesh = None
+    """Devices to spread the model over: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto for all of this process."""
+    hosts: Hosts = None
+    """Of several processes, who they are: auto (a TPU pod, Slurm, Open MPI tell), or HOST:PORT,N,I for process I of N; or set PALIGEMMA_JAX_HOSTS."""
 
     def load(self) -> Predictor:
         from paligemma_jax import load
+        from paligemma_jax.scaling import hosts
 
-        return load(self.model, dtype=self.dtype, numerics=self.numerics, quantize=self.quantize)
+        hosts.join(self.hosts)
+        return load(self.model, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize)
 
 
 Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others

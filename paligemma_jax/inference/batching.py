@@ -65,6 +65,7 @@ def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: 
     images.forget([image for i in batch for image in rows[i].images])
     length = min(round_up(max(len(row.prompt) for row in chosen)), processor.context)
     nothing = np.zeros((0, processor.image_size, processor.image_size, 3), np.float32)
+    features = features.reshape(len(chosen), -1, *features.shape[1:])  # a batch's rows have as many images each
     out = run(Inputs(images=nothing, **processor.pad(chosen, length=length)), features, filled)
     for n, i in enumerate(good):
         yield i, (out.tokens[n], out.log_probabilities[n], out.scores[n])

@@ -15,6 +15,7 @@ from paligemma_jax.inference.sampling import Beam
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.scaling.sharding import compiled, host
 
 if TYPE_CHECKING:
     from paligemma_jax.inference.generate import Request
@@ -59,10 +60,10 @@ def search(
     """Tokens int32[B, limit], their log-probabilities, and scores float32[B] of the best answer to every row."""
     size = slots - inputs.tokens.shape[1]
     best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
-    return np.asarray(best.tokens)[:, 0, :limit], np.asarray(best.log_probabilities)[:, 0, :limit], np.asarray(best.scores)[:, 0]
+    return host(best.tokens)[:, 0, :limit], host(best.log_probabilities)[:, 0, :limit], host(best.scores)[:, 0]
 
 
-@partial(jax.jit, static_argnames=("slots", "size", "beam"))
+@partial(compiled, static_argnames=("slots", "size", "beam"))
 def _search(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, limit: Array, slots: int, size: int, beam: Beam) -> Beams:
     B, W = len(inputs.tokens), beam.width
     logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)

@@ -16,6 +16,7 @@ from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Stra
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.scaling.sharding import compiled, host
 
 CHUNK = 16  # tokens decoded between two looks of the host, where it has to look
 
@@ -100,16 +101,16 @@ def decoded(
     model: PaliGemma, state: State, request: Request, limit: int, size: int, sampler: Sampler, halt: Callable | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """From a prefill's state the answers piece by piece, tokens int32[B, n] and their log-probabilities: one, then `size` a dispatch."""
-    so_far = np.asarray(state.token)[:, None]
-    yield so_far, np.asarray(state.log_probability)[:, None]
+    so_far = host(state.token)[:, None]
+    yield so_far, host(state.log_probability)[:, None]
     while so_far.shape[1] < limit:
         if halt:
             state = replace(state, done=state.done | halt(so_far))
-        if np.asarray(state.done).all():
+        if host(state.done).all():
             return
         tokens, log_probabilities, state = decode(model, state, request, jnp.int32(limit), size, sampler)
         more = min(size, limit - so_far.shape[1])
-        tokens, log_probabilities = np.asarray(tokens)[:, :more], np.asarray(log_probabilities)[:, :more]
+        tokens, log_probabilities = host(tokens)[:, :more], host(log_probabilities)[:, :more]
         so_far = np.concatenate([so_far, tokens], axis=1)
         yield tokens, log_probabilities
 
@@ -143,13 +144,13 @@ def encode(model: PaliGemma, inputs: Inputs) -> Array | None:
     return encode_images(model, jnp.asarray(inputs.images)) if len(inputs.images) else None
 
 
-@jax.jit
+@compiled
 def encode_images(model: PaliGemma, images: Array) -> Array:
     """float32[M, S, S, 3] -> [M, P, D]"""
     return model.encode_images(images)
 
 
-@partial(jax.jit, static_argnames=("slots", "sampler", "copies"))
+@partial(compiled, static_argnames=("slots", "sampler", "copies"))
 def prefill(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, slots: int, sampler: Sampler, copies: int = 1) -> State:
     """The state after the first token of every row; with `copies`, of that many answers to each prompt, one after the other."""
     logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
@@ -160,7 +161,7 @@ def prefill(model: PaliGemma, inputs: Inputs, features: Array | None, request: R
     return _choose(model, logits, State(jnp.int32(0), None, None, jnp.zeros(len(logits), bool), seen, cache), request, sampler)  # type: ignore
 
 
-@partial(jax.jit, static_argnames=("size", "sampler"), donate_argnames="state")
+@partial(compiled, static_argnames=("size", "sampler"), donate_argnames="state")
 def decode(model: PaliGemma, state: State, request: Request, limit: Array, size: int, sampler: Sampler) -> tuple[Array, Array, State]:
     """Up to `size` more tokens int32[B, size] and their log-probabilities, until all rows have said eos or hold `limit` tokens.
 

@@ -254,15 +254,20 @@ def _cut(text: str, stops: list[str]) -> str:
 
 
 def load(
-    source: str | Path = "tiny", *, dtype: str | None = None, numerics: str | None = None, mesh: Mesh | None = None, quantize: str | None = None
+    source: str | Path = "tiny",
+    *,
+    dtype: str | None = None,
+    numerics: str | None = None,
+    mesh: Mesh | str | None = None,
+    quantize: str | None = None,
 ) -> Predictor:
     """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, a LoRA adapter, or a hub id.
 
     dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
     numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
     the one that the checkpoint was converted from, or means.
-    mesh: a `jax.sharding.Mesh` over whose devices the parameters are spread (`paligemma_jax.scaling.sharding.make_mesh`): each device
-    gets its slices only, and only they are read.
+    mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
+    (`paligemma_jax.scaling.sharding`). Each device gets its slices of the parameters only, and only they are read.
     quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
     "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.

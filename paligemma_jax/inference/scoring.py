@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -12,15 +11,16 @@ from jax import Array
 from paligemma_jax.model.layers import collect
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.scaling.sharding import compiled, host
 
 
-@jax.jit
+@compiled
 def forward(model: PaliGemma, inputs: Inputs) -> Array:
     """Teacher-forced logits float32[B, T, V]."""
     return model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
 
 
-@partial(jax.jit, static_argnames="attention")
+@partial(compiled, static_argnames="attention")
 def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
     """Every stage's output of a teacher-forced pass, in order of computation."""
     with collect(attention) as found:
@@ -31,10 +31,10 @@ def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[st
 def score(model: PaliGemma, inputs: Inputs) -> np.ndarray:
     """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits."""
     longest = int(inputs.targets.sum(axis=1).max())
-    return np.asarray(_score(model, inputs, longest))
+    return host(_score(model, inputs, longest))
 
 
-@partial(jax.jit, static_argnames="longest")
+@partial(compiled, static_argnames="longest")
 def _score(model: PaliGemma, inputs: Inputs, longest: int) -> Array:
     x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
     places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from paligemma_jax.model.layers import place
 from paligemma_jax.model.masks import Span
 
 
@@ -32,7 +33,7 @@ class KVCache:
         def pad(axis: int):
             return lambda a: jnp.pad(a, [(0, slots - used if i == axis else 0) for i in range(a.ndim)])
 
-        k, v = jax.tree.map(lambda a: pad(a.ndim - 3)(a), (k, v))
+        k, v = jax.tree.map(lambda a: place("L rows S K" if a.ndim == 5 else "rows S K", pad(a.ndim - 3)(a)), (k, v))
         return cls(k, v, jax.tree.map(pad(1), span), jnp.int32(used))
 
     def rows(self, order: Array) -> KVCache:

@@ -128,19 +128,53 @@ def fold(block: Callable[..., tuple[Array, Any]], x: Array, layers: Any, *rows: 
     `layers` is an `nnx.List` (a Python loop; `rows` are sequences, ys come back as a list) or what `stack` made of it
     (one `jax.lax.scan`; rows and ys have a leading layer axis). Inside of a `remat`, the backward pass computes the blocks again.
     """
+    x = place("rows tokens", x)
     if (policy := _remat.get()) is not None:
         block = jax.checkpoint(block, policy=policy)
     if not isinstance(layers, nnx.List):
         if _collecting.get() is None:
-            return jax.lax.scan(lambda x, row: block(row[0], x, *row[1:]), x, (layers, *rows))
+
+            def one(x: Array, row: tuple) -> tuple[Array, Any]:
+                x, y = block(row[0], x, *row[1:])
+                return place("rows tokens", x), y
+
+            return jax.lax.scan(one, x, (layers, *rows))
         layers, rows = unstack(layers), tuple(unstack(row) for row in rows)
     ys = []
     for i, layer in enumerate(layers):
         with scope(f"layers/{i}"):
             x, y = block(layer, x, *(row[i] for row in rows))
-            stage("", x)
+            x = stage("", place("rows tokens", x))
         ys.append(y)
     return x, ys
+
+
+_placing: ContextVar[Callable[[str, Array], Array] | None] = ContextVar("placing", default=None)
+
+
+def place(axes: str, x: Array) -> Array:
+    """Names the first axes of `x` to whoever spreads it over devices (`placing`): "rows", "tokens", or a letter. Returns it unchanged."""
+    return x if (spread := _placing.get()) is None else spread(axes, x)
+
+
+def joined(x: Array) -> Array:
+    """[B, T, D] whose tokens may lie on different devices, all of them where heads or the MLP are split: both ways, so in the gradient too."""
+    return place("rows", place("rows tokens", x))
+
+
+def parted(x: Array) -> Array:
+    """The inverse of `joined`."""
+    return place("rows tokens", place("rows", x))
+
+
+@contextmanager
+def placing(spread: Callable[[str, Array], Array] | None) -> Iterator[None]:
+    """`place` asks `spread` while traced inside. No mesh is known here: see `scaling/sharding.py`."""
+    token = _placing.set(spread)
+    try:
+        yield
+    finally:
+        _placing.reset(token)
 
 
 _remat: ContextVar[Callable[..., bool] | None] = ContextVar("remat", default=None)

@@ -19,7 +19,8 @@ class PaliGemma(nnx.Module):
 
     The methods share these arguments:
       tokens int32[B, T]: ids; `config.image_token_id` marks the places of image features
-      images float[M, S, S, 3] in [-1, 1]: all images of the batch in reading order, or None if there are none
+      images float[M, S, S, 3] in [-1, 1]: all images of the batch in reading order, or None if there are none; or [B, n, S, S, 3] where every
+        row has n, so that rows which lie on different devices need nothing of each other
       valid bool[B, T]: False on pads          prefix bool[B, T]: True on image and prompt, False on the answer
     """
 
@@ -30,13 +31,13 @@ class PaliGemma(nnx.Module):
         self.decoder = Decoder(config.decoder, config.profile, rngs)
 
     def encode_images(self, images: Array) -> Array:
-        """[M, S, S, 3] -> features [M, P, D], unscaled (no sqrt(D) anywhere: transformers >= 5.4, big_vision)."""
+        """[M, S, S, 3] -> features [M, P, D], unscaled (no sqrt(D) anywhere: transformers >= 5.4, big_vision); [B, n, ...] -> [B, n, P, D]."""
         with scope("vision"):
-            x = self.vision(images.astype(self.config.activation_dtype))
-        return stage("projector", self.projector(x))
+            x = self.vision(images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype))
+        return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
 
     def embed(self, tokens: Array, features: Array | None) -> Array:
-        """Text embeddings [B, T, D] with image features [M, P, D] laid over the image tokens in reading order.
+        """Text embeddings [B, T, D] with image features, [M, P, D] or [B, n, P, D], laid over the image tokens in reading order.
 
         An image id beyond the table looks up row 0 (transformers `PaliGemmaModel.forward`); without features, image tokens are text.
         """
@@ -45,9 +46,9 @@ class PaliGemma(nnx.Module):
             ids = jnp.where(image, 0, ids)
         x = self.decoder.embedder.encode(ids, self.config.activation_dtype)
         if features is not None:
-            flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
-            order = (jnp.cumsum(image.reshape(-1)) - 1).reshape(image.shape)
-            x = jnp.where(image[..., None], flat.at[order].get(mode="clip"), x)
+            own = features.reshape(len(tokens) if features.ndim == 4 else 1, -1, features.shape[-1]).astype(x.dtype)
+            order = jnp.cumsum(image.reshape(len(own), -1), axis=1)[..., None] - 1
+            x = jnp.where(image[..., None], jnp.take_along_axis(own, order, axis=1, mode="clip").reshape(x.shape), x)
         return stage("embeddings", x)
 
     def hidden(self, tokens: Array, images: Array | None, valid: Array, prefix: Array) -> Array:

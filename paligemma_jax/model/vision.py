@@ -9,7 +9,7 @@ from jax import Array
 
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.config import VisionConfig
-from paligemma_jax.model.layers import Einsum, LayerNorm, fold, scope, stage
+from paligemma_jax.model.layers import Einsum, LayerNorm, fold, joined, parted, scope, stage
 
 
 class Attention(nnx.Module):
@@ -44,9 +44,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         with scope("attention"):
-            x = x + self.attention(self.pre_attention_norm(x))
+            x = x + parted(self.attention(joined(self.pre_attention_norm(x))))
         with scope("mlp"):
-            return x + self.mlp(self.pre_mlp_norm(x))
+            return x + parted(self.mlp(joined(self.pre_mlp_norm(x))))
 
 
 class Vision(nnx.Module):

@@ -102,6 +102,10 @@ class Finetune:
     """transformers or big_vision, where the two compute different numbers; by default the one that the checkpoint means."""
     remat: Literal["none", "full", "dots"] = "none"
     """What of each layer is computed again in the backward pass to save memory: nothing, all, or all but the products with weights."""
+    mesh: str | None = None
+    """Devices to spread model, optimizer and batch over: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto for all there are."""
+    hosts: str | None = None
+    """Train in several processes as one: auto (a TPU pod, Slurm, Open MPI tell), or HOST:PORT,N,I for process I of N; or set PALIGEMMA_JAX_HOSTS."""
     layers: Literal["stack", "list"] = "stack"
     """stack compiles one layer and loops; a list compiles each, and lets --train name single layers."""
 

@@ -47,7 +47,7 @@ class Example:
 class Batch:
     inputs: Inputs
     weights: Any  # float32 [B]; 0 for a row that only fills up
-    features: Any = None  # of the image encoder [M, P, W]; then `inputs.images` is None
+    features: Any = None  # of the image encoder [M, P, W]; then `inputs.images` is None. Both [B, n, ...] where all rows have n images
 
 
 def read(file: str | Path, fits: Callable[[Example], Any] | None = None) -> list[Example]:
@@ -99,11 +99,11 @@ def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True
 
 
 def _unreadable(examples: list[Example]) -> dict[int, str]:
-    """What is wrong with an image, by the line of each row that has it; each file is decoded once."""
-    paths = list(dict.fromkeys(path for example in examples for path in example.images))
+    """What is wrong with an image, by the line of each row that has it; each file is decoded once, in one of several processes."""
+    paths = list(dict.fromkeys(path for example in examples for path in example.images))[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor() as pool:
         found = dict(zip(paths, tqdm(pool.map(_problem, paths), "images", len(paths), unit="image", disable=None, leave=False)))
-    return {example.line: told for example in examples for path in example.images if (told := found[path])}
+    return {example.line: told for example in examples for path in example.images if (told := found.get(path))}
 
 
 def _problem(path: Any) -> str | None:
@@ -151,28 +151,41 @@ def _shuffled(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batch(
-    examples: Sequence[Example], processor: Processor, size: int, length: int | None, parts: int = 1, features: Callable[[list], Any] | None = None
+    examples: Sequence[Example],
+    processor: Processor,
+    size: int,
+    length: int | None,
+    parts: int = 1,
+    features: Callable[[list], Any] | None = None,
+    own: Sequence[int] | None = None,
 ) -> Batch:
     """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0.
 
     parts: so many will be computed one after the other: ValueError if they have not as many images each.
     features: of image files, in the place of their pixels.
+    own: the rows whose images are opened here, all by default; the others are for other processes, and zeros of which no memory is touched.
     """
     filled = [*examples, *[examples[0]] * (size - len(examples))]
-    rows, pictures = [], []
-    for example in filled:
+    rows, pictures, own = [], [], range(size) if own is None else own
+    for n, example in enumerate(filled):
         with naming(example.line):
             rows.append(tokenized(example, processor, length))
-            pictures += [] if features else [pixels(rows[-1].images, processor.image_size)]
+            pictures += [] if features or n not in own else [pixels(rows[-1].images, processor.image_size)]
     images = [len(row.images) for row in rows]
+    even = len(set(images)) == 1
     if len(set(np.reshape(images, (parts, -1)).sum(axis=1))) > 1:
         raise ValueError(f"rows {[e.line for e in examples]} have {images} images: --accumulate asks for as many in each of its {parts} parts")
+    if len(own) < size and not even:
+        raise ValueError(f"rows {[e.line for e in examples]} have {images} images: several processes ask for as many in every row of a batch")
     longest = max(len(row.prompt) + len(row.suffix) for row in rows)
     padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))
     weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
-    if features:
-        return Batch(Inputs(images=None, **padded), weights, features([image for row in rows for image in row.images]))
-    return Batch(Inputs(images=np.concatenate(pictures), **padded), weights)
+    seen = features([image for n in own for image in rows[n].images]) if features else np.concatenate(pictures)
+    if even:
+        mine = seen.reshape(len(own), -1, *seen.shape[1:])
+        seen = mine if len(own) == size else np.zeros((size, *mine.shape[1:]), mine.dtype)
+        seen[list(own)] = mine
+    return Batch(Inputs(images=None if features else seen, **padded), weights, seen if features else None)
 
 
 def ahead(makers: Iterator[Any], depth: int = 4) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -16,6 +15,8 @@ from convert.tensor import DTYPES
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
+from paligemma_jax.scaling import hosts
+from paligemma_jax.scaling.sharding import compiled, host
 from paligemma_jax.training.data import Rows, example_at
 
 
@@ -26,7 +27,7 @@ class Features:
         weights = parameters(model)
         digest = hashlib.sha256(f"{model.config.vision} {model.config.activation_dtype}".encode())
         for path in sorted(path for path in weights if path.startswith("vision/")):
-            digest.update(np.ascontiguousarray(weights[path]).view(np.uint8).data)
+            digest.update(np.ascontiguousarray(host(weights[path])).view(np.uint8).data)
         self.folder, self.size, self.dtype = directory / digest.hexdigest()[:16], size, DTYPES[model.config.activation_dtype]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -43,17 +44,19 @@ class Features:
         """Encodes the images of all rows that are not there yet, `batch` at a time."""
         missing = {self.place(image): image for image in _images(sources)}
         missing = {place: image for place, image in missing.items() if not place.exists()}
-        encode = jax.jit(lambda model, images: model.vision(images.astype(model.config.activation_dtype)))
+        hosts.wait("features missing")  # before the first of them is written
+        encode = compiled(lambda model, images: model.vision(images.astype(model.config.activation_dtype)))
         places = list(missing)
         for start in tqdm(range(0, len(places), batch), "features", unit="batch", disable=None, leave=False):
             group = places[start : start + batch]
             filled = [missing[place] for place in group] + [missing[group[0]]] * (batch - len(group))
-            found = np.asarray(encode(model, pixels(filled, self.size)))
-            for place, array in zip(group, found):
+            found = host(encode(model, pixels(filled, self.size)))
+            for place, array in zip(group, found) if hosts.first() else ():
                 new = place.with_suffix(f".{os.getpid()}.tmp")
                 with new.open("wb") as file:
                     np.save(file, array.view(np.uint16) if array.dtype.itemsize == 2 else array)
                 os.replace(new, place)
+        hosts.wait("features")
 
 
 def _images(sources: list[Rows]) -> Iterator[Any]:

@@ -21,7 +21,9 @@ from paligemma_jax.inference.predictor import Predictor, keep_programs, make_pro
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.quantization import quantize
+from paligemma_jax.scaling import hosts
 from paligemma_jax.scaling.cost import matrix_rate, training_flops
+from paligemma_jax.scaling.sharding import distribute, find_mesh, own_rows, spread
 from paligemma_jax.synthetic import stacked, unstacked
 from paligemma_jax.training import lora
 from paligemma_jax.training.augment import Augment
@@ -32,13 +34,16 @@ from paligemma_jax.training.runs import Run
 from paligemma_jax.training.trainer import State, Trainer
 
 
+@hosts.together()
 def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None = None) -> Path:
     """Trains as `config` says; returns the folder of the final model, or adapter. ValueError for whatever the user can mend.
 
     data, validation: rows in the place of those files, by number: lists, grain sources, data sets.
     A run that was stopped, by SIGTERM or anything worse, continues with `resume=True` from its last checkpoint, bit for bit on a CPU.
+    Of several processes (`config.hosts`) each opens the images of its rows, holds its shards, and writes them.
     """
     keep_programs()
+    hosts.join(config.hosts)
     source = checkpoint.resolve(config.model)
     if config.lora and peft.is_adapter(source):
         raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
@@ -47,26 +52,33 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     train = read(config.data, fits) if data is None else data
     validation = validation if validation is not None else read(config.validation, fits) if config.validation else []
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
+    several = "auto" if jax.process_count() > 1 else None
+    mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True)
+    if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+        raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
     run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
-    model = checkpoint.load_model(source, config.dtype, config.numerics, wide=wide, quantize=config.quantize)
+    model = checkpoint.load_model(source, config.dtype, config.numerics, mesh, wide, config.quantize)
     if not config.quantize and any(re.fullmatch(config.pattern, path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
         raise ValueError(f"--model {config.model} is quantized, and codes do not learn: --train lora adapts it, or start from what it was made of")
     features = Features(Path(config.features), model, processor.image_size) if config.features else None
     if features:
         features.fill(model, [train, validation], config.batch_size)
-    trainer = Trainer(prepared(model, config, delete=True), config, steps)
+    trainer = Trainer(distribute(prepared(model, config, delete=True), mesh), config, steps)
     del model
     if features and any(path.startswith("vision/") for path in trainer.names):
         raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
     state = run.restore(trainer.start())
     make = partial(batch, processor=processor, size=config.batch_size, length=config.length, parts=config.accumulate, features=features)
+    make = partial(make, own=own_rows(config.batch_size, mesh))
     state, stopped = _loop(trainer, run, state, steps, make, train, validation, processor)
     run.finish()
     if stopped:
-        print(f"stopped after step {int(state.step)}; --resume continues")
+        if hosts.first():
+            print(f"stopped after step {int(state.step)}; --resume continues")
         return run.folder
-    run.chart()
+    if hosts.first():
+        run.chart()
     return _save(trainer, state, source, run.folder)
 
 
@@ -94,10 +106,10 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train
             rows = order(len(train), config.seed, start, config.batch_size)
             yield partial(_made, make, train, rows, augment and partial(_augmented, augment, config.seed, start))
 
-    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None) as bar:
+    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.first() else True) as bar:
         began = time.perf_counter()
         for step, data in enumerate(ahead(batches()), first + 1):
-            state, report = trainer.step(state, trainer.frozen, data, longest=longest(data))
+            state, report = trainer.step(state, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
             work = training_flops(trainer.model.config, data.inputs, trainer.names, encodes=data.features is None)
@@ -110,9 +122,10 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train
             run.log(line)
             bar.update()
             bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
-            if step == steps or step % config.save_every == 0 or "validation_loss" in line or asked:
+            stop = hosts.any_of(bool(asked))
+            if step == steps or step % config.save_every == 0 or "validation_loss" in line or stop:
                 run.save(step, state, line.get("validation_loss"))
-            if asked and step < steps:
+            if stop and step < steps:
                 return state, True
             began = time.perf_counter()  # waiting for data counts, measuring and saving do not
     return state, False
@@ -131,7 +144,7 @@ def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
     """The loss over all rows, as they are, in the run's own reduction."""
     size, total, count = trainer.config.batch_size, 0.0, 0.0
     for data in ahead(partial(_made, make, rows, range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)):
-        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, data, longest=longest(data))
+        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1e-9)
 
@@ -155,14 +168,16 @@ def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
     found, plain = lora.factors(model), {path for path in trainer.names if "/lora_" not in path}
     if found and not plain:
         base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(source.resolve())
-        peft.write(folder / "adapter", found, model.config, base)
+        if hosts.first():
+            peft.write(folder / "adapter", found, model.config, base)
+        hosts.wait("adapter")
         if config.export is None:
             return folder / "adapter"
     if found:
         learned = parameters(model)
-        before = parameters(base_model := checkpoint.load_model(source, config.dtype, config.numerics))
+        before = parameters(base_model := checkpoint.load_model(source, config.dtype, config.numerics, trainer.mesh))
         model = with_parameters(base_model, lambda path: learned.get(path, before[path]))
-        model = lora.merge(lora.attach(model, found))
+        model = lora.merge(distribute(lora.attach(model, found), trainer.mesh))
     checkpoint.save(folder / "model", model, like=source, to=config.export or "jax", force=True)
     return folder / "model"
 

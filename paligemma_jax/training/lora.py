@@ -20,6 +20,7 @@ from jax import Array
 from convert.peft import Factors
 from paligemma_jax.model.layers import Einsum, product, swap
 from paligemma_jax.quantization import Quantized
+from paligemma_jax.scaling.sharding import host
 
 TARGET = r".*(attention|mlp)/\w+"  # the projections of attention and MLP
 
@@ -122,7 +123,7 @@ def factors(model: Any) -> dict[str, Factors]:
     def visit(path: str, module: Any) -> None:
         if not isinstance(module, LoRA):
             return
-        a, b = np.asarray(module.lora_a[...]), np.asarray(module.lora_b[...])
+        a, b = host(module.lora_a[...]), host(module.lora_b[...])
         if a.ndim == module.base.contracted + 1:
             found[path] = Factors(a, b, module.scale)
         else:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from paligemma_jax.scaling import hosts
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch
 from paligemma_jax.training.trainer import State
@@ -25,7 +26,20 @@ class Run:
 
     def __init__(self, config: Finetune):
         self.folder = Path(config.output)
-        settings, file = asdict(replace(config, resume=False)), self.folder / "config.json"
+        if hosts.first():
+            self._begin(config)
+        hosts.wait("run")
+        self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard and hosts.first() else None
+        policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
+        best = policies.BestN(get_metric_fn=good, n=1)
+        kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
+        # best_fn: or else the metrics are not written, and a run that is resumed would drop its best
+        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
+        self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
+
+    def _begin(self, config: Finetune) -> None:
+        """Writes config.json, or compares it: devices and processes may be others when a run is resumed."""
+        settings, file = asdict(replace(config, resume=False, mesh=None, hosts=None)), self.folder / "config.json"
         if config.resume:
             if not file.is_file():
                 raise ValueError(f"{self.folder} has no run to resume: there is no config.json")
@@ -35,22 +49,15 @@ class Run:
                 raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same")
         elif self.folder.exists() and any(path.suffix != NEW for path in self.folder.iterdir()):
             raise ValueError(f"{self.folder} is not empty: give another --output, or --resume to continue the run there")
-        self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard else None
         self.folder.mkdir(parents=True, exist_ok=True)
         if not config.resume:
             _write(file, json.dumps(settings, indent=2) + "\n")
-        policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
-        best = policies.BestN(get_metric_fn=good, n=1)
-        kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
-        # best_fn: or else the metrics are not written, and a run that is resumed would drop its best
-        options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
-        self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
 
     def restore(self, state: State) -> State:
         """The last checkpoint, or `state` where there is none; what was logged after it is dropped."""
         step = self.manager.latest_step()
         for log in (self.folder / "log.jsonl", self.folder / "samples.jsonl"):
-            if log.exists():
+            if log.exists() and hosts.first():
                 whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 _write(log, "".join(line for line in whole if json.loads(line)["step"] <= (step or 0)))
         if step is None:
@@ -72,6 +79,8 @@ class Run:
             self.board.close()
 
     def log(self, line: dict[str, Any], name: str = "log.jsonl") -> None:
+        if not hosts.first():
+            return
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if self.board:
@@ -85,7 +94,8 @@ class Run:
         step = line["step"]
         file = self.folder / f"bad_batch_{step}.npz"
         arrays = {name: getattr(data.inputs, name) for name in ("tokens", "images", "valid", "prefix", "targets")}
-        np.savez(file, weights=data.weights, **{name: array for name, array in arrays.items() if array is not None})
+        if hosts.first():
+            np.savez(file, weights=data.weights, **{name: array for name, array in arrays.items() if array is not None})
         last = self.manager.latest_step()
         return (
             f"the loss of step {step} is {line['loss']}, its gradient's norm {line['gradient_norm']}; its batch is in {file}, "

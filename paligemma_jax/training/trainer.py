@@ -15,6 +15,7 @@ from jax import Array
 
 from paligemma_jax.model.layers import parameters, remat, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.scaling.sharding import compiled, distribute, mesh_of, settle, shardings
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch
 from paligemma_jax.training.lora import dropout
@@ -39,7 +40,8 @@ class State:
 class Trainer:
     """The model split into what learns and what is frozen, and the compiled functions over them.
 
-    `loss` is by default that of `config` on a `Batch`; with another, the model and the batch can be any pytrees.
+    `loss` is by default that of `config` on a `Batch`; with another, the model and the batch can be any pytrees. Where the model lies on a mesh,
+    gradients and the optimizer's state are split as the parameters are.
     """
 
     def __init__(self, model: Any, config: Finetune, steps: int, loss: Loss | None = None):
@@ -52,13 +54,16 @@ class Trainer:
         self.frozen = {path: value for path, value in values.items() if path not in set(self.names)}
         self._first = {path: values[path] for path in self.names}
         self.optimizer = make_optimizer(config, steps)
-        self.step = jax.jit(self._step, static_argnames="longest", donate_argnames="state")
-        self.losses = jax.jit(self._losses, static_argnames="longest")
+        self.mesh = mesh_of(values)
+        self.step = compiled(self._step, static_argnames="longest", donate_argnames="state")
+        self.losses = compiled(self._losses, static_argnames="longest")
 
     def start(self) -> State:
         """The state before the first step. Once: what it was made of is not kept, for it may fill the device."""
         learns = {path: jnp.array(self._first.pop(path), jnp.float32) for path in self.names}
-        return State(jnp.int32(0), learns, self.optimizer.init(learns), jax.tree.map(jnp.copy, learns) if self.config.ema else {})
+        where = shardings(jax.eval_shape(self.optimizer.init, learns), self.mesh) if self.mesh else None
+        optimizer = jax.jit(self.optimizer.init, out_shardings=where)(learns) if where else self.optimizer.init(learns)
+        return State(distribute(jnp.int32(0), self.mesh), learns, optimizer, jax.tree.map(jnp.copy, learns) if self.config.ema else {})
 
     def filled(self, learns: Parameters, frozen: Parameters) -> Any:
         return with_parameters(self.model, (frozen | learns).__getitem__)
@@ -78,7 +83,7 @@ class Trainer:
 
         def gradients(part: Any, key: Array) -> Any:
             with dropout(key):
-                return jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest)
+                return settle(jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest))
 
         if (parts := self.config.accumulate) == 1:
             (loss, count), gradient = gradients(batch, key)
@@ -96,7 +101,7 @@ class Trainer:
         average = optax.incremental_update(learns, state.average, 1 - self.config.ema) if self.config.ema else {}
         new = State(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)  # what is not a number changes nothing
-        return new, {"loss": loss, "gradient_norm": norm}
+        return settle(new), {"loss": loss, "gradient_norm": norm}
 
 
 def _answer_loss(config: Finetune, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:

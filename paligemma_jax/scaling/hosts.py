@@ -1,0 +1,73 @@
+"""Several processes, on one or many hosts, that compute as one (`jax.distributed`): how they find each other, and how they end together."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+VARIABLE = "PALIGEMMA_JAX_HOSTS"
+
+
+def join(hosts: str | None) -> None:
+    """Joins the other processes of a run, before anything is computed; without `hosts` and $PALIGEMMA_JAX_HOSTS this process stays alone.
+
+    hosts: "auto", where a TPU pod, Slurm, Open MPI or Kubernetes tells who there is; else "HOST:PORT,N,I": process I of N, of which the first
+    listens on HOST:PORT. ValueError for anything else.
+    """
+    hosts = hosts or os.environ.get(VARIABLE)
+    if not hosts or jax.distributed.is_initialized():
+        return
+    if hosts == "auto":
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ValueError(f"hosts auto: nothing here tells who takes part ({error}); give HOST:PORT,N,I") from None
+        return
+    told = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", hosts)
+    if not told or int(told[3]) >= int(told[2]):
+        raise ValueError(f"hosts {hosts!r}: give auto, or HOST:PORT,N,I for process I (from 0) of N, as in 10.0.0.1:1234,4,0")
+    jax.distributed.initialize(told[1], int(told[2]), int(told[3]), cluster_detection_method="deactivate")
+
+
+def first() -> bool:
+    """Is this the process that writes what is written once?"""
+    return jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+    """For all processes to come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def any_of(flag: bool) -> bool:
+    """Does it hold in any of the processes?"""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ends one of several processes ends all: one that is in error leaves at once and does not wait at the exit for those that wait for it.
+
+    They then lose their connection, or (where a device waits without end) the heartbeat: JAX ends them within 100 s.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if not lost and not isinstance(error, ValueError):
+            traceback.print_exc()
+        reason = "another process of this run is lost: start all of them again, with --resume to go on from the last checkpoint" if lost else error
+        detail = f" ({next(iter(str(error).splitlines()), '')[:200]})" if lost else ""
+        print(f"paligemma-jax: process {jax.process_index()}: {reason}{detail}", file=sys.stderr, flush=True)
+        os._exit(1 if lost else 2)

@@ -1,0 +1,158 @@
+"""What the tests of sharding run in a process of its own: `python tests/on_devices.py DEVICES FUNCTION ARGUMENTS`, both as JSON; prints JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def call(devices: int, function: str, *arguments: Any) -> Any:
+    """What `function` below returns in a process with so many CPU devices."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PALIGEMMA_JAX_CACHE": "off"}
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(HERE / "on_devices.py"), function, json.dumps(arguments)]
+    done = subprocess.run(command, env=os.environ | flags | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def small(kind: str, layers: int = 1) -> Any:
+    """Gemma 1 has one key head, Gemma 2 half as many as heads: over 4 devices they divide, over 8 they do not."""
+    from paligemma_jax.model.config import PaliGemmaConfig
+
+    config = PaliGemmaConfig.preset("3b-224" if kind == "pg2" else "pg1-3b-224")
+    vision = replace(config.vision, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, image_size=56)
+    sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, head_dim=8, intermediate_size=96, vocab_size=512)
+    keys = 4 if kind == "pg2" else 1
+    return replace(config, vision=vision, decoder=replace(config.decoder, **sizes, num_key_value_heads=keys), image_token_id=500, dtype="float32")
+
+
+def batch(config: Any, rows: int) -> Any:
+    """Ragged rows of one image each, with an answer of 8 tokens."""
+    import numpy as np
+
+    from paligemma_jax.bench_train import answering
+    from paligemma_jax.synthetic import make_inputs
+    from paligemma_jax.training.data import Batch
+
+    inputs = answering(make_inputs(config, rows, 16), 8)
+    inputs.prefix[:, -9] = inputs.valid[:, -9] = np.arange(rows) % 2 == 0
+    return Batch(replace(inputs, images=inputs.images[:, None]), np.linspace(0.5, 1.5, rows, dtype=np.float32))
+
+
+def compare(cases: list[list]) -> list[dict]:
+    """Each case (kind, form, train, quantize, mesh) against one device: logits, loss, gradients, tokens."""
+    import jax
+    import numpy as np
+
+    from paligemma_jax.scaling import sharding
+
+    found = []
+    for kind, form, train, quantize, mesh in cases:
+        config = small(kind)
+        with warnings.catch_warnings(record=True, action="always") as told:
+            one, many = (_all_of(config, form, train, quantize, sharding.find_mesh(where, config)) for where in (None, mesh))
+        worst = lambda a, b: float(np.abs(a - b).max() / max(1, np.abs(a).max()))
+        found.append(
+            dict(
+                {name: worst(one[name], many[name]) for name in ("logits", "loss")},
+                gradients=max(worst(value, many["gradients"][path]) for path, value in one["gradients"].items()),
+                largest=float(max(np.abs(value).max() for value in one["gradients"].values())),
+                same_tokens=bool((one["tokens"] == many["tokens"]).all()), different=len(np.unique(one["tokens"])),
+                strays=many["strays"], part=many["part"], told=[str(warning.message) for warning in told if "whole on every" in str(warning.message)],
+            )
+        )  # fmt: skip
+        jax.clear_caches()
+    return found
+
+
+def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any) -> dict:
+    import jax
+    import numpy as np
+
+    from paligemma_jax.inference import generate, scoring
+    from paligemma_jax.model.layers import parameters, with_parameters
+    from paligemma_jax.scaling import sharding
+    from paligemma_jax.synthetic import random_model
+    from paligemma_jax.training.config import Finetune
+    from paligemma_jax.training.finetune import longest, prepared
+    from paligemma_jax.training.trainer import Trainer
+
+    options = Finetune("", "", train=train, quantize=quantize, layers=form, warmup=0, clip=0, learning_rate=1.0, optimizer="sgd", lora_rank=2)
+    rng = np.random.default_rng(0)
+    noise = {path: value + rng.normal(0, 0.1, value.shape).astype("f") for path, value in sorted(parameters(random_model(config)).items())}
+    model = prepared(with_parameters(random_model(config), noise.__getitem__), options)
+    learned = {p: a + rng.normal(0, 0.1, a.shape).astype("f") if "lora_b" in p else a for p, a in sorted(parameters(model).items())}
+    model = sharding.distribute(with_parameters(model, learned.__getitem__), mesh)
+    data = batch(config, 8)
+    logits = np.asarray(scoring.forward(model, data.inputs))
+    asked = replace(data.inputs, valid=data.inputs.prefix)
+    tokens = generate.generate(model, asked, 6, slots=asked.tokens.shape[1] + 6).tokens
+    trainer = Trainer(model, options, 10)
+    state = trainer.start()
+    before = {path: np.array(value) for path, value in state.learns.items()}
+    places = jax.tree.map(lambda a: a.sharding, state)
+    state, report = trainer.step(state, trainer.frozen, sharding.spread(data, mesh), longest=longest(data))
+    strays = sum(not a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(places)))
+    held = [max(shard.data.nbytes for shard in a.addressable_shards) for a in jax.tree.leaves((state.learns, state.optimizer))]
+    return dict(
+        logits=logits, tokens=tokens, loss=np.asarray(report["loss"]), strays=strays,
+        gradients={path: before[path] - np.asarray(value) for path, value in state.learns.items()},
+        part=sum(held) / sum(a.nbytes for a in jax.tree.leaves((state.learns, state.optimizer))),
+    )  # fmt: skip
+
+
+def program(config: Any, mesh: Any, rows: int, **options: Any) -> Any:
+    """The compiled training step: of shapes, without an array."""
+    import jax
+
+    from paligemma_jax.bench_train import shapes
+    from paligemma_jax.checkpoint import abstract
+    from paligemma_jax.scaling import sharding
+    from paligemma_jax.training.config import Finetune
+
+    trainer, state, frozen = shapes(abstract(config), Finetune("", "", batch_size=rows, **options))
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, sharding.partition(["rows"], a.shape, mesh)))
+    data = jax.tree.map(place, batch(config, rows))
+    return trainer.step.lower(sharding.shapes(state, mesh), sharding.shapes(frozen, mesh), data, longest=8).compile()
+
+
+def collectives(mesh: str, rows: int) -> list[list]:
+    """[name, shapes that come out, operation] of every collective of a step of all weights: 3 stacked layers, a vocabulary of two chunks."""
+    from paligemma_jax.scaling import sharding
+
+    config = small("pg2", layers=3)
+    config = replace(config, decoder=replace(config.decoder, vocab_size=2**16))
+    text = program(config, sharding.find_mesh(mesh, config), rows, remat="full").as_text()
+    found = []
+    for line in text.splitlines():
+        if named := re.search(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line):
+            shapes = [[int(n) for n in shape.split(",") if n] for shape in re.findall(r"\w+\[([\d,]*)\]", named[1])]
+            operation = re.search(r'op_name="([^"]*)"', line)
+            found.append([named[2], shapes, operation[1] if operation else ""])
+    return found
+
+
+def flops(meshes: list[tuple[str, int]]) -> list[float]:
+    """Of a training step on one device, by the compiler's count, for so many rows each."""
+    from paligemma_jax.scaling import sharding
+
+    config = small("pg2")
+    return [program(config, sharding.find_mesh(mesh, config), rows, layers="list").cost_analysis()["flops"] for mesh, rows in meshes]
+
+
+if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_disable_most_optimizations", True)  # what XLA's own passes and LLVM do to the same sums takes most of the time
+    print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
