@@ -110,6 +110,15 @@ def test_inputs(case, command, tmp_path, monkeypatch):
     told(err[:-1], others[0] if others else parts)
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_new_tokens": 4.0}, {"max_new_tokens": "4"}, {"max_new_tokens": True}, {"batch_size": 2.5}, {"min_new_tokens": 1.0}]
+)
+def test_no_whole_number(options):
+    with pytest.raises(ValueError) as error:
+        predictor().generate(IMAGE, "caption en", **options)
+    told(str(error.value), [f"{next(iter(options))} is {next(iter(options.values()))!r}"])
+
+
 @pytest.mark.parametrize("new", [0, -1, 8192])
 def test_max_new_tokens(new, command):
     with pytest.raises(ValueError) as error:
@@ -119,19 +128,42 @@ def test_max_new_tokens(new, command):
     assert (code, out, err) == (2, "", f"paligemma-jax: {error.value}\n")
 
 
-@pytest.mark.parametrize("seeds,part", [([1, 2, 3], "3 seeds for 1 prompts"), ([2**40], "32 bits"), ([1.5], "32 bits"), (["a"], "32 bits")])
+SEEDS = [([1, 2, 3], "3 seeds for 1 prompts"), ([2**40], "32 bits"), ([1.5], "32 bits"), (["a"], "32 bits"), ([True], "32 bits")]
+SEEDS += [(7, "seeds is 7: pass a list"), ("7", "seeds is '7'"), ([[7]], "pass a list")]
+
+
+@pytest.mark.parametrize("seeds,part", SEEDS)
 def test_seeds(seeds, part):
     with pytest.raises(ValueError, match=part):
         predictor().generate(IMAGE, "caption en", 4, pg.Sample(), seeds=seeds)
 
 
 SAMPLE = [{"temperature": t} for t in (0, -1, 1e-40, float("nan"), float("inf"))] + [{"top_k": 0}, {"top_k": 1.5}, {"top_p": 0}, {"min_p": 2}]
+SAMPLE += [{"temperature": "hot"}, {"top_k": True}, {"top_p": "0.9"}, {"repetition_penalty": None}, {"repetition_penalty": float("inf")}]
 
 
 @pytest.mark.parametrize("setting", SAMPLE, ids=str)
 def test_sampler(setting):
     with pytest.raises(ValueError, match=rf"Sample\({next(iter(setting))}=.* makes no sense"):
         pg.Sample(**setting)
+
+
+OTHER = [
+    (lambda: pg.Beam(width=2.5), "width=2.5"),
+    (lambda: pg.Beam(length_penalty=float("nan")), "length_penalty=nan"),
+    (lambda: pg.BestOf(3, pg.Greedy()), "among samples"),
+    (lambda: pg.BestOf("3"), "width='3'"),
+    (lambda: predictor().generate(IMAGE, "caption en", 4, "greedy"), r"sampler is 'greedy': pass Greedy\(\)"),
+    (lambda: list(predictor().stream(IMAGE, "caption en", 4, pg.Beam(2))), "what is streamed is final"),
+    (lambda: list(predictor().stream(IMAGE, "caption en", 4, seed="a")), "32 bits"),
+    (lambda: list(predictor().stream(IMAGE, "caption en", 4.5)), "max_new_tokens is 4.5"),
+]
+
+
+@pytest.mark.parametrize("ask,part", OTHER, ids=[part for _, part in OTHER])
+def test_other_samplers(ask, part):
+    with pytest.raises(ValueError, match=part):
+        ask()
 
 
 def test_score_without_suffixes():

@@ -87,19 +87,26 @@ def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_twenty_kills(data, tmp_path):
-    """Killed at random moments and resumed each time: the weights of the run that was never killed."""
-    begin = [sys.executable, "-m", "paligemma_jax", "finetune", "--data", str(data), "--steps", "1500"]
-    begin += ["--batch-size", "4", "--learning-rate", "1e-4", "--save-every", "10"]
-    assert subprocess.run([*begin, "--output", str(tmp_path / "whole")], check=False).returncode == 0
-    run, rng = tmp_path / "run", random.Random(0)
+    """Killed at random moments, while it starts, learns or saves, and resumed each time: the weights of the run that was never killed."""
+    begin = [sys.executable, "-m", "paligemma_jax", "finetune", "--data", str(data), "--steps", "300"]
+    begin += ["--batch-size", "4", "--learning-rate", "1e-4", "--save-every", "5", "--length", "96"]
+    settings = dict(env=os.environ | {"PALIGEMMA_JAX_CACHE": str(tmp_path / "cache")})
+    run, rng, killed_at = tmp_path / "run", random.Random(0), []
     resumed = lambda: [*begin, "--output", str(run), *(["--resume"] if (run / "config.json").exists() else [])]
-    for kills in range(20):
-        process = subprocess.Popen(resumed())
-        time.sleep(rng.uniform(1, 7))
-        assert process.poll() is None, f"the run was over, or refused to go on, after {kills} kills"
+    logged = lambda: (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
+    for _ in range(20):
+        process, steps, fewest = subprocess.Popen(resumed(), **settings), rng.randrange(12), logged()
+        while logged() < fewest + steps and process.poll() is None:
+            fewest = min(fewest, logged())  # what was logged after the last checkpoint is dropped
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3) if steps else rng.uniform(0, 8))
+        assert process.poll() is None, f"the run was over, or refused to go on, after {killed_at}"
         process.kill()
         process.wait()
-    assert subprocess.run(resumed(), check=False).returncode == 0
+        killed_at.append(logged())
+    assert max(killed_at) > 40 and len(set(killed_at)) > 10
+    assert subprocess.run(resumed(), check=False, **settings).returncode == 0
+    assert subprocess.run([*begin, "--output", str(tmp_path / "whole")], check=False, **settings).returncode == 0
     whole, killed = weights(tmp_path / "whole" / "model"), weights(run / "model")
     assert all((whole[path] == killed[path]).all() for path in whole) and losses(run) == losses(tmp_path / "whole")
 

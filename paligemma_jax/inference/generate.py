@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from paligemma_jax.inference import beam
-from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Strategy
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Strategy, whole
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
@@ -204,9 +204,9 @@ def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
 
 
 def _check(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(f"min_new_tokens is {min_new_tokens}; it can be 0 to max_new_tokens, {max_new_tokens}")
+    if not whole(max_new_tokens) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; ask for at least 1")
+    if not whole(min_new_tokens) or not 0 <= min_new_tokens <= max_new_tokens:
+        raise ValueError(f"min_new_tokens is {min_new_tokens!r}; it can be 0 to max_new_tokens, {max_new_tokens}")
     if tokens + max_new_tokens > slots:
         raise ValueError(f"{tokens} prompt tokens and {max_new_tokens} new ones do not fit a cache of {slots}")

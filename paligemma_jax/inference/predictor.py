@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from paligemma_jax import checkpoint
 from paligemma_jax.inference import generate, pointing, scoring
 from paligemma_jax.inference.batching import round_up, run_all
-from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy
+from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy, whole
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import Source, pixels
@@ -114,6 +114,8 @@ class Predictor:
     ) -> Iterator[dict[int, Answer]]:
         """`answers` to what `processor.rows` made, as they come: of each batch, by the numbers of its rows."""
         self._check_room(rows, max_new_tokens, batch_size)
+        if not isinstance(sampler, Strategy):
+            raise ValueError(f"sampler is {sampler!r}: pass Greedy(), Sample(...), Beam(...) or BestOf(...)")
         chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
         stops = _stops(stop)
         halt = self._halt(stops) if stops and isinstance(sampler, Sampler) else None
@@ -158,10 +160,12 @@ class Predictor:
         """
         rows = self.processor.rows([image] if isinstance(image, list | tuple) and "<image>" not in prompt else image, prompt)
         self._check_room(rows, max_new_tokens, 1)
-        stops = _stops(stop)
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"sampler is {sampler!r}: what is streamed is final, so pass Greedy() or Sample(...)")
+        seeds, stops = _seeds([seed], 1), _stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
         inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
-        request = generate.make_request(self.model, 1, [seed], self._allowed(None, 1))
+        request = generate.make_request(self.model, 1, seeds, self._allowed(None, 1))
         slots = length + round_up(max_new_tokens)
         state = generate.prefill(self.model, inputs, generate.encode(self.model, inputs), request, slots, sampler)
         ids, told = [], 0
@@ -212,10 +216,10 @@ class Predictor:
         tokens, limit = max(len(row.prompt) for row in rows), self.processor.context
         if tokens >= limit:
             self.processor.pad(rows)  # says which row is too long
-        if not 1 <= max_new_tokens <= limit - tokens:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: it can be 1 or more")
+        if not whole(max_new_tokens) or not 1 <= max_new_tokens <= limit - tokens:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
+        if not whole(batch_size) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}: it can be 1 or more")
 
     def _allowed(self, allowed: np.ndarray | None, rows: int) -> np.ndarray:
         """bool[V] or bool[B, V]: what is asked for, of the ids that stand for text; not `<image>` and the padding rows of the embedding table."""
@@ -312,8 +316,10 @@ def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:
 def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
     if seeds is None:
         return np.arange(rows)
+    if np.ndim(seeds) != 1:
+        raise ValueError(f"seeds is {seeds!r}: pass a list, one whole number for each prompt")
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: pass one for each")
-    if not all(isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**31 for seed in seeds):
+    if not all(whole(seed) and -(2**31) <= seed < 2**31 for seed in seeds):
         raise ValueError(f"seeds are {list(seeds)}: pass whole numbers of 32 bits")
     return np.asarray(seeds)

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+
+def whole(value: Any) -> bool:
+    """Is it an integer, Python's or numpy's, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return whole(value) or isinstance(value, float | np.floating)
 
 
 @dataclass(frozen=True)
@@ -39,16 +49,16 @@ class Sample:
 
     def __post_init__(self):
         rules = {
-            "temperature": 1e-6 <= self.temperature < float("inf"),  # beyond, float32 logits overflow or vanish
-            "top_k": self.top_k is None or (isinstance(self.top_k, int) and self.top_k >= 1),
-            "top_p": self.top_p is None or 0 < self.top_p <= 1,
-            "min_p": self.min_p is None or 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "temperature": _number(self.temperature) and 1e-6 <= self.temperature < np.inf,  # beyond, float32 logits overflow or vanish
+            "top_k": self.top_k is None or (whole(self.top_k) and self.top_k >= 1),
+            "top_p": self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1),
+            "min_p": self.min_p is None or (_number(self.min_p) and 0 <= self.min_p <= 1),
+            "repetition_penalty": _number(self.repetition_penalty) and 0 < self.repetition_penalty < np.inf,
         }
         for name, holds in rules.items():
             if not holds:
                 hint = "; for the likeliest token use Greedy()" if name == "temperature" else ""
-                raise ValueError(f"Sample({name}={getattr(self, name)}) makes no sense{hint}")
+                raise ValueError(f"Sample({name}={getattr(self, name)!r}) makes no sense{hint}")
 
     @property
     def needs_seen(self) -> bool:
@@ -90,8 +100,10 @@ class Beam:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"Beam(width={self.width}) makes no sense; for the likeliest token use Greedy()")
+        if not whole(self.width) or self.width < 1:
+            raise ValueError(f"Beam(width={self.width!r}) makes no sense; for the likeliest token use Greedy()")
+        if not _number(self.length_penalty) or not np.isfinite(self.length_penalty):
+            raise ValueError(f"Beam(length_penalty={self.length_penalty!r}) makes no sense; pass a number, 0 for the plain sum")
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"Beam(early_stopping={self.early_stopping!r}) makes no sense; pass True, False or 'never'")
 
@@ -104,8 +116,10 @@ class BestOf:
     sampler: Sample = Sample()
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"BestOf(width={self.width}) makes no sense")
+        if not whole(self.width) or self.width < 1:
+            raise ValueError(f"BestOf(width={self.width!r}) makes no sense")
+        if not isinstance(self.sampler, Sample):
+            raise ValueError(f"BestOf(sampler={self.sampler!r}) makes no sense; it chooses among samples: pass a Sample(...)")
 
 
 Sampler = Greedy | Sample
