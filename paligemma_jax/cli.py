@@ -11,6 +11,7 @@ from paligemma_jax.commands.bench import bench
 from paligemma_jax.commands.demo import demo
 from paligemma_jax.commands.finetune import finetune
 from paligemma_jax.commands.generate import generate
+from paligemma_jax.commands.parity import parity
 from paligemma_jax.commands.predict import predict
 
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "predict": predict,
     "demo": demo,
     "bench": bench,
+    "parity": parity,
 }
 
 

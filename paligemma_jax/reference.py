@@ -43,7 +43,7 @@ def transformers_model(model: PaliGemma) -> Any:
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             piece = of.pop(canonical(name))
-            parameter.copy_(_torch(piece.there(loaded(values[piece.path])).load()))
+            parameter.copy_(as_torch(piece.there(loaded(values[piece.path])).load()))
     assert not of, f"transformers has no {', '.join(of)}"
     return copy
 
@@ -123,7 +123,7 @@ def _batch(model: Any, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _torch(array: np.ndarray) -> Any:
+def as_torch(array: np.ndarray) -> Any:
     import torch
 
     return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)

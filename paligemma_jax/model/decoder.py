@@ -67,10 +67,10 @@ class Block(nnx.Module):
         with scope("attention"):
             y, kv = self.attention(joined(self.pre_attention_norm(x)), queries, window, cache)
             y = parted(y)
-            x = x + (self.post_attention_norm(y) if self.post_attention_norm else y)
+            x = x + stage("output", self.post_attention_norm(y) if self.post_attention_norm else y, branch=True)
         with scope("mlp"):
             y = parted(self.mlp(joined(self.pre_mlp_norm(x))))
-            return x + (self.post_mlp_norm(y) if self.post_mlp_norm else y), kv
+            return x + stage("output", self.post_mlp_norm(y) if self.post_mlp_norm else y, branch=True), kv
 
 
 class Embedder(nnx.Module):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -125,13 +127,13 @@ def rope(x: Array, positions: Array, theta: float) -> Array:
 def fold(block: Callable[..., tuple[Array, Any]], x: Array, layers: Any, *rows: Any) -> tuple[Array, Any]:
     """Runs `x, y = block(layer, x, *row)` through all layers; returns the last x and the y of every layer.
 
-    `layers` is an `nnx.List` (a Python loop; `rows` are sequences, ys come back as a list) or what `stack` made of it
+    `layers` is a sequence, as an `nnx.List` (a Python loop; `rows` are sequences, ys come back as a list) or what `stack` made of it
     (one `jax.lax.scan`; rows and ys have a leading layer axis). Inside of a `remat`, the backward pass computes the blocks again.
     """
     x = place("rows tokens", x)
     if (policy := _remat.get()) is not None:
         block = jax.checkpoint(block, policy=policy)
-    if not isinstance(layers, nnx.List):
+    if not isinstance(layers, Sequence):
         if _collecting.get() is None:
 
             def one(x: Array, row: tuple) -> tuple[Array, Any]:
@@ -217,17 +219,29 @@ def _path(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
-_collecting: ContextVar[tuple[dict[str, Array], str, bool] | None] = ContextVar("collecting", default=None)
+@dataclass(frozen=True)
+class _Collection:
+    stages: dict[str, Array]
+    attention: bool
+    branches: bool
+    fed: Mapping[str, Array]
+
+
+_collecting: ContextVar[tuple[_Collection, str] | None] = ContextVar("collecting", default=None)
 
 
 @contextmanager
-def collect(attention: bool = False) -> Iterator[dict[str, Array]]:
+def collect(attention: bool = False, branches: bool = False, fed: Mapping[str, Array] = MappingProxyType({})) -> Iterator[dict[str, Array]]:
     """Gathers what `stage` is given while the model is called inside; with `attention`, the attention weights too.
+
+    branches: also what each block's attention and MLP add to the residual stream: layers/0/attention/output, layers/0/mlp/output.
+    fed: by stage, the value that the model goes on with instead of its own, which is gathered all the same: each stage then shows
+    what is computed between it and the fed one before it, and no error of earlier ones.
 
     Works under `jax.jit` when the whole `with` lies inside the traced function. Outside of a `collect`, `stage` does nothing.
     """
     stages: dict[str, Array] = OrderedDict()  # jit sorts the keys of a plain dict
-    token = _collecting.set((stages, "", attention))
+    token = _collecting.set((_Collection(stages, attention, branches, fed), ""))
     try:
         yield stages
     finally:
@@ -236,22 +250,24 @@ def collect(attention: bool = False) -> Iterator[dict[str, Array]]:
 
 def collects_attention() -> bool:
     current = _collecting.get()
-    return current is not None and current[2]
+    return current is not None and current[0].attention
 
 
-def stage(name: str, value: Array) -> Array:
-    """Names an intermediate result; returns it unchanged."""
-    if (current := _collecting.get()) is not None:
-        stages, prefix, _ = current
-        stages[f"{prefix}/{name}".strip("/")] = value
-    return value
+def stage(name: str, value: Array, branch: bool = False) -> Array:
+    """Names an intermediate result; returns it, or what is fed in its place."""
+    if (current := _collecting.get()) is None or (branch and not current[0].branches):
+        return value
+    collection, prefix = current
+    name = f"{prefix}/{name}".strip("/")
+    collection.stages[name] = value
+    return jnp.asarray(collection.fed[name], value.dtype) if name in collection.fed else value
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """Prefixes the stages named inside, and the operations in a profile."""
     current = _collecting.get()
-    token = _collecting.set(current and (current[0], f"{current[1]}/{name}".strip("/"), current[2]))
+    token = _collecting.set(current and (current[0], f"{current[1]}/{name}".strip("/")))
     try:
         with jax.named_scope(name):
             yield

@@ -44,9 +44,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         with scope("attention"):
-            x = x + parted(self.attention(joined(self.pre_attention_norm(x))))
+            x = x + stage("output", parted(self.attention(joined(self.pre_attention_norm(x)))), branch=True)
         with scope("mlp"):
-            return x + parted(self.mlp(joined(self.pre_mlp_norm(x))))
+            return x + stage("output", parted(self.mlp(joined(self.pre_mlp_norm(x)))), branch=True)
 
 
 class Vision(nnx.Module):

@@ -1,0 +1,68 @@
+"""This model stage by stage, its layers read from the checkpoint as they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.checkpoint import Checkpoint
+from paligemma_jax.checkpoint import abstract
+from paligemma_jax.model.layers import collect, stage, with_parameters
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Inputs
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Streamed(Sequence):
+    """The layers of a tower, each of which is read when it is called, is compiled by itself, and is dropped: `fold` runs them as a list."""
+
+    def __init__(self, tower: str, layers: Any, read: Callable[[str], Any], attention: bool, fed: Arrays):
+        self.tower, self.layers, self.read, self.attention, self.fed = tower, layers, read, attention, fed
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: Any) -> Any:
+        return partial(self._call, range(len(self))[i])
+
+    def _call(self, i: int, x: jax.Array, *args: Any) -> Any:
+        place = f"{self.tower}/layers/{i}/"
+        layer = with_parameters(self.layers[i], lambda path: self.read(place + path))
+        fed = {name.removeprefix(place): value for name, value in self.fed.items() if name.startswith(place)}
+        out, found = run_layer(layer, x, args, fed, self.attention)
+        for name, value in found.items():
+            stage(name, value)
+        return out
+
+
+@partial(jax.jit, static_argnames="attention")
+def run_layer(layer: Any, x: jax.Array, args: tuple, fed: Arrays, attention: bool) -> tuple[Any, dict[str, jax.Array]]:
+    with collect(attention, branches=True, fed=fed) as found:
+        out = layer(x, *args)
+    return out, found
+
+
+def build(checkpoint: Checkpoint, dtype: str) -> tuple[PaliGemma, Callable[[str], jax.Array]]:
+    """The model with what is no layer in memory, and how to read a parameter."""
+    read = lambda path: jnp.asarray(checkpoint.tensors[path].load()).astype(dtype)
+    model = abstract(replace(checkpoint.config, dtype=dtype))
+    return with_parameters(model, lambda path: checkpoint.tensors[path] if "/layers/" in path else read(path)), read
+
+
+def stages(model: PaliGemma, read: Callable[[str], Any], inputs: Inputs, attention: bool, fed: Arrays | None = None) -> dict[str, np.ndarray]:
+    """Every stage's output in float32, in order of computation; `fed` as in `collect`."""
+    fed = fed or {}
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for tower in ("vision", "decoder"):
+        vars(getattr(model, tower))["layers"] = Streamed(tower, getattr(model, tower).layers, read, attention, fed)
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    with collect(attention, branches=True, fed=fed) as found:
+        model(inputs.tokens, inputs.images if len(inputs.images) else None, inputs.valid, inputs.prefix)
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}

@@ -1,0 +1,107 @@
+"""What is compared: a checkpoint whose tensors are read when they are asked for, and the inputs of both models."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import formats, peft
+from convert.checkpoint import Checkpoint
+from convert.layout import shape
+from convert.match import Piece, pieces
+from convert.table import HUGGINGFACE
+from convert.tensor import DTYPES, Index, Tensor, loaded
+from paligemma_jax import checkpoint as checkpoints
+from paligemma_jax.inference.predictor import make_processor
+from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
+from paligemma_jax.model.layers import parameters
+from paligemma_jax.processing.processor import Inputs, Processor
+from paligemma_jax.synthetic import make_inputs
+
+DIGITS = str(Path(__file__).parents[1] / "assets" / "digits.jpg")
+TEXTS = {"caption en": "four digits: 4, 3, 2 and 3", "detect 4": "<loc0722><loc0219><loc1023><loc0448> 4"}  # what to say of DIGITS, of two lengths
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. `directory`: of the config.json and tokenizer that transformers reads itself, if there is one."""
+
+    checkpoint: Checkpoint
+    directory: Path | None
+    inputs: Inputs  # with suffixes where some are given
+    asked: Inputs  # the same rows without
+    processor: Processor | None = None
+    texts: tuple[Any, ...] = ()  # images, prompts and suffixes of `inputs`, if it was made of such
+
+
+def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0) -> Case:
+    """Random weights, pixels and ids for any config: nothing is needed, and a weight is in memory only while it is used."""
+    whole = make_inputs(config, 1, prompt + suffix, seed)
+    targets = np.arange(whole.tokens.shape[1])[None] >= whole.tokens.shape[1] - suffix
+    inputs = replace(whole, prefix=~targets, targets=targets)
+    keep = slice(None, whole.tokens.shape[1] - suffix)
+    asked = Inputs(whole.tokens[:, keep], whole.images, *(a[:, keep] for a in (inputs.valid, inputs.prefix, inputs.targets)))
+    return Case(random_checkpoint(config, seed), None, inputs, asked)
+
+
+def random_checkpoint(config: PaliGemmaConfig, seed: int = 0) -> Checkpoint:
+    """Every weight random, norms and biases too, such that mistakes show and that logits have a standard deviation of about 4."""
+    found = pieces(HUGGINGFACE[config.decoder.model_type], config)
+    tensors = {piece.path: piece.here(_random(piece, DTYPES[config.dtype], seed)) for piece in found}
+    return Checkpoint("huggingface", config, tensors)
+
+
+def _random(piece: Piece, dtype: np.dtype, seed: int) -> Tensor:
+    """LayerNorms are around 1, RMSNorms around 0. Little is added by attention to so many random image tokens, else all tokens are alike."""
+    sizes, path = shape(piece.layout, piece.sizes), piece.path
+    mean = {"decoder/norm/scale": 20.0}.get(path, 1.0 if path.startswith("vision") and path.endswith("scale") else 0.0)
+    mean -= 0.7 * path.endswith("post_attention_norm/scale")
+    std = 0.3 if len(sizes) == 1 else np.prod(sizes[1:]) ** -0.5 * (0.2 if path.endswith("table") else 1.0)
+
+    def raw(index: Index) -> np.ndarray:
+        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+        values = rng.standard_normal(sizes, np.float32)
+        values *= np.float32(std)
+        values += np.float32(mean)
+        return values[index].astype(dtype, copy=False) if index else values.astype(dtype, copy=False)
+
+    return Tensor(sizes, dtype, raw)
+
+
+def load_case(
+    model: str, numerics: str | None, images: tuple[str, ...], prompts: tuple[str, ...], suffixes: tuple[str, ...], depth: int | None
+) -> Case:
+    """The case of a checkpoint or, with random weights and inputs, of a preset; ValueError if what is given does not fit together.
+
+    Without images and prompts, those are the embedded picture and `TEXTS`.
+    """
+    if model in PRESETS and model != "tiny":
+        if images or prompts or suffixes:
+            raise ValueError(f"{model} has random weights and no tokenizer, so it takes no --image, --prompt and --suffix")
+        config = replace(PRESETS[model], numerics=numerics or "transformers")
+        towers = {tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")} if depth else {}
+        return random_case(replace(config, **towers), 16, 8)
+    if depth:
+        raise ValueError(f"--depth is for the random weights of a preset; {model} is a checkpoint")
+    source = checkpoints.resolve(model)
+    processor = make_processor(source)
+    if not images and not prompts and not suffixes:
+        images, prompts, suffixes = (DIGITS,) * len(TEXTS), tuple(TEXTS), tuple(TEXTS.values())
+    if not images or not prompts:
+        raise ValueError(f"no {'prompt' if images else 'image'}: give --image and --prompt, or neither for the embedded ones")
+    images = images * len(prompts) if len(images) == 1 and not any("<image>" in prompt for prompt in prompts) else images
+    texts = (list(images), list(prompts), list(suffixes) or None)
+    directory = checkpoints.files(source)
+    return Case(_read(source).with_numerics(numerics), directory, processor(*texts), processor(*texts[:2]), processor, texts)
+
+
+def _read(source: Path) -> Checkpoint:
+    """The checkpoint; of an adapter, the model with it merged."""
+    if not peft.is_adapter(source):
+        return formats.read(source)
+    model = checkpoints.load_model(source)
+    return Checkpoint("jax", model.config, {path: loaded(array) for path, array in parameters(model).items()})
