@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote, urlparse
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,6 +17,8 @@ import paligemma_jax as pg
 from paligemma_jax.demo import html
 from paligemma_jax.demo.ask import Settings, Shown, ask, with_task
 from paligemma_jax.demo.limits import Limits
+from paligemma_jax.demo.tokens import Token, probabilities
+from paligemma_jax.processing.locations import parse, with_masks
 
 DIGITS = str(Path(pg.__file__).parent / "assets" / "digits.jpg")
 
@@ -188,10 +191,65 @@ def test_task_buttons(prompt, task, expected):
     assert with_task(task, prompt) == expected
 
 
+def test_boxes_and_masks():
+    """Boxes as soon as they are said; masks when all is said, from the model's codec; without a codec the reason beside the boxes."""
+    masked = "<loc0000><loc0000><loc1023><loc0512>" + "<seg001>" * 16 + " 4"
+
+    class Pointing:
+        def stream(self, *_, **__):
+            yield from (masked[:20], masked[20:60], masked[60:])
+
+        def detections(self, text, picture):
+            if codec is None:
+                raise ValueError("no mask codec beside the checkpoint")
+            return with_masks(parse(text, picture.size), picture.size, codec)
+
+    codec = pg.load("tiny").codec
+    steps = [shown for (shown,) in ask([Pointing()], Limits(), [DIGITS], "segment 4", Settings())]
+    assert [len(step.found) for step in steps] == [0, 1, 1, 1] and steps[-1].found[0].label == "4"
+    assert [thing.mask is not None for step in steps for thing in step.found] == [False, False, True]
+    codec = None
+    (shown,) = last([Pointing()], Limits(), [DIGITS], "segment 4", Settings())
+    assert shown.error == "no mask codec beside the checkpoint" and len(shown.found) == 1
+
+
+def test_boxes_scale_with_the_picture(picture):
+    """They are drawn on a copy that fits a screen."""
+
+    class Pointing:
+        def stream(self, *_, **__):
+            yield "<loc0000><loc0000><loc1023><loc1023> all"
+
+    (shown,) = last([Pointing()], Limits(), [picture("wide.png", (4000, 1000))], "detect all", Settings())
+    assert shown.picture.size == (1600, 400) and shown.found[0].box == (0, 0, 1600, 400)
+
+
+def test_probabilities(predictor):
+    """Of every token, as generation found them; they are the likeliest, for greedy took them."""
+    answer = predictor.answers(DIGITS, "caption en", 32)[0]
+    found = probabilities(predictor, [Image.open(DIGITS)], "caption en", answer.text)
+    np.testing.assert_allclose([token.probability for token in found], np.exp(answer.log_probabilities), atol=1e-5)
+    assert "".join(token.text or "" for token in found) == answer.text and found[-1].text is None
+    for token in found:
+        values = [p for _, p in token.others]
+        assert len(values) == 3 and values == sorted(values, reverse=True) and values[0] <= token.probability and sum(values) + token.probability <= 1
+
+
+def test_programs_are_forgotten(monkeypatch, picture):
+    """Every other setting compiles; visitors may not fill the process."""
+    cleared, file = [], picture()
+    monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(1))
+    for n in range(130):
+        last([Seen()], Limits(), [file], "ocr", Settings("Beam", beams=n % 8 + 1, max_new_tokens=32 * (n // 8) + 1))
+    assert len(cleared) == 2
+
+
 def test_html_is_escaped():
     bad = "<script>alert(1)</script>${1+1}{{x}}"
     for shown in (Shown(bad), Shown(bad, done=True), Shown(error=bad)):
         assert "<script" not in html.answer(shown) and "&lt;script&gt;" in html.answer(shown)
+    token = html.tokens([Token(bad, 0.5, ((bad, 0.25), (None, 0.125)))])
+    assert "<script" not in token and "50%" in token and "25%" in token and "12%" in token
     assert "<script" not in html.header([bad]) + html.name(bad)
 
 

@@ -110,6 +110,22 @@ def test_errors_are_sentences(visit, tmp_path):
     says(page, "4 3 2 3")
 
 
+def test_boxes_and_how_sure(visit):
+    """The boxes are drawn, the words behind them and every token's probability are there on demand; the next question clears all that."""
+    page = visit()
+    page.click("#examples >> text=detect 4")
+    playwright.expect(page.locator("#answer-0 .thing")).to_have_text("4")
+    width = page.wait_for_selector("#model-0 .drawn img").evaluate("async e => { await e.decode(); return e.naturalWidth; }")
+    assert width == Image.open(DIGITS).width
+    page.click("#answer-0 summary")
+    assert page.inner_text("#answer-0 code").startswith("<loc")
+    page.click("#sure")
+    playwright.expect(page.locator("#tokens-0 .tokens > div")).to_have_count(7)  # four <loc>, " ", "4" and the end
+    page.click("#examples >> text=ocr")
+    says(page, "4 3 2 3")
+    assert page.locator("#model-0 .drawn img").count() == 0 and page.locator("#tokens-0 .tokens").count() == 0
+
+
 def test_two_visitors_at_once(visit):
     pages = [visit(), visit(PHONE)]
     for page, example in zip(pages, ("caption en", "ocr")):

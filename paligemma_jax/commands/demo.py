@@ -37,9 +37,12 @@ def demo(
     """
     if find_spec("gradio") is None:
         raise ValueError("the page needs an extra: pip install 'paligemma-jax[demo]'")
+    from paligemma_jax.demo.ask import PICTURE
     from paligemma_jax.demo.server import served
 
     predictors = {one: Source(one, dtype, numerics, quantize).load() for one in model}
+    for predictor in predictors.values():
+        next(predictor.stream(PICTURE, "caption en"), None)  # compiles, so that the first visitor need not wait
     with served(predictors, limits, host, port, users) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         Event().wait()

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from paligemma_jax.demo.limits import Limits
-from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Strategy
+import jax
+from PIL import Image
 
+from paligemma_jax.demo.limits import Limits
+from paligemma_jax.inference.batching import round_up
+from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.inference.sampling import Beam, Greedy, Sample
+from paligemma_jax.processing.locations import Detections, parse
+
+PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
+EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4")  # about it
 TASKS = {"Caption": "caption en", "Ask": "answer en ", "Read text": "ocr", "Detect": "detect ", "Segment": "segment "}
 METHODS = ("Greedy", "Sample", "Beam")
+PROGRAMS = 64  # kinds of question after which compiled programs are forgotten: a process can hold some thousand (Linux: 65,530 memory maps)
+SIDE = 1600  # pixels: the longer side of the picture with boxes
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Settings:
             whole[name] = int(value)
         return replace(self, **whole)
 
-    def strategy(self) -> Strategy:
+    def strategy(self) -> Greedy | Sample | Beam:
         """What `checked` settings ask for; rounded, because every other strategy is another program to compile."""
         if self.method == "Sample":
             return Sample(round(float(self.temperature), 1), int(self.top_k) or None, None if self.top_p == 1 else round(float(self.top_p), 2))
@@ -53,6 +63,8 @@ class Shown:
     text: str = ""
     done: bool = False
     error: str | None = None
+    picture: Image.Image | None = field(default=None, compare=False, repr=False)  # the first, at most SIDE wide and high
+    found: Detections = field(default_factory=Detections)  # what the text points at on it; with masks when all is said
 
 
 def with_task(task: str, prompt: str) -> str:
@@ -70,28 +82,46 @@ def ask(predictors: Sequence[Predictor], limits: Limits, files: Sequence[str | N
     except Exception as error:
         yield [Shown(done=True, error=sentence(error))] * len(predictors)
         return
-    shown = [Shown()] * len(streams)
+    picture = images[0].copy()
+    picture.thumbnail((SIDE, SIDE))
+    shown = [Shown(picture=picture)] * len(streams)
     while not all(one.done for one in shown):
         for n, stream in enumerate(streams):
             if not shown[n].done:
-                shown[n] = _next(stream, shown[n])
+                shown[n] = _next(predictors[n], stream, shown[n], picture)
                 yield list(shown)
 
 
-def _next(stream: Iterator[str], shown: Shown) -> Shown:
+def _next(predictor: Predictor, stream: Iterator[str], shown: Shown, picture: Image.Image) -> Shown:
+    """`shown` and one piece more; boxes as soon as they are said."""
     try:
-        return replace(shown, text=shown.text + next(stream))
-    except StopIteration:
-        return replace(shown, done=True)
+        piece = next(stream, None)
+        if piece is not None:
+            text = shown.text + piece
+            return replace(shown, text=text, found=parse(text, picture.size))
+        masked = any(thing.codes for thing in shown.found)
+        return replace(shown, done=True, found=predictor.detections(shown.text, picture) if masked else shown.found)
     except Exception as error:
         return replace(shown, done=True, error=sentence(error))
 
 
 def _stream(predictor: Predictor, images: list[Any], prompt: str, settings: Settings) -> Iterator[str]:
     strategy, new = settings.strategy(), int(settings.max_new_tokens)
+    _bound((strategy, round_up(new), len(images), round_up(len(prompt))))
     if isinstance(strategy, Beam):  # knows its first word when it knows its last
         return iter(predictor.generate([images], [prompt], new, strategy))
     return predictor.stream(images, prompt, new, strategy, seed=int(settings.seed))
+
+
+_kinds: set[Any] = set()
+
+
+def _bound(kind: Any) -> None:
+    """Forgets all compiled programs after `PROGRAMS` kinds of question."""
+    _kinds.add(kind)
+    if len(_kinds) > PROGRAMS:
+        _kinds.clear()
+        jax.clear_caches()
 
 
 def sentence(error: Exception) -> str:

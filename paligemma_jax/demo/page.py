@@ -1,23 +1,18 @@
-"""The page: what is where, and what a click does. The only file that knows Gradio, besides `server.py`."""
+"""The page: what is where. What a click does: `clicks.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from paligemma_jax.demo import html
-from paligemma_jax.demo.ask import METHODS, TASKS, Settings, ask, with_task
+from paligemma_jax.demo.ask import EXAMPLES, METHODS, PICTURE, TASKS, Settings
+from paligemma_jax.demo.clicks import QUIET, Panel, Parts, wire
 from paligemma_jax.demo.limits import Limits
 from paligemma_jax.inference.predictor import Predictor
-
-PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
-EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4")
-FOCUS = "() => { const box = document.querySelector('#prompt textarea'); box.focus(); box.setSelectionRange(1e6, 1e6); }"
-LOOK = "() => { if (innerWidth < 800) document.querySelector('#answers').scrollIntoView({behavior: 'smooth'}); }"
-QUIET: dict[str, Any] = dict(api_visibility="private", concurrency_limit=None, show_progress="hidden")
 
 
 def picture(**options: Any) -> gr.Image:
@@ -50,8 +45,9 @@ def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Bl
                 pictures = [first, *_more_pictures(limits.images - 1)]
             with gr.Column(scale=6, min_width=320, elem_id="answers"):
                 panels = _panels(list(predictors))
-        events = _wire(list(predictors.values()), limits, users, pictures, prompt, settings, panels, run, stop, tasks, examples)
-        stop.click(lambda: (gr.update(visible=True), gr.update(visible=False)), None, [run, stop], cancels=events, **QUIET)
+                sure = gr.Button("Token probabilities", size="sm", visible=False, elem_id="sure")
+        parts = Parts(pictures, prompt, settings, panels, run, stop, sure, tasks, examples, gr.State())
+        wire(parts, list(predictors.values()), limits, users)
     return page
 
 
@@ -97,41 +93,14 @@ def _settings(limits: Limits) -> list[Any]:
     return [method, temperature, top_k, top_p, beams, new, seed]
 
 
-def _panels(names: Sequence[str]) -> list[gr.HTML]:
-    """What is shown of each model's answer."""
+def _panels(names: Sequence[str]) -> list[Panel]:
+    """Where each model's answer goes."""
     panels = []
     with gr.Row():
         for n, name in enumerate(names):
-            with gr.Column(min_width=280):
+            with gr.Column(min_width=280, elem_id=f"model-{n}"):
                 if len(names) > 1:
                     gr.HTML(html.name(name))
-                panels.append(gr.HTML(html.NOTHING, elem_id=f"answer-{n}"))
+                drawn = gr.Image(interactive=False, show_label=False, visible=False, buttons=["download", "fullscreen"], elem_classes="drawn")
+                panels.append(Panel(drawn, gr.HTML(html.NOTHING, elem_id=f"answer-{n}"), gr.HTML(elem_id=f"tokens-{n}")))
     return panels
-
-
-def _wire(predictors, limits, users, pictures, prompt, settings, panels, run, stop, tasks, examples) -> list[Any]:
-    """What every button does; the events that end in an answer, for Stop."""
-
-    def answer(*given: Any) -> Iterator[list[Any]]:
-        files, text, chosen = given[: len(pictures)], given[len(pictures)], Settings(*given[len(pictures) + 1 :])
-        running, waiting = [gr.update(visible=False), gr.update(visible=True)], [gr.update(visible=True), gr.update(visible=False)]
-        yield [html.WAITING] * len(panels) + running
-        for shown in ask(predictors, limits, files, text, chosen):
-            yield [html.answer(one) for one in shown] + (waiting if all(one.done for one in shown) else running)
-
-    asking: dict[str, Any] = dict(
-        fn=answer, inputs=[*pictures, prompt, *settings], outputs=[*panels, run, stop], concurrency_limit=users, concurrency_id="answer"
-    )
-    asking |= dict(api_visibility="private", show_progress="minimal", show_progress_on=panels)
-    events = [gr.on([run.click, prompt.submit], **asking)]
-    events[0].then(None, js=LOOK)
-    for task, button in zip(TASKS, tasks):
-        written = button.click(lambda text, task=task: with_task(task, text), prompt, prompt, **QUIET)
-        if TASKS[task].endswith(" "):
-            written.then(None, js=FOCUS)
-        else:
-            events.append(written.then(**asking))
-    for text, button in zip(EXAMPLES, examples):
-        filled = button.click(lambda text=text: (str(PICTURE), text), None, [pictures[0], prompt], **QUIET)
-        events.append(filled.then(**asking))
-    return events

@@ -77,11 +77,11 @@ def _page(predictors: dict[str, Predictor], limits: Limits, users: int) -> Any:
 
 
 def _options(limits: Limits, host: str, port: int, folder: str) -> dict[str, Any]:
-    import gradio as gr
+    from gradio.themes import Base
     from starlette.middleware import Middleware
 
     sans = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # fonts of the reader's machine: the page asks no other server
-    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=sans, font_mono=("ui-monospace", "monospace"))
+    theme = Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=sans, font_mono=("ui-monospace", "monospace"))
     return dict(
         server_name=host,
         server_port=port or _free(host),

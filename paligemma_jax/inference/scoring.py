@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from paligemma_jax.inference.batching import round_up
 from paligemma_jax.model.layers import collect
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
@@ -41,6 +42,27 @@ def _score(model: PaliGemma, inputs: Inputs, longest: int) -> Array:
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
     tokens, wanted = (jnp.take_along_axis(jnp.asarray(a), places, axis=1) for a in (inputs.tokens, inputs.targets))
     return jnp.where(wanted, model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill), 0).sum(axis=1)
+
+
+def alternatives(model: PaliGemma, inputs: Inputs, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the N targets of one row: float32[N] log-probabilities as in `score`, and the likeliest tokens in the place of each, likeliest first,
+
+    int32[N, count] with float32[N, count]. One program is compiled for every 32 targets.
+    """
+    targets = int(inputs.targets.sum())
+    found = _alternatives(model, inputs, min(round_up(targets), inputs.targets.shape[1]), count)
+    own, tokens, others = (np.asarray(one)[:targets] for one in found)
+    return own, tokens, others
+
+
+@partial(jax.jit, static_argnames=("longest", "count"))
+def _alternatives(model: PaliGemma, inputs: Inputs, longest: int, count: int) -> tuple[Array, Array, Array]:
+    x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)[0]
+    places = jnp.argsort(~inputs.targets[0], stable=True)[:longest]
+    logits = jax.nn.log_softmax(model.decoder.logits(x[places - 1], model.config.profile.capped_prefill))
+    own = jnp.take_along_axis(logits, inputs.tokens[0, places][:, None], axis=1)[:, 0]
+    others, tokens = jax.lax.top_k(logits, count)
+    return own, tokens, others
 
 
 def _images(inputs: Inputs) -> Array | None:
