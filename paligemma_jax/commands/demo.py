@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from threading import Event
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Dtype, Names, Numerics, Source
+from paligemma_jax.commands.options import Dtype, Mesh, Names, Numerics, Quantize, Source
 from paligemma_jax.demo.limits import Limits
 
 
@@ -20,7 +20,8 @@ def demo(
     limits: Annotated[Limits, tyro.conf.arg(name="max")] = Limits(),
     dtype: Dtype = None,
     numerics: Numerics = None,
-    quantize: Literal["nf4", "int8"] | None = None,
+    quantize: Quantize = None,
+    mesh: Mesh = None,
 ) -> None:
     """Show a page in the browser that answers prompts about pictures.
 
@@ -33,14 +34,15 @@ def demo(
         users: How many are answered at the same time; others wait in a queue.
         dtype: float32, bfloat16 or float16.
         numerics: transformers or big_vision, where the two compute different numbers.
-        quantize: Hold the decoder's projections in 4 or 8 bits.
+        quantize: As for generate: int8, int4, nf4, ...
+        mesh: As for generate: auto, or data=2,tensor=2, ...
     """
     if find_spec("gradio") is None:
         raise ValueError("the page needs an extra: pip install 'paligemma-jax[demo]'")
     from paligemma_jax.demo.ask import PICTURE
     from paligemma_jax.demo.server import served
 
-    predictors = {one: Source(one, dtype, numerics, quantize).load() for one in model}
+    predictors = {one: Source(one, dtype, numerics, quantize, mesh).load() for one in model}
     for predictor in predictors.values():
         next(predictor.stream(PICTURE, "caption en"), None)  # compiles, so that the first visitor need not wait
     with served(predictors, limits, host, port, users) as address:

@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # none of them 
 
 @dataclass(frozen=True)
 class Limits:
-    """The flags of the command that bound one question."""
+    """What bounds one question."""
 
     megabytes: float = 10.0
     """The largest picture file."""
