@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -51,11 +52,11 @@ def alternatives(model: PaliGemma, inputs: Inputs, count: int) -> tuple[np.ndarr
     """
     targets = int(inputs.targets.sum())
     found = _alternatives(model, inputs, min(round_up(targets), inputs.targets.shape[1]), count)
-    own, tokens, others = (np.asarray(one)[:targets] for one in found)
+    own, tokens, others = (host(one)[:targets] for one in found)
     return own, tokens, others
 
 
-@partial(jax.jit, static_argnames=("longest", "count"))
+@partial(compiled, static_argnames=("longest", "count"))
 def _alternatives(model: PaliGemma, inputs: Inputs, longest: int, count: int) -> tuple[Array, Array, Array]:
     x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)[0]
     places = jnp.argsort(~inputs.targets[0], stable=True)[:longest]
