@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -154,12 +155,14 @@ def test_wrong_requests(tiny):
 
 @pytest.mark.slow
 def test_memory_stays_flat(tiny, photos):
-    """1,000 calls: no growth beyond 20 MB after the first hundred."""
+    """1,000 calls: after the first hundred no growth beyond 20 MB, and not one array more on the device."""
+    held = lambda: (int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), len(jax.live_arrays()))
     for i in range(1000):
         tiny.generate(photos[i % 40], TASKS[i % 13], 4)
         if i == 100:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024
+            before = held()
+    after = held()
+    assert after[0] - before[0] < 20e6 and after[1] <= before[1]
 
 
 SCRIPT = "import sys, paligemma_jax as pg; print(list(pg.load('tiny').stream(sys.argv[1], 'ocr')))"
