@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def test_twenty_kills(data, tmp_path):
     assert max(killed_at) > 40 and len(set(killed_at)) > 10
     assert subprocess.run(resumed(), check=False, **settings).returncode == 0
     assert subprocess.run([*begin, "--output", str(tmp_path / "whole")], check=False, **settings).returncode == 0
+    assert sorted(int(folder.name) for folder in (run / "checkpoints").iterdir()) == [295, 300]
     whole, killed = weights(tmp_path / "whole" / "model"), weights(run / "model")
     assert all((whole[path] == killed[path]).all() for path in whole) and losses(run) == losses(tmp_path / "whole")
 
@@ -139,6 +141,7 @@ def test_the_last_checkpoints_stay_and_the_best(tmp_path):
         state, _ = trainer.step(state, trainer.frozen, None, longest=0)
         run.save(step, state, loss)
     run.finish()
+    shutil.copytree(tmp_path / "run/checkpoints/5/default", tmp_path / "run/checkpoints/2/default")  # as left by a kill while it was removed
     run = runs.Run(Finetune("", str(tmp_path / "run"), keep=2, resume=True))
     assert int(run.restore(trainer_again(trainer)).step) == 5
     run.save(6, state, 4.0)

@@ -31,7 +31,7 @@ class Run:
         hosts.wait("run")
         self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard and hosts.first() else None
         policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
-        best = policies.BestN(get_metric_fn=good, n=1)
+        best = policies.BestN(get_metric_fn=good, n=1, keep_checkpoints_without_metrics=False)  # without: a kill came while it was removed
         kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
         # best_fn: or else the metrics are not written, and a run that is resumed would drop its best
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
