@@ -51,6 +51,8 @@ def _reason(error: Exception) -> str | None:
         return "out of memory: give fewer images at once, fewer new tokens, --dtype bfloat16 or a smaller checkpoint"
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    if isinstance(error, ImportError | RuntimeError) and "jaxlib" in str(error):  # told when jax is imported
+        return f"jax and jaxlib do not fit ({str(error).splitlines()[0]}): pip install --upgrade paligemma-jax, with the extra of your accelerator"
     return str(error) if isinstance(error, ValueError) else None
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from paligemma_jax import checkpoint
+from paligemma_jax import checkpoint, devices
 from paligemma_jax.inference import generate, pointing, scoring
 from paligemma_jax.inference.batching import round_up, run_all
 from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy, whole
@@ -276,6 +276,7 @@ def load(
     "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
+    devices.check()
     keep_programs()
     directory = checkpoint.resolve(source)
     processor = make_processor(directory)  # before the weights: what is wrong is told at once

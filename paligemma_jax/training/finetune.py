@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import peft
-from paligemma_jax import checkpoint
+from paligemma_jax import checkpoint, devices
 from paligemma_jax.inference.predictor import Predictor, keep_programs, make_processor
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.processing.processor import Processor
@@ -44,6 +44,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     """
     keep_programs()
     hosts.join(config.hosts)
+    devices.check()
     source = checkpoint.resolve(config.model)
     if config.lora and peft.is_adapter(source):
         raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")

@@ -1,0 +1,29 @@
+"""Whether jax finds the devices that are there, and what to do where it does not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import jax
+
+EXTRAS = {
+    "cuda": "pip install 'paligemma-jax[cuda12]' (or cuda13), and see whether nvidia-smi shows the GPU",
+    "tpu": "pip install 'paligemma-jax[tpu]', on a TPU VM that no other process uses",
+}
+SIGNS = {"cuda": Path("/proc/driver/nvidia/version"), "tpu": Path("/dev/accel0")}  # what is there where the device is
+
+
+def check() -> None:
+    """ValueError if JAX_PLATFORMS asks for what jax cannot find; a warning if there is an accelerator, but not for this build of jax."""
+    asked = jax.config.values["jax_platforms"] or ""
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError):  # the latter is how jax 0.10 tells of JAX_PLATFORMS=cuda without its plugin
+        first = asked.split(",")[0].replace("gpu", "cuda")
+        remedy = EXTRAS.get(first, "it can be cpu, cuda or tpu")
+        raise ValueError(f"JAX_PLATFORMS is {asked}, but jax finds no such device: {remedy}; or unset it, and jax takes what there is") from None
+    if found == "cpu" and not asked and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        for kind in (kind for kind, sign in SIGNS.items() if sign.exists()):
+            warnings.warn(f"there is a {kind.upper()} device, but jax computes on the CPU: {EXTRAS[kind]}", stacklevel=3)
