@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert import bitsandbytes
 from convert.checkpoint import Checkpoint, contents
 from convert.config import read_config, write_config
 from convert.files import companions, json_bytes, read_json, write_files, write_json
@@ -54,7 +55,9 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
             first = next(other.name for other, there in headers.items() if key in there)
             raise ValueError(f"{directory}: {key} is in {first} and in {file.name}; download them again")
         entries |= header
-    found = pieces(HUGGINGFACE[config.decoder.model_type], config)
+    found, files = pieces(HUGGINGFACE[config.decoder.model_type], config), companions(directory)
+    _check_method(directory, files)
+    entries, packed = bitsandbytes.unpack(entries, directory)
     tensors = match(entries, found, NAMES, directory, "config.json", canonical, HUGGINGFACE_IGNORED)
     kept, notes = set(shapes(found)), []
     if head := next((entry for key, entry in entries.items() if canonical(key) == HEAD), None):
@@ -65,8 +68,10 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     if dropped := [key for key in entries if canonical(key) not in kept]:
         notes.append(f"{len(dropped)} tensors that no PaliGemma uses are left out: {', '.join(dropped[:3])}{', ...' * (len(dropped) > 3)}")
     shards = {file.name: [key for key in header if canonical(key) in kept] for file, header in headers.items()}
-    largest = max(tensors.values(), key=lambda tensor: tensor.nbytes)
-    return Checkpoint("huggingface", replace(config, dtype=largest.dtype.name), tensors, companions(directory), shards, tuple(notes))
+    formats = bitsandbytes.put(tensors, found, {canonical(key): one for key, one in packed.items()}, config)
+    checkpoint = Checkpoint("huggingface", config, tensors, files, shards, tuple(notes), formats)
+    largest = max((tensor for path, tensor in tensors.items() if path not in checkpoint.parts), key=lambda tensor: tensor.nbytes)
+    return replace(checkpoint, config=replace(config, dtype=largest.dtype.name))
 
 
 def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n: None, max_shard: int | None = None) -> None:
@@ -111,6 +116,14 @@ def save(directory: Path, config: PaliGemmaConfig, parameters: Mapping[str, np.n
 def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
     """Name in the released spelling -> shape of every tensor of a checkpoint."""
     return shapes(pieces(HUGGINGFACE[config.decoder.model_type], config))
+
+
+def _check_method(directory: Path, files: Mapping[str, Path | bytes]) -> None:
+    about = json.loads(contents(files.get("config.json", b"{}"))).get("quantization_config")
+    if about and (method := about.get("quant_method") if isinstance(about, dict) else about) != "bitsandbytes":
+        raise ValueError(
+            f"{directory} is quantized by {method!r}; what bitsandbytes quantized, to nf4 or int8, can be read, and any that is not quantized"
+        )
 
 
 def canonical(key: str) -> str:
@@ -171,6 +184,7 @@ def _config_json(checkpoint: Checkpoint) -> Path | bytes:
     try:
         old, generation = (json.loads(contents(files.get(name, b"null"))) for name in ("config.json", "generation_config.json"))
         new = {key: value for key, value in old.items() if key != "numerics"}
+        new.pop("quantization_config", None)  # what it says is quantized is whole here
         new |= {} if config.numerics == "transformers" else {"numerics": config.numerics}
         if replace(read_config(new, generation), dtype=config.dtype) == config:
             return files["config.json"] if new == old else json_bytes(new)

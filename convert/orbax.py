@@ -23,9 +23,9 @@ from convert.checkpoint import Checkpoint
 from convert.config import read_config, write_config
 from convert.files import companions, read_json, write_files, write_json
 from convert.match import Entry, Piece, match, pieces
-from convert.quantized import INTEGERS, in_parts
+from convert.quantized import in_parts
 from convert.table import JAX
-from convert.tensor import DTYPES, Job, Progress, Tensor, stored
+from convert.tensor import DTYPES, INTEGERS, Job, Progress, Tensor, stored
 from convert.tensor import write as write_tensors
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Format

@@ -15,11 +15,10 @@ from convert.checkpoint import Checkpoint
 from convert.layout import shape
 from convert.match import Piece, alike, pieces
 from convert.table import HUGGINGFACE
-from convert.tensor import DTYPES, Index, Tensor
+from convert.tensor import DTYPES, INTEGERS, Index, Tensor
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Format, Quantization
 
-INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8")}
 STRIP = 2**27  # bytes of a matrix that are quantized at once
 
 
@@ -125,7 +124,8 @@ def _encoder(format: Format, contracted: int, name: str) -> Callable:
 
 def dense(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with every matrix whole again, in the dtype of its config; what rounding took is gone."""
-    tensors = {path: tensor for path, tensor in checkpoint.tensors.items() if path not in checkpoint.parts}
+    parts, tensors = checkpoint.parts, dict(checkpoint.tensors)
+    tensors = {path: tensor for path, tensor in tensors.items() if path not in parts}
     for matrix in matrices(checkpoint.config).values():
         if format := checkpoint.formats.get(matrix.where):
             parts = {name: checkpoint.tensors[f"{matrix.where}/{name}"] for name in part_shapes(format, matrix.shape, matrix.contracted)}

@@ -10,9 +10,10 @@ import numpy as np
 
 from convert.files import JSON_LIMIT
 from convert.match import Entry
-from convert.tensor import DTYPES, stored
+from convert.tensor import DTYPES, INTEGERS, stored
 
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STORED = {name: DTYPES[dtype] for name, dtype in NAMES.items()} | {"U8": INTEGERS["uint8"], "I8": INTEGERS["int8"]}
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 _SIZES |= {name: DTYPES[dtype].itemsize for name, dtype in NAMES.items()}
 
@@ -43,7 +44,7 @@ def _entries(file: Path, header: dict[str, Any], start: int, size: int) -> dict[
         nbytes = int(np.prod(shape, dtype=object)) * _SIZES[dtype]
         if start + begin != position or end - begin != nbytes:
             raise ValueError(f"{key} lies at bytes {begin} to {end}, where {position - start} to {position - start + nbytes} are its own")
-        entries[key] = Entry(dtype, shape, lambda dtype=dtype, at=position, shape=shape: stored(file, at, DTYPES[NAMES[dtype]], shape))
+        entries[key] = Entry(dtype, shape, lambda dtype=dtype, at=position, shape=shape: stored(file, at, STORED[dtype], shape))
         position += nbytes
     if position != size:
         raise ValueError(f"its header accounts for {position} bytes, the file has {size}")

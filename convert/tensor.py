@@ -16,6 +16,7 @@ import numpy as np
 from convert.layout import reorder, shape
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8")}  # of codes (`convert.quantized`)
 BLOCK = 2**24  # bytes read and written at once: what a conversion holds in memory, once a thread
 STRIP = 64  # elements: transposing in strips this wide stays in the cache (1.1 GB/s a core; whole matrices at once: 0.1)
 THREADS = min(4, os.cpu_count() or 1)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from paligemma_jax.inference import generate
 from paligemma_jax.inference.generate import Request, State
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.precision import Quantization
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.scaling.cost import best_time, decode_bytes, matrix_rate, prefill_flops
 from paligemma_jax.synthetic import load, make_inputs, stacked
@@ -50,6 +52,7 @@ class Plan:
     cached: tuple[int, ...] = ()
     against: tuple[str, ...] = ()
     dtype: str | None = None
+    quantize: tuple[str, ...] = ()  # each in turn; "none" is not at all
     depth: int | None = None
     repeats: int = 5
     train: tuple[str, ...] = ()
@@ -58,6 +61,10 @@ class Plan:
     def __post_init__(self):
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPES)}")
+        if self.quantize and (self.against or self.train):
+            raise ValueError("bench --quantize measures answering alone: leave out --against and --train (qlora trains on nf4)")
+        for how in self.quantize:
+            Quantization.of(how)
         if min(*self.batch, *self.prompt, *self.cached, self.depth or 1, self.repeats + bool(self.train)) < 1 or self.new < 2:
             raise ValueError("bench counts from 1: --batch, --prompt, --cached, --depth and --repeats are at least 1, --new at least 2")
 
@@ -66,10 +73,10 @@ def run(plan: Plan) -> dict[str, Any]:
     """Measures; returns {"machine": ..., "rows": [...], "cached": [...]}, all of it plain numbers, times in seconds."""
     dtype = plan.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     report: dict[str, Any] = {"machine": measure_machine(dtype), "rows": [], "cached": []}
-    steps = len(plan.model) * len(plan.layers) * len(plan.batch) * (len(plan.prompt) + len(plan.cached))
+    steps = len(plan.model) * max(1, len(plan.quantize)) * len(plan.layers) * len(plan.batch) * (len(plan.prompt) + len(plan.cached))
     with tqdm(total=steps, disable=None, unit="case") as bar:
-        for name in plan.model:
-            for key, row in _measure_model(name, dtype, plan):
+        for name, how in product(plan.model, plan.quantize or (None,)):
+            for key, row in _measure_model(name, dtype, plan, how):
                 report[key].append(row)
                 bar.update(row["by"] == "paligemma-jax")
             gc.collect()
@@ -83,9 +90,9 @@ def run(plan: Plan) -> dict[str, Any]:
     return report
 
 
-def _measure_model(name: str, dtype: str, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measure_model(name: str, dtype: str, plan: Plan, how: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     start = time.perf_counter()
-    model = jax.block_until_ready(load(name, dtype, plan.depth))
+    model = jax.block_until_ready(load(name, dtype, plan.depth, how))
     load_s, theirs = time.perf_counter() - start, None
     if plan.against:
         from paligemma_jax.reference import transformers_model
@@ -93,7 +100,7 @@ def _measure_model(name: str, dtype: str, plan: Plan) -> Iterator[tuple[str, dic
         theirs = transformers_model(model)
     for form in sorted(set(plan.layers)):  # the list first: stacking uses it up
         model = stacked(model) if form == "stack" else model
-        about = {"model": name, "layers": form, "dtype": dtype, "load_s": load_s}
+        about = {"model": f"{name} {how}" if how else name, "layers": form, "dtype": dtype, "load_s": load_s}
         for batch in plan.batch:
             for prompt in plan.prompt:
                 for row in _measure(model, theirs, make_inputs(model.config, batch, prompt), plan):
@@ -112,8 +119,7 @@ def _measure(model: PaliGemma, theirs: Any, inputs: Inputs, plan: Plan) -> Itera
         contenders[name] = generator(theirs, inputs, plan.new, compiled=name.endswith("compile"))
     times = alternate(contenders, plan.repeats)
     (rows, tokens), config = inputs.tokens.shape, model.config
-    itemsize = np.dtype(jnp.dtype(config.dtype)).itemsize
-    traffic = (plan.new - 1) * decode_bytes(config, tokens + plan.new // 2, rows, itemsize)
+    traffic = (plan.new - 1) * step_bytes(model, tokens + plan.new // 2, rows)
     for name, (first, rest) in times.items():
         row = {"by": name, "batch": rows, "prompt_tokens": tokens, "new_tokens": plan.new, "first_token_s": spread(first)}
         row["prefill_tokens_s"], row["flops_s"] = spread(rows * tokens / first), rows * prefill_flops(config, tokens) / median(first)
@@ -173,9 +179,17 @@ def _measure_cached(model: PaliGemma, rows: int, plan: Plan) -> Iterator[dict[st
     contenders = {str(cached): _cached(model, rows, cached, plan.new, request, limit) for cached in plan.cached}
     times = alternate(contenders, plan.repeats)
     for cached, (_, rest) in zip(plan.cached, times.values()):
-        traffic = decode_bytes(model.config, cached + plan.new // 2, rows, np.dtype(jnp.dtype(model.config.dtype)).itemsize)
+        traffic = step_bytes(model, cached + plan.new // 2, rows)
         row = {"by": "paligemma-jax", "batch": rows, "cached_tokens": cached, "step_s": spread(rest / (plan.new - 1)), "step_bytes": traffic}
         yield row | {"bytes_s": traffic * (plan.new - 1) / median(rest)}
+
+
+def step_bytes(model: PaliGemma, cached: int, rows: int) -> int:
+    """`decode_bytes` of a model as it is held, quantized or not."""
+    config = model.config
+    numbers = decode_bytes(config, cached, rows, 1) - decode_bytes(config, 0, rows, 1)
+    each = 1 + 4 / config.decoder.head_dim if config.cache else jnp.dtype(config.dtype).itemsize
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.decoder)) + round(each * numbers)
 
 
 def _cached(model: PaliGemma, rows: int, cached: int, new: int, request: Request, limit: Array) -> Clocked:

@@ -101,11 +101,12 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    checkpoint = quantized(formats.read(under(source)).with_numerics(numerics), Quantization.of(quantize))
+    how = Quantization.of(quantize)
+    checkpoint = quantized(formats.read(under(source)).with_numerics(numerics), how)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype)
     for note in checkpoint.notes:
         warnings.warn(f"{source}: {note}", stacklevel=2)
-    model = abstract(replace(checkpoint.config, dtype=dtype))
+    model = abstract(replace(checkpoint.config, dtype=dtype, cache=how.cache))
     model = jax.eval_shape(partial(quantization.hold, formats=checkpoint.formats), model) if checkpoint.formats else model
     mesh = find_mesh(mesh, checkpoint.config)
     places = shardings(parameters(model), mesh) if mesh else {}

@@ -13,12 +13,16 @@ from jax import Array
 
 from convert.layout import shape
 from convert.match import pieces
+from convert.quantized import matrices
 from convert.table import HUGGINGFACE
 from paligemma_jax import checkpoint
+from paligemma_jax.model.codes import encode
 from paligemma_jax.model.config import PRESETS, DecoderConfig, PaliGemmaConfig, VisionConfig
 from paligemma_jax.model.layers import parameters, stack, unstack, with_parameters
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.precision import Quantization
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.quantization import hold
 
 SMALL = PaliGemmaConfig(
     VisionConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024),
@@ -31,13 +35,13 @@ SMALL = PaliGemmaConfig(
 RANDOM = {name: config for name, config in PRESETS.items() if name != "tiny"} | {"small": SMALL}
 
 
-def load(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
+def load(name: str, dtype: str, depth: int | None = None, quantize: str | None = None) -> PaliGemma:
     """A model of random weights for a preset name or "small", else that of a checkpoint; `depth`: with that many layers in each tower."""
     if name not in RANDOM:
         if depth:
             raise ValueError(f"--depth is for random weights; {name} is a checkpoint")
-        return checkpoint.load_model(checkpoint.resolve(name), dtype)
-    return random_model(_config(name, dtype, depth))
+        return checkpoint.load_model(checkpoint.resolve(name), dtype, quantize=quantize)
+    return random_model(_config(name, dtype, depth), how=Quantization.of(quantize))
 
 
 def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
@@ -54,8 +58,11 @@ def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
     return replace(config, **{tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")})
 
 
-def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
-    """Weights of variance 1/fan_in, norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start."""
+def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Quantization()) -> PaliGemma:
+    """Weights of variance 1/fan_in, norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start.
+
+    how: each is quantized before the next is made.
+    """
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
     sizes = {piece.path: shape(piece.layout, piece.sizes) for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
     model = checkpoint.abstract(config)
@@ -66,7 +73,16 @@ def random_model(config: PaliGemmaConfig, seed: int = 0) -> PaliGemma:
             return _uniform(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
         return jnp.full(shapes[path], path.startswith("vision") and path.endswith("scale"), config.dtype)
 
-    return with_parameters(model, make)
+    known, formats, arrays = matrices(config), {}, {}
+    for path in shapes:
+        array, matrix = make(path), known.get(path)
+        if matrix and (format := how.at(matrix.where)) and format.fits(matrix.shape, matrix.looked_up):
+            formats[matrix.where] = format
+            arrays |= {f"{matrix.where}/{name}": part for name, part in encode(format, array, matrix.contracted).items()}
+        else:
+            arrays[path] = array
+    model.config = replace(config, cache=how.cache)
+    return with_parameters(jax.eval_shape(partial(hold, formats=formats), model), arrays.pop)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))

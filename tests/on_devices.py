@@ -150,6 +150,19 @@ def flops(meshes: list[tuple[str, int]]) -> list[float]:
     return [program(config, sharding.find_mesh(mesh, config), rows, layers="list").cost_analysis()["flops"] for mesh, rows in meshes]
 
 
+def loaded(directory: str, quantize: str | None = None) -> dict:
+    """A checkpoint on eight devices: the paths of what is not as on one, to the bit, and of what lies in slices."""
+    import numpy as np
+
+    from paligemma_jax.checkpoint import load_model
+    from paligemma_jax.model.layers import parameters
+
+    one = parameters(load_model(Path(directory), quantize=quantize))
+    found = parameters(load_model(Path(directory), mesh="data=1,fsdp=2,tensor=4", quantize=quantize))
+    other = [path for path, value in found.items() if value.dtype != one[path].dtype or (np.asarray(value) != np.asarray(one[path])).any()]
+    return {"other": other, "sliced": [path for path, value in found.items() if not value.sharding.is_fully_replicated]}
+
+
 if __name__ == "__main__":
     import jax
 

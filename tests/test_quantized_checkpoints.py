@@ -6,6 +6,7 @@ import json
 
 import jax
 import numpy as np
+import on_devices
 import pytest
 
 import convert
@@ -79,6 +80,16 @@ def test_made_dense_again(smaller, tmp_path, capsys):
     assert "nf4-32-double (28)" in capsys.readouterr().out
     checkpoint.save(tmp_path / "dense-too", small, to="huggingface")
     same(load_model(tmp_path / "dense-too", "bfloat16"), load_model(tmp_path / "dense", "bfloat16"))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_sharded(smaller, stored):
+    """Stored, or quantized while it is read: to the bit what one device holds, with codes and scales in slices."""
+    found = on_devices.call(8, "loaded", str(smaller()), None) if stored else on_devices.call(8, "loaded", str(TINY), HOW)
+    assert not found["other"]
+    assert {"decoder/embedder/codes", "decoder/layers/0/mlp/up/codes", "decoder/layers/0/mlp/up/scale", "vision/layers/0/mlp/up/codes"} <= {
+        *found["sliced"]
+    }
 
 
 def test_what_blocks_do_not_divide_is_told(random_directory, tmp_path):

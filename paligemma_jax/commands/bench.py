@@ -11,6 +11,7 @@ from paligemma_jax.commands.options import Names, Numbers, dumps
 
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: float32 on a CPU, else bfloat16)")]
 Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
+Formats = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT [FORMAT ...]")]
 Chart = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
@@ -23,6 +24,7 @@ def bench(
     cached: Numbers = (),
     against: tuple[Literal["transformers", "transformers-compile"], ...] = (),
     dtype: Dtype = None,
+    quantize: Formats = (),
     depth: Depth = None,
     repeats: int = 5,
     train: tuple[Literal["all", "lora", "qlora"], ...] = (),
@@ -43,6 +45,7 @@ def bench(
         cached: Decode also with so many tokens in the cache, to see what each costs.
         against: transformers, transformers-compile (with torch.compile): the same weights, dtype and inputs, in turn.
         dtype: float32, bfloat16 or float16.
+        quantize: What to hold in 8 or 4 bits, each in turn: none int8 nf4 "nf4-32,embedding=int8,cache=int8".
         depth: Only so many layers in each tower, at full width, where both models would not fit into memory.
         repeats: Runs after the first, which warms up.
         train: Measure training steps instead: of all weights, of LoRA, of LoRA on nf4. With --repeats 0 only compile, and tell the memory.
@@ -54,7 +57,7 @@ def bench(
     from paligemma_jax import bench_report, bench_train
     from paligemma_jax.bench import Plan, run
 
-    plan = Plan(model, batch, prompt, new, layers, cached, against, dtype, depth, repeats, train, remat)
+    plan = Plan(model, batch, prompt, new, layers, cached, against, dtype, quantize, depth, repeats, train, remat)
     report = bench_train.run(plan) if train else run(plan)
     print(dumps(report) if json else bench_report.table(report))
     if chart and not train:

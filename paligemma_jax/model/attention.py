@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from paligemma_jax.model.cache import Int8
 from paligemma_jax.model.layers import collects_attention, stage
 from paligemma_jax.model.masks import Span, prefix_lm_mask
 
@@ -47,23 +50,28 @@ def _attend(q, k, v, scale, softcap, mask):
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
-def attend_cached(q: Array, new: tuple[Array, Array], cached: tuple[Array, Array], slot: Array, *, scale, softcap, mask: tuple) -> Array:
+def attend_cached(q: Array, new: tuple[Array, Array], cached: tuple[Any, Any], slot: Array, *, scale, softcap, mask: tuple) -> Array:
     """`attend` for one query a row, q [B, 1, N, H], over cached k, v [B, S, K, H] and its own [B, 1, K, H], whose place in the cache is `slot`.
+
+    What is cached in 8 bits (`Int8`) is multiplied as it is: a key's scale goes into its score, a value's into its weight.
 
     Two things make it as fast as the cache can be read (XLA on a CPU, 4,400 slots: 4 times). Its own k and v are not in the cache yet:
     to read what was just written makes XLA copy it. And k and v are read as they lie, [B, S, K*H], which a product by heads would
     transpose: each query head has zeros in the place of the key heads that are not its own, and takes its own from what comes out.
     """
-    (B, S, K, H), G = cached[0].shape, q.shape[2] // new[0].shape[2]
-    k, v = (a.reshape(B, S, K * H) for a in cached)
+    (k, k_scale), (v, v_scale) = ((a.codes, a.scale) if isinstance(a, Int8) else (a, None) for a in cached)
+    (B, S, K, H), G = k.shape, q.shape[2] // new[0].shape[2]
+    k, v = (a.reshape(B, S, K * H).astype(q.dtype) for a in (k, v))
+    by_head = lambda scale: 1 if scale is None else jnp.repeat(jnp.moveaxis(scale[..., 0], 2, 1), G, axis=1)  # [B, S, K, 1] -> [B, N, S]
     q = q.reshape(B, K, G, H)
     wide = jnp.einsum("BKGH,KL->BKGLH", q, jnp.eye(K, dtype=q.dtype)).reshape(B, K * G, K * H)
-    scores = jnp.einsum("BNX,BSX->BNS", wide, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BNX,BSX->BNS", wide, k, preferred_element_type=jnp.float32) * by_head(k_scale)
     own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32).reshape(B, K * G, 1)
     scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
     weights = _softmax(scores, softcap, prefix_lm_mask(*mask)).astype(v.dtype)
     own = jax.lax.dynamic_slice_in_dim(weights, slot, 1, axis=2)
     weights = jax.lax.dynamic_update_slice_in_dim(weights, jnp.zeros_like(own), slot, axis=2)
+    weights = (weights * by_head(v_scale)).astype(v.dtype)
     out = jnp.einsum("BNS,BSX->BNX", weights, v).reshape(B, K, G, K, H)
     out = jnp.einsum("BKGKH->BKGH", out) + own.reshape(B, K, G, 1) * new[1].reshape(B, K, 1, H)
     return out.reshape(B, 1, K * G, H)

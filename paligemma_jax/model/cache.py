@@ -15,17 +15,37 @@ from paligemma_jax.model.masks import Span
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class Int8:
+    """Keys or values in 8 bits, with one scale for each head and slot: the largest magnitude of its H numbers is 127."""
+
+    codes: Array  # int8 [..., H]
+    scale: Array  # float32 [..., 1]
+
+    @classmethod
+    def of(cls, x: Array) -> Int8:
+        wide = x.astype(jnp.float32)
+        scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+        return cls(jnp.round(wide / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KVCache:
     """Keys (after RoPE) and values of every layer, full length; all rows fill the same slots, so a pad in one row is just an invalid slot."""
 
-    k: Any  # list over layers of [B, S, K, H], or [L, B, S, K, H] with stacked layers
+    k: Any  # list over layers of [B, S, K, H], or [L, B, S, K, H] with stacked layers; of arrays, or of `Int8` of them
     v: Any
     span: Span  # of the S slots, shared by all layers
     length: Array  # int32: the number of slots in use
 
     @classmethod
-    def of(cls, k: Any, v: Any, span: Span, slots: int) -> KVCache:
-        """A cache of `slots` slots whose first T hold what a prefill computed: k, v as in the fields but of T slots."""
+    def of(cls, k: Any, v: Any, span: Span, slots: int, held: str | None = None) -> KVCache:
+        """A cache of `slots` slots whose first T hold what a prefill computed: k, v arrays as in the fields but of T slots.
+
+        held: "int8", or None for their own dtype.
+        """
+        if held == "int8":
+            k, v = jax.tree.map(Int8.of, (k, v))
         used = span.valid.shape[1]
         if slots < used:
             raise ValueError(f"a cache of {slots} slots cannot hold {used} tokens")
@@ -48,10 +68,12 @@ class KVCache:
         return replace(self, span=span, length=self.length + 1)
 
     def write(self, k: Any, v: Any, after: Array) -> KVCache:
-        """With k and v of the last slot, as in the fields but of one token. `after` [B, 1, D]: what was computed from the cache before.
+        """With k and v of the last slot, arrays as in the fields but of one token. `after` [B, 1, D]: what was computed from the cache before.
 
         It is added times zero, so that the write has to wait for the reads: else XLA on a CPU copies the cache, to be able to do both at once.
         """
+        if jax.tree.structure(k) != jax.tree.structure(self.k):
+            k, v = jax.tree.map(Int8.of, (k, v))
         wait, slot = 0 * after[:, :, :1, None], self.length - 1
 
         def put(slots: Array, new: Array) -> Array:

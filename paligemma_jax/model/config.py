@@ -82,7 +82,10 @@ NUMERICS = {
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole PaliGemma. `numerics` names a profile of `NUMERICS`; `dtype` is the dtype of the activations ("float32", "bfloat16", "float16")."""
+    """A whole PaliGemma. `numerics` names a profile of `NUMERICS`; `dtype` is the dtype of the activations ("float32", "bfloat16", "float16")
+
+    and of the KV cache, unless `cache` says otherwise.
+    """
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -91,6 +94,7 @@ class PaliGemmaConfig:
     pad_token_id: int = 0
     numerics: Literal["transformers", "big_vision"] = "transformers"
     dtype: str = "float32"
+    cache: Literal["int8"] | None = None
 
     @property
     def profile(self) -> Numerics:

@@ -74,7 +74,7 @@ class PaliGemma(nnx.Module):
         x, k, v = self.decoder(self.embed(tokens, features), queries)
         last = jnp.argmax(jnp.where(valid, queries.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.decoder.logits(x, self.config.profile.capped_prefill), KVCache.of(k, v, queries, slots)
+        return self.decoder.logits(x, self.config.profile.capped_prefill), KVCache.of(k, v, queries, slots, self.config.cache)
 
     def decode_step(self, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
         """One more token int32[B] a row -> logits float32[B, V] for the next, and the cache that holds it."""

@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 # Biases, quantized kernels and the factors of LoRA go by the kernel whose place they share. What no row names (norms) is small and lies whole
 # on every device.
 ARRAYS = [
-    (r"decoder/embedder/table", "V D"),
+    (r"decoder/embedder/(table|codes|scale)", "V D"),
     (r"projector/kernel", "D W"),
     (r"vision/patch/kernel", "W U"),
     (r"vision/position", "P W"),

@@ -1,0 +1,55 @@
+"""The KV cache in 8 bits: its rounding, what decoding from it makes of the logits, and that it is written and taken apart as the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from decoding import prefill
+from test_trainer import batch
+
+import paligemma_jax as pg
+from paligemma_jax.checkpoint import TINY, load_model
+from paligemma_jax.model.cache import Int8
+from paligemma_jax.synthetic import stacked
+
+
+def test_rounding():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 32)).astype(np.float32)
+    small = Int8.of(x)
+    assert small.codes.dtype == np.int8 and small.scale.shape == (2, 5, 3, 1)
+    np.testing.assert_allclose(small.codes * small.scale, x, atol=np.abs(x).max() / 254 * 1.001)
+    assert not np.asarray(Int8.of(0 * x).codes).any()
+
+
+@pytest.mark.parametrize("form", ["list", "stack"])
+def test_decoding_from_it(form):
+    """Ten steps over the same tokens: as from a cache in float32, up to what 8 bits take; the last key is read back from its slot."""
+    model = load_model(TINY)
+    small = load_model(TINY, quantize="cache=int8")
+    model, small = (stacked(m, delete=False) if form == "stack" else m for m in (model, small))
+    inputs = batch(model)
+    inputs = replace(inputs, valid=inputs.valid & inputs.prefix)
+    slots = inputs.tokens.shape[1] + 10
+    (first, cache), (same, held) = (prefill(m, inputs, slots) for m in (model, small))
+    np.testing.assert_array_equal(first, same)
+    assert sum(a.nbytes for a in jax.tree.leaves(held.k)) == pytest.approx(sum(a.nbytes for a in jax.tree.leaves(cache.k)) * (32 + 4) / (4 * 32))
+    step = jax.jit(type(model).decode_step)
+    for _ in range(10):
+        token = np.asarray(first.argmax(-1), np.int32)
+        (first, cache), (found, held) = step(model, token, cache), step(small, token, held)
+        spread = np.std(first, axis=-1).max()
+        assert 0 < np.abs(found - first).max() < 0.05 * spread
+    layer = lambda cache: jax.tree.map(lambda a: np.asarray(a), cache.k)
+    codes, dense = (layer(held).codes[0], layer(cache)[0]) if form == "stack" else (layer(held)[0].codes, layer(cache)[0])
+    scale = layer(held).scale[0] if form == "stack" else layer(held)[0].scale
+    np.testing.assert_allclose(codes * scale, dense, atol=np.abs(dense).max() / 254 * 1.001)
+
+
+def test_it_still_reads():
+    photo = TINY.parent / "digits.jpg"
+    small = pg.load("tiny", quantize="cache=int8")
+    assert small.config.cache == "int8" and small.generate(photo, "ocr") == ["4 3 2 3"]
+    assert small.generate(photo, "ocr", sampler=pg.Beam(2)) == ["4 3 2 3"]
