@@ -1,0 +1,67 @@
+"""`paligemma-jax recipe`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import tyro
+
+from paligemma_jax.commands.options import dumps
+
+Which = Annotated[
+    Literal["textvqa", "vqav2", "docci", "refcoco-detect", "refcoco-segment", "chartqa", "docvqa", "coco-captions"], tyro.conf.Positional
+]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
+Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: the recipe's)")]
+Split = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")]
+Codec = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+
+
+def recipe(
+    name: Which,
+    size: Literal["3b", "10b", "28b"] = "3b",
+    resolution: int | None = None,
+    files: Files = (),
+    images: str = ".",
+    output: str | None = None,
+    split: Split = None,
+    prompt: Text = None,
+    every_answer: bool = False,
+    codec: Codec = None,
+    json: bool = False,
+) -> None:
+    """How PaliGemma 2 was fine-tuned and measured on a data set; with --files, the data set as rows to do it with.
+
+    Example: paligemma-jax recipe docvqa --resolution 896
+
+    Args:
+        name: The data set.
+        size: Of the model, on which the learning rate depends.
+        resolution: Pixels; by default the lowest that was tried.
+        files: What the data set publishes (without, the recipe is shown), to convert into --output: as for docvqa val_v1.0_withQT.json, for vqav2 the
+            questions and the annotations, for refcoco refs(unc).p and instances.json.
+        images: The folder of its pictures.
+        output: The JSONL to write.
+        split: Only this one, where a file holds several.
+        prompt: Another prompt, with {} for the question or the expression.
+        every_answer: A row for each answer, to learn from all of them in turn.
+        codec: vae-oid.npz, with which refcoco-segment says masks to learn.
+        json: Print the recipe as one JSON object.
+    """
+    from paligemma_jax.evaluation.recipes import RECIPES
+
+    found = RECIPES[name]
+    if files:
+        from paligemma_jax.evaluation.datasets import convert
+
+        if output is None:
+            raise ValueError("no --output: give the JSONL to write")
+        rows = convert(name, files, images, output, split, prompt, every_answer, codec)
+        print(f"{rows} rows: {output}")
+        return
+    pixels = resolution or found.resolutions[0]
+    if json:
+        print(dumps({"name": name, **asdict(found), "finetune": found.finetune(size, pixels)}))
+        return
+    print(f"{name}: {found.about}\nprompt: {found.prompt}\nsource: {found.source}\n\n{found.commands(name, size, pixels)}")
