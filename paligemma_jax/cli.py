@@ -9,15 +9,19 @@ import tyro
 
 from paligemma_jax.commands.bench import bench
 from paligemma_jax.commands.demo import demo
+from paligemma_jax.commands.evaluate import evaluate
 from paligemma_jax.commands.finetune import finetune
 from paligemma_jax.commands.generate import generate
 from paligemma_jax.commands.parity import parity
 from paligemma_jax.commands.predict import predict
+from paligemma_jax.commands.recipe import recipe
 
 COMMANDS = {
     "generate": generate,
     "finetune": finetune,
     "predict": predict,
+    "evaluate": evaluate,
+    "recipe": recipe,
     "demo": demo,
     "bench": bench,
     "parity": parity,

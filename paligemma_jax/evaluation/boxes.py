@@ -27,7 +27,7 @@ class Thing(Protocol):
     def box(self) -> Sequence[float]: ...
 
     @property
-    def score(self) -> float: ...
+    def score(self) -> float | None: ...
 
 
 Pictures = Sequence[Sequence[Thing]]
@@ -39,6 +39,10 @@ def overlaps(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> np.n
     area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), axis=-1)
     both = area(np.concatenate([np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])], axis=-1))
     return both / np.maximum(area(one) + area(other) - both, 1e-12)
+
+
+def _sure(thing: Thing) -> float:
+    return 1.0 if thing.score is None else thing.score
 
 
 def _hits(found: Sequence[Thing], right: Sequence[Thing], thresholds: np.ndarray) -> np.ndarray:
@@ -62,9 +66,9 @@ def _average_precision(predictions: Pictures, references: Pictures, thresholds: 
         scores, cases, hits = [], [], []
         rights = np.array([sum(thing.label == label for thing in right) for right in references], float)
         for i, (things, right) in enumerate(zip(predictions, references)):
-            found = sorted((thing for thing in things if thing.label == label), key=lambda thing: -thing.score)[:MOST]
+            found = sorted((thing for thing in things if thing.label == label), key=lambda thing: -_sure(thing))[:MOST]
             hits.append(_hits(found, [thing for thing in right if thing.label == label], thresholds))
-            scores += [thing.score for thing in found]
+            scores += map(_sure, found)
             cases += [i] * len(found)
             agreed[i] += hits[-1].sum() / len(thresholds)
         order = np.argsort(-np.array(scores, float), kind="stable")
@@ -72,7 +76,7 @@ def _average_precision(predictions: Pictures, references: Pictures, thresholds: 
 
     def total(weights: np.ndarray) -> float:
         known = [_area(weights @ rights, weights[cases], hits) for rights, cases, hits in tables if weights @ rights]
-        return float(np.mean(known)) if known else 0.0
+        return float(np.mean(known)) if known else float("nan")
 
     sizes = np.array([len(things) + len(right) for things, right in zip(predictions, references)])
     return Scores(np.where(sizes > 0, 2 * agreed / np.maximum(sizes, 1), 1.0), total)
@@ -92,7 +96,8 @@ def average_precision(predictions: Pictures, references: Pictures) -> Scores:
     """COCO's AP: over labels, and over overlaps of 0.5, 0.55, ... 0.95, as pycocotools computes it (all areas, 100 objects, no crowds).
 
     predictions and references: for each picture the objects found, and those that are there, whose score plays no part. A label that nowhere
-    is right counts for nothing. `each` is the F1 of a picture, whatever the scores; 1 where nothing was to be found and nothing was.
+    is right counts for nothing; nan if no object is. `each` is the F1 of a picture, whatever the scores; 1 where nothing was to be found, and
+    nothing was. An object without a score counts as one of score 1.
     """
     return _average_precision(predictions, references, THRESHOLDS)
 

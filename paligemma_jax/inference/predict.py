@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from paligemma_jax.inference import pointing
 from paligemma_jax.inference.parts import Part
 from paligemma_jax.inference.predictor import Answer, Predictor
 from paligemma_jax.inference.sampling import Greedy, Strategy
@@ -44,6 +45,7 @@ def predict(
     *,
     batch_size: int = 16,
     score: bool = False,
+    pieces: bool = False,
     resume: bool = False,
     part: tuple[int, int] | None = None,
     settings: Mapping[str, Any] = {},
@@ -52,7 +54,8 @@ def predict(
 ) -> Predicted:
     """Answers the rows {"image", "prefix", ...} of the JSONL file `data`, image paths relative to it, into the folder `output`.
 
-    answers.jsonl: every row as it is, with "answer" and, if `score`, the log-probability of that as "score", in the order of `data`.
+    answers.jsonl: every row as it is, with "answer" and, if `score`, the log-probability of that as "score", in the order of `data`; if `pieces`,
+    the text of each of its tokens with the log-probability of that as "pieces", from which boxes get their scores (`processing.locations.parse`).
     errors.jsonl: {"line", "error", "row"} of the rows that cannot be answered. Memory does not grow with the number of rows.
 
     resume: go on with what is in `output`: of a run that was killed at most one batch is lost, no row is written twice, none left out.
@@ -69,8 +72,13 @@ def predict(
         raise ValueError(f"--max-new-tokens {max_new_tokens}, --batch-size {batch_size}: both are at least 1")
     files, rows = Part(Path(output), number, of), sum(1 for _ in _rows(data))
     own = range(rows * number // of, rows * (number + 1) // of)
-    about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score}
+    about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score, "pieces": pieces}
     files.begin({**settings, **about, "sampler": repr(sampler), "options": repr(options)}, resume)
+
+    def tell(answer: Answer) -> dict[str, Any]:
+        said = [[text, round(value, 6)] for text, value in pointing.pieces(predictor.processor.tokenizer, answer)] if pieces else []
+        return {"answer": answer.text} | ({"score": answer.score} if score else {}) | ({"pieces": said} if pieces else {})
+
     run = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size, progress=False, **options)
     start, before, tokens = time.perf_counter(), files.answered, 0
     with tqdm(total=len(own), desc=f"part {number}" if of > 1 else None, unit="row", disable=None if progress is None else not progress) as bar:
@@ -78,7 +86,7 @@ def predict(
         to_come = files.to_come(islice(_rows(data), own.start, own.stop))
         while window := dict(islice(to_come, WINDOW * batch_size)):
             bar.update(sum(line in files.waits for line in window))
-            for batch in _window(predictor, files, window, data.parent, score, run):
+            for batch in _window(predictor, files, window, data.parent, tell, run):
                 bar.update(len(batch))
                 tokens += sum(len(answer.tokens) for answer in batch)
                 bar.set_postfix(tokens_s=f"{tokens / (time.perf_counter() - start):.0f}", failed=len(files.failed), refresh=False)
@@ -89,8 +97,10 @@ def predict(
     return Predicted(str(files.answers), str(files.errors), files.answered, len(files.failed), tokens, seconds, rate)
 
 
-def _window(predictor: Predictor, files: Part, window: dict[int, bytes], folder: Path, score: bool, run: dict[str, Any]) -> Iterator[list[Answer]]:
-    """Answers what of a window (line -> text) is not pending yet; a batch is written when it is given out."""
+def _window(
+    predictor: Predictor, files: Part, window: dict[int, bytes], folder: Path, tell: Callable[[Answer], dict[str, Any]], run: dict[str, Any]
+) -> Iterator[list[Answer]]:
+    """Answers what of a window (line -> text) is not pending yet; a batch is written, as `tell` has it, when it is given out."""
     asked: dict[int, tuple[Any, Row]] = {}
     for line, text in window.items():
         if line not in files.waits:
@@ -105,7 +115,7 @@ def _window(predictor: Predictor, files: Part, window: dict[int, bytes], folder:
         return
     lines = list(asked)
     for batch in predictor.batches([row for _, row in asked.values()], seeds=lines, **run):
-        files.note(_record(lines[i], asked[lines[i]][0], answer, score) for i, answer in batch.items())
+        files.note(_record(lines[i], asked[lines[i]][0], answer, tell) for i, answer in batch.items())
         yield list(batch.values())
 
 
@@ -117,10 +127,10 @@ def _ask(predictor: Predictor, row: Any, line: int, folder: Path, new: int) -> R
     return asked
 
 
-def _record(line: int, row: dict[str, Any], answer: Answer, score: bool) -> dict[str, Any]:
+def _record(line: int, row: dict[str, Any], answer: Answer, tell: Callable[[Answer], dict[str, Any]]) -> dict[str, Any]:
     if answer.error:
         return {"line": line, "error": answer.error, "row": row}
-    return {"line": line, "row": row | {"answer": answer.text} | ({"score": answer.score} if score else {})}
+    return {"line": line, "row": row | tell(answer)}
 
 
 def _rows(data: Path) -> Iterator[tuple[int, bytes]]:
