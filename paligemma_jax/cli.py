@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 
 import tyro
@@ -44,9 +47,25 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> None:
     try:
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments)
+        if arguments in (["--help"], ["-h"]):
+            _help(arguments)
+        else:
+            _dispatch(arguments)
     finally:
         sys.stdout.flush()  # here, so that a closed pipe shows while main can still catch it
+
+
+def _dispatch(arguments: list[str]) -> None:
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments)
+
+
+def _help(arguments: list[str]) -> None:
+    """What tyro shows, but for the names of all subcommands in the line of usage, which would not fit 80 columns; they are told below it."""
+    shown = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding)
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        _dispatch(arguments)
+    shown.seek(0)
+    print(re.sub(r"\{generate,.*\}", "COMMAND", shown.read(), count=1), end="")
 
 
 def _reason(error: Exception) -> str | None:

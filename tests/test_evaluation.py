@@ -8,12 +8,14 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pg
+from paligemma_jax.checkpoint import TINY, codec_file
 from paligemma_jax.evaluation import digits, metrics, report
 from paligemma_jax.evaluation.bootstrap import difference, interval
 from paligemma_jax.evaluation.cases import Case, collect, load, names, score
 from paligemma_jax.evaluation.evaluate import evaluate
 from paligemma_jax.evaluation.scores import mean
 from paligemma_jax.inference.predict import predict
+from paligemma_jax.processing.masks_codec import load_codec
 
 # ---- Intervals
 
@@ -151,14 +153,38 @@ def test_other_rows_are_not_compared(photo, tmp_path):
 
 
 def test_files_of_answers(tmp_path):
-    (tmp_path / "mine.jsonl").write_text('{"image": "a.png", "prefix": "q", "answer": "x", "suffix": "y"}\n{"image": "a.png"}\n')
-    with pytest.raises(ValueError, match="row 2 has no answer"):
-        load(tmp_path / "mine.jsonl", tmp_path)
-    (tmp_path / "mine.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match=r"mine.jsonl: line 1 is not JSON"):
-        load(tmp_path / "mine.jsonl", tmp_path)
+    data, mine = tmp_path / "data.jsonl", tmp_path / "mine.jsonl"
+    data.write_text('{"image": "a.png", "prefix": "q", "suffix": "y"}\n' * 2)
+    for text, told in [
+        ('{"image": "a.png", "prefix": "q", "answer": "x"}\n{"image": "a.png"}\n', "row 2 has no answer"),
+        ('{"image": "a.png", "prefix": "q", "answer": "x"}\n', "mine.jsonl has 1 rows, not 2"),
+        ('{"image": "b.png", "prefix": "q", "answer": "x"}\n' * 2, r"mine.jsonl is about other rows: row 1 is \('b.png', 'q'\)"),
+        ("{\n", "mine.jsonl: line 1 is not JSON"),
+    ]:
+        mine.write_text(text)
+        with pytest.raises(ValueError, match=told):
+            load(mine, data)
     with pytest.raises(ValueError, match=r"none.jsonl: no such file"):
-        load(tmp_path / "none.jsonl", tmp_path)
+        load(tmp_path / "none.jsonl", data)
+
+
+def test_masks_are_measured_and_drawn(tmp_path):
+    """Answers that say the codes of the right masks: what is lost is what the codec loses."""
+    pytest.importorskip("sklearn")
+    file = codec_file(TINY)
+    assert file is not None
+    folder, codec = digits.write(str(tmp_path), ("segment",), rows=30), load_codec(file)
+    rows = [json.loads(line) for line in (folder / "segment.jsonl").read_text().splitlines()]
+    said = [Case(row | {"answer": row["suffix"]}, folder) for row in rows]
+    silent = [Case(row | {"answer": row["suffix"].split("<seg")[0]}, folder) for row in rows]
+    found = evaluate(said, ["mask_iou", "box_accuracy"], samples=20, codec=codec, against=silent)
+    assert len(said) > 15 and 0.7 < found.figures["mask_iou"].value < 1 and found.figures["box_accuracy"].value == 1
+    assert found.differences["mask_iou"].value == found.figures["mask_iou"].value  # a box alone is no mask
+    drawings = said[0].drawings(codec)
+    assert all(things[0].mask.shape == (112, 112) for things in drawings.values()) and silent[0].drawings(codec)["answered"][0].mask is None
+    assert report.html(found, count=2).count("data:image/jpeg") == 12
+    with pytest.raises(ValueError, match=r"no mask codec beside the checkpoint: put the published vae-oid.npz"):
+        score("mask_iou", said)
 
 
 # ---- The command, on digits that `tiny` never saw
@@ -192,7 +218,7 @@ def test_the_command_measures_compares_and_goes_on(held_out, run):
     result = json.loads((held_out / "greedy" / "result.json").read_text())
     assert result["failed"] == 1 and result["cases"] == 60 and 0.5 < result["metrics"]["exact_match"]["value"] < 1
     assert "exact match: " in told and "1 failed: greedy/report.html" in told
-    assert sorted(result["types"]["exact_match"]) == ["1 digits", "2 digits", "3 digits", "4 digits"]
+    assert sorted(result["types"]["exact_match"]) == ["1 digit", "2 digits", "3 digits", "4 digits"]
     assert json.loads((held_out / "greedy" / "scores.jsonl").read_text().splitlines()[20])["exact_match"] == 0  # what failed is not left out
 
     answers = held_out / "greedy" / "answers.jsonl"

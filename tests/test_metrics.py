@@ -180,6 +180,16 @@ def test_average_precision_is_pycocotools():
             np.testing.assert_allclose(found, coco_evaluation(predictions, references), atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_that_fit_alike_the_last_is_taken(order):
+    """Which leaves the first, or nothing, to the next."""
+    make = lambda box, score=1.0: SimpleNamespace(label="0", box=np.array(box, float), score=score)
+    right = [make([0, 0, 10, 10]), make([0, 4, 10, 14])][::order]
+    found = [make([0, 2, 10, 12], 0.9), make([0, 0, 10, 9], 0.8)]
+    wanted = coco_evaluation([found], [right])[1]
+    assert metrics.ap50([found], [right]) == pytest.approx(wanted, abs=1e-9) and (wanted == 1) == (order == 1)
+
+
 def test_only_a_hundred_objects_of_a_label_count():
     rng = np.random.default_rng(1)
     predictions, references = zip(*(pictures(rng, 1) for _ in range(40)))

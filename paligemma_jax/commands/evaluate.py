@@ -34,7 +34,7 @@ def evaluate(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer a data set and measure the answers: figures with their intervals, by kind of question, in a report to look at.
+    """Answer a data set and measure the answers, in a report to look at.
 
     Example: paligemma-jax evaluate --data val.jsonl --metric vqa
 
@@ -63,7 +63,7 @@ def evaluate(
         raise ValueError(f"--cases {cases}, --bootstrap {bootstrap}, --beams {beams}: --cases is at least 0, the others 1")
     others = _run(path, Path(against)) if against else []
     if answers:
-        own, about["model"] = read.load(Path(answers), path.parent), answers
+        own, about["model"] = read.load(Path(answers), path), answers
         folder.mkdir(parents=True, exist_ok=True)
     else:
         options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=asdict(source))
@@ -84,7 +84,7 @@ def _run(data: Path, other: Path) -> list[Case]:
     """The cases of another run: a folder of evaluate or predict, or a file of answers."""
     from paligemma_jax.evaluation.cases import collect, load
 
-    return collect(data, other) if other.is_dir() else load(other, data.parent)
+    return collect(data, other) if other.is_dir() else load(other, data)
 
 
 def _report(

@@ -9,36 +9,36 @@ import tyro
 
 from paligemma_jax.commands.options import dumps
 
-Which = Annotated[
-    Literal["textvqa", "vqav2", "docci", "refcoco-detect", "refcoco-segment", "chartqa", "docvqa", "coco-captions"], tyro.conf.Positional
-]
-Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
+Which = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: none)")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: the recipe's)")]
 Split = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")]
+Pixels = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the lowest that was tried)")]
+Rows = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 Codec = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def recipe(
     name: Which,
     size: Literal["3b", "10b", "28b"] = "3b",
-    resolution: int | None = None,
+    resolution: Pixels = None,
     files: Files = (),
     images: str = ".",
-    output: str | None = None,
+    output: Rows = None,
     split: Split = None,
     prompt: Text = None,
     every_answer: bool = False,
     codec: Codec = None,
     json: bool = False,
 ) -> None:
-    """How PaliGemma 2 was fine-tuned and measured on a data set; with --files, the data set as rows to do it with.
+    """How a data set was learned and measured; with --files, its rows to do it with.
 
     Example: paligemma-jax recipe docvqa --resolution 896
 
     Args:
-        name: The data set.
+        name: textvqa, vqav2, docci, refcoco-detect, refcoco-segment, chartqa, docvqa or coco-captions.
         size: Of the model, on which the learning rate depends.
-        resolution: Pixels; by default the lowest that was tried.
+        resolution: Pixels.
         files: What the data set publishes (without, the recipe is shown), to convert into --output: as for docvqa val_v1.0_withQT.json, for vqav2 the
             questions and the annotations, for refcoco refs(unc).p and instances.json.
         images: The folder of its pictures.
@@ -51,6 +51,8 @@ def recipe(
     """
     from paligemma_jax.evaluation.recipes import RECIPES
 
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name}: there are {', '.join(RECIPES)}")
     found = RECIPES[name]
     if files:
         from paligemma_jax.evaluation.datasets import convert

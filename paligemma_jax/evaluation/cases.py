@@ -58,6 +58,15 @@ class Case:
         boxes = self.row["boxes"]
         return [Detection(label, tuple(box)) for label, box in zip(self.row.get("labels", [""] * len(boxes)), boxes, strict=True)]
 
+    def drawings(self, codec: MaskCodec | None) -> dict[str, list[Detection]]:
+        """What to draw of what is right and of what was answered; masks where there is a codec."""
+        right, found = list(self.wanted), list(self.found)
+        if codec is not None:
+            right, found = (list(with_masks(Detections(things), self.size, codec)) for things in (right, found))
+        if right and "mask" in self.row:
+            right[0] = replace(right[0], mask=self.wanted_mask(codec))
+        return {"right": right, "answered": found}
+
     def mask(self, codec: MaskCodec | None) -> np.ndarray | None:
         """bool[H, W] that the answer says first, if it says any."""
         return _mask(self.found, self.size, codec)
@@ -163,14 +172,14 @@ def collect(data: Path, folder: Path) -> list[Case]:
     return cases
 
 
-def load(file: Path, folder: Path) -> list[Case]:
-    """Rows that anybody answered: JSONL with "answer" in each."""
+def load(file: Path, data: Path) -> list[Case]:
+    """The rows of `data` as anybody answered them: JSONL with "answer" in each. ValueError if they are not all there."""
     rows = _lines(file)
     if bare := [number for number, row in enumerate(rows, 1) if not isinstance(row.get("answer"), str)]:
         raise ValueError(f"{file}: row {bare[0]} has no answer")
-    if not rows:
-        raise ValueError(f"{file} has no rows")
-    return [Case(row, folder) for row in rows]
+    cases = [Case(row, data.parent) for row in rows]
+    same_rows([Case(row, data.parent) for row in _lines(data)], cases, str(file))
+    return cases
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -190,16 +199,17 @@ def _load(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def same_rows(ours: Sequence[Case], theirs: Sequence[Case]) -> None:
-    """ValueError where two runs are not about the same rows in the same order."""
+def same_rows(ours: Sequence[Case], theirs: Sequence[Case], name: str) -> None:
+    """ValueError where the rows of `name`, which are theirs, are not about the same as ours in the same order."""
     about = lambda case: (case.row.get("image"), case.row.get("prefix"))
     if other := [i for i, (a, b) in enumerate(zip(ours, theirs), 1) if about(a) != about(b)]:
-        raise ValueError(f"--against is about other rows: row {other[0]} is {about(theirs[other[0] - 1])}, not {about(ours[other[0] - 1])}")
+        raise ValueError(f"{name} is about other rows: row {other[0]} is {about(theirs[other[0] - 1])}, not {about(ours[other[0] - 1])}")
     if len(ours) != len(theirs):
-        raise ValueError(f"--against has {len(theirs)} rows, not {len(ours)}")
+        raise ValueError(f"{name} has {len(theirs)} rows, not {len(ours)}")
 
 
-def shown(thing: Detection, factor: float) -> Detection:
-    """Enlarged with its picture."""
+def enlarged(thing: Detection, factor: float, size: tuple[int, int]) -> Detection:
+    """With its picture, which then is of `size`."""
     left, top, right, bottom = (value * factor for value in thing.box)
-    return replace(thing, box=(left, top, right, bottom), mask=None)
+    mask = None if thing.mask is None else np.asarray(Image.fromarray(thing.mask).resize(size, Image.Resampling.NEAREST))
+    return replace(thing, box=(left, top, right, bottom), mask=mask)

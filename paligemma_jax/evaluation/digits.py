@@ -34,7 +34,8 @@ def write(output: str, tasks: tuple[Task, ...] = ("caption", "ocr", "count", "de
         lines = []
         for i, digit in enumerate(asked):
             prompt, answer = digits.ask(scenes, i, task, digit)
-            row = {"image": f"{task}-{i}.png", "prefix": prompt, "suffix": answer, "type": f"{len(scenes.digits(i))} digits"}
+            count = len(scenes.digits(i))
+            row = {"image": f"{task}-{i}.png", "prefix": prompt, "suffix": answer, "type": f"{count} digit{'s' * (count > 1)}"}
             places = np.flatnonzero(scenes.labels[i] == digit)
             if task == "segment" and len(places) != 1:
                 continue

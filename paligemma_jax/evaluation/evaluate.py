@@ -26,6 +26,7 @@ class Evaluation:
     differences: dict[str, Difference] = field(default_factory=dict)
     others: Sequence[Case] = ()  # of the run that this is held against
     changes: dict[str, np.ndarray] = field(default_factory=dict)  # float64[N]: ours less theirs
+    codec: MaskCodec | None = None  # to draw masks with
 
     @property
     def failed(self) -> int:
@@ -65,7 +66,7 @@ def evaluate(
     """
     wanted = names(metrics)
     if against:
-        same_rows(cases, against)
+        same_rows(cases, against, "--against")
     scores = {name: score(name, cases, codec) for name in wanted}
     kinds: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
@@ -80,4 +81,4 @@ def evaluate(
             theirs = score(name, against, codec)
             differences[name], changes[name] = difference(scores[name], theirs, samples), scores[name].each - theirs.each
     each = {name: one.each for name, one in scores.items()}
-    return Evaluation(about or {}, cases, figures, each, types, differences, against, changes)
+    return Evaluation(about or {}, cases, figures, each, types, differences, against, changes, codec)

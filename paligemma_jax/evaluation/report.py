@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from paligemma_jax.evaluation.bootstrap import Interval
-from paligemma_jax.evaluation.cases import METRICS, POINTING, Case, shown
+from paligemma_jax.evaluation.cases import METRICS, POINTING, Case, enlarged
 from paligemma_jax.evaluation.evaluate import Evaluation
 from paligemma_jax.evaluation.style import PAGE
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.processing.locations import draw
+from paligemma_jax.processing.masks_codec import MaskCodec
 
 SIDE = 360  # pixels along the longer side of a picture
 BINS = 20
@@ -145,10 +146,10 @@ def _card(evaluation: Evaluation, index: int, drawn: bool) -> str:
     lines += [("error", case.row["error"])] if "error" in case.row else []
     short = lambda text: PLACE.sub(lambda place: f"<abbr title='{place[0]}'>▢</abbr>", escape(text)) if drawn else escape(text)
     told = "".join(f"<div class={key.split()[0]}><dt>{key}</dt><dd>{short(text) or '<em>nothing</em>'}</dd></div>" for key, text in lines)
-    return f"<article>{_pictures(case, drawn)}<dl>{told}</dl><p class=scores>{scores}</p></article>"
+    return f"<article>{_pictures(case, drawn, evaluation.codec)}<dl>{told}</dl><p class=scores>{scores}</p></article>"
 
 
-def _pictures(case: Case, drawn: bool) -> str:
+def _pictures(case: Case, drawn: bool, codec: MaskCodec | None) -> str:
     """The first image; with what is right and what was answered drawn onto it, if `drawn`."""
     try:
         images = [load_image(path) for path in (case.images[:1] if drawn else case.images)]
@@ -158,9 +159,8 @@ def _pictures(case: Case, drawn: bool) -> str:
     large = [image.resize([max(round(side * factor), 1) for side in image.size]) for image, factor in zip(images, factors)]
     if not drawn:
         return f"<div class=pictures>{''.join(_picture(image, '') for image in large)}</div>"
-    sides = {"right": case.wanted, "answered": case.found}
-    made = [_picture(draw(large[0], [shown(thing, factors[0]) for thing in things]), name) for name, things in sides.items()]
-    return f"<div class=pictures>{''.join(made)}</div>"
+    picture = lambda things: draw(large[0], [enlarged(thing, factors[0], large[0].size) for thing in things])
+    return f"<div class=pictures>{''.join(_picture(picture(things), name) for name, things in case.drawings(codec).items())}</div>"
 
 
 def _picture(image: Image.Image, caption: str) -> str:
