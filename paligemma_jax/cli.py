@@ -16,12 +16,14 @@ from paligemma_jax.commands.evaluate import evaluate
 from paligemma_jax.commands.finetune import finetune
 from paligemma_jax.commands.generate import generate
 from paligemma_jax.commands.parity import parity
+from paligemma_jax.commands.plan import plan
 from paligemma_jax.commands.predict import predict
 from paligemma_jax.commands.recipe import recipe
 
 COMMANDS = {
     "generate": generate,
     "finetune": finetune,
+    "plan": plan,
     "predict": predict,
     "evaluate": evaluate,
     "recipe": recipe,

@@ -1,0 +1,41 @@
+"""`paligemma-jax plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import tyro
+
+from paligemma_jax.commands.options import Numbers, dumps
+from paligemma_jax.scaling import chips
+from paligemma_jax.scaling.workload import Workload
+
+
+def plan(
+    work: Annotated[Workload, tyro.conf.arg(name="")] = Workload(),
+    search: bool = False,
+    batches: Numbers = (),
+    json: bool = False,
+) -> None:
+    """See whether a workload fits chips that nobody has to own, and how fast it can be.
+
+    The programs that generate and finetune run are compiled by the TPU's own compiler (pip install 'paligemma-jax[plan]', in an environment of
+    its own); for GPUs, or with --estimate, by that for CPUs.
+
+    Example: paligemma-jax plan --model 28b-896 --workload finetune --lora 16 --on v5e:4x4
+
+    Args:
+        search: Try every mesh of the chips, with --batches and every --remat, and name the fastest that fits.
+        batches: With --search: rows at a time to try; by default --batch.
+        json: Print one JSON object a plan.
+    """
+    chips.prepare(chips.find(work.on).count)
+    from paligemma_jax.scaling import plan, plan_report
+
+    found = []
+    for one in plan.search(work, batches) if search else [plan.plan(work)]:
+        found.append(one)
+        print(dumps(asdict(one)) if json else plan_report.line(one) if search else plan_report.text(one), flush=True)
+    if search and not json:
+        print(plan_report.best(found))
