@@ -190,6 +190,30 @@ def test_without_libtpu(plan):
     assert "pip install 'paligemma-jax[plan]'" in plan("--model", "tiny", "--on", "v5e:2x2")
 
 
+def test_the_table(tmp_path, monkeypatch):
+    """Few compilations find the largest power of two that fits; what was planned is not planned again; what was not is a dash."""
+    from paligemma_jax.scaling import plan_table
+    from paligemma_jax.scaling.plan import Plan, Program
+
+    asked = []
+
+    def plan(work):
+        asked.append(work)
+        fixed, row, capacity = {"3b": 2, "10b": 8, "28b": 20}[work.model.split("-")[0]] * 2**30, 2**27, 16 * 2**30
+        size = fixed + work.batch * row
+        one = Program(fixed, work.batch * row, 0, size, 1.0, 1.0, {}, 1.0)
+        return Plan(work, {}, False, capacity, size <= capacity, size, programs={"step": one})
+
+    monkeypatch.setattr(plan_table, "plan", plan)
+    found = plan_table.cells(tmp_path / "cells.jsonl")
+    assert plan_table.cell(found["LoRA of rank 16", "3b-448", "v5e:2x4"]) == "yes: 3.0 GiB with 8 rows, 10.0 with 64"
+    assert plan_table.cell(found["all weights, AdamW", "28b-224", "v5e:4x4"]) == "no: 22.0 of 16.0 GiB"
+    assert len(asked) <= 3 * 3 * 3 * 4 * 3
+    before = len(asked)
+    assert plan_table.markdown(plan_table.cells(tmp_path / "cells.jsonl")) == plan_table.markdown(found) and len(asked) == before
+    assert "–" in plan_table.markdown(plan_table.cells(tmp_path / "none.jsonl", every=False))
+
+
 @needs_libtpu
 @pytest.mark.parametrize("workload", ["generate", "finetune"])
 def test_a_tpu_slice(plan, workload):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,11 +12,14 @@ from paligemma_jax.commands.options import Numbers, dumps
 from paligemma_jax.scaling import chips
 from paligemma_jax.scaling.workload import Workload
 
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+
 
 def plan(
     work: Annotated[Workload, tyro.conf.arg(name="")] = Workload(),
     search: bool = False,
     batches: Numbers = (),
+    table: File = None,
     json: bool = False,
 ) -> None:
     """See whether a workload fits chips that nobody has to own, and how fast it can be.
@@ -28,9 +32,15 @@ def plan(
     Args:
         search: Try every mesh of the chips, with --batches and every --remat, and name the fastest that fits.
         batches: With --search: rows at a time to try; by default --batch.
+        table: Instead, plan the published sizes on four slices, keep every plan in this file, go on with those that it has, and print the tables.
         json: Print one JSON object a plan.
     """
     chips.prepare(chips.find(work.on).count)
+    if table:
+        from paligemma_jax.scaling import plan_table
+
+        print(plan_table.markdown(plan_table.cells(Path(table))))
+        return
     from paligemma_jax.scaling import plan, plan_report
 
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
 
 
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 class Chip:
     """One of them, by its maker's figures."""
 
-    memory: float  # bytes; of TPUs those that their compiler (libtpu 0.0.35) lets a program use: of 16, 95 and 32 GB
+    memory: float  # bytes; of TPUs those that their compiler (libtpu 0.0.42) lets a program use: of 16, 95 and 32 GB
     flops: float  # per second, bfloat16, dense
     bandwidth: float  # of that memory, bytes per second
     links: float  # to the other chips, bytes per second that it can send
@@ -63,7 +64,8 @@ def _checked(name: str, kind: str, count: int) -> Slice:
 
 def prepare(count: int) -> None:
     """Before jax is imported: so many devices of a CPU to stand for the chips, and no search for a TPU."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag(count)}"}
+    if "jax" not in sys.modules:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag(count)}"}
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # a compiler is no reason to ask who has the chip
 
 

@@ -127,7 +127,7 @@ def _training(work: Workload, model: Any, mesh: Mesh) -> Iterator[tuple[str, Pro
 
 def _generation(work: Workload, model: Any, mesh: Mesh) -> Iterator[tuple[str, Program]]:
     """The three programs of `inference/generate.py`: images, first token, later tokens, of which a run of the last counts one."""
-    model = jax.eval_shape(partial(quantize, kind=work.quantize), model) if work.quantize else model
+    model = jax.eval_shape(partial(quantize, how=work.quantize), model) if work.quantize else model
     model = jax.eval_shape(partial(stacked, delete=False), model) if work.layers == "stack" else model
     model = sharding.shapes(model, mesh)
     inputs, images = _inputs(work, model.config, round_up(model.config.vision.num_patches + work.text))

@@ -26,8 +26,8 @@ class Workload:
     """Tokens to generate; to train, of the longest answer."""
     lora: int = 0
     """To train: the rank of LoRA; 0 trains all weights."""
-    quantize: Literal["nf4", "int8"] | None = None
-    """Hold the decoder's projections in 4 or 8 bits."""
+    quantize: str | None = None
+    """What to hold in 8 or 4 bits: int8, int4, nf4, or more in words, as for generate."""
     remat: Literal["none", "full", "dots"] = "full"
     """To train: what of each layer is computed again in the backward pass."""
     accumulate: int = 1

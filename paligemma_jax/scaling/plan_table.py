@@ -1,0 +1,94 @@
+"""The published sizes on TPU slices: what fits, how much of a chip it takes, the largest batch. Every plan is kept in a file: all take hours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from paligemma_jax.scaling import chips
+from paligemma_jax.scaling.plan import plan
+from paligemma_jax.scaling.workload import Workload
+
+SLICES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x2")
+MODELS = tuple(f"{size}-{side}" for size, side in product(("3b", "10b", "28b"), (224, 448, 896)))
+KINDS = {  # a stack everywhere: a list of 46 layers takes the compiler many times as long
+    "generate, bfloat16": Workload(workload="generate", layers="stack"),
+    "LoRA of rank 16": Workload(workload="finetune", lora=16),
+    "all weights, AdamW": Workload(workload="finetune"),
+}
+MOST = 1024  # rows; nobody asks for more
+Row = dict[str, Any]  # a `Plan`, as JSON keeps it
+
+
+def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row]]:
+    """The plans of every cell (kind, model, slice), smallest batch first. `every`: make those that are missing in `file`; else only read."""
+    known = {_key(row["work"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+
+    def ask(work: Workload) -> Row:
+        if (row := known.get(_key(asdict(work)))) is None:
+            row = known[_key(asdict(work))] = asdict(plan(work))
+            with file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+        return row
+
+    found = {}
+    for kind, model, on in tqdm(list(product(KINDS, MODELS, SLICES)), unit="cell", disable=None if every else True):
+        work = replace(KINDS[kind], model=model, on=on)
+        same = _key(asdict(work) | {"batch": 0})
+        plans = climb(work, ask) if every else (row for row in known.values() if _key(row["work"] | {"batch": 0}) == same)
+        found[kind, model, on] = sorted(plans, key=lambda row: row["work"]["batch"])
+    return found
+
+
+def climb(work: Workload, ask: Callable[[Workload], Row]) -> Iterator[Row]:
+    """Plans of one row a chip, and if that fits of the largest batch that does and what is just too large, in powers of two: few compilations."""
+    batch = least = chips.find(work.on).count
+    yield (row := ask(replace(work, batch=batch)))
+    if not row["fits"]:
+        return
+    fixed = max(one["argument_bytes"] for one in row["programs"].values())
+    room = (row["chip_bytes"] - fixed) / max(row["bytes_per_chip"] - fixed, 1)  # if what is no argument grows with the rows
+    batch = least
+    while 2 * batch <= min(least * room, MOST):
+        batch *= 2
+    while batch > least:
+        yield (row := ask(replace(work, batch=batch)))
+        if row["fits"]:
+            break
+        batch //= 2
+    while row["fits"] and 2 * batch <= MOST:
+        batch *= 2
+        yield (row := ask(replace(work, batch=batch)))
+
+
+def markdown(found: dict[tuple[str, str, str], list[Row]]) -> str:
+    """A table of every kind: models down, slices across."""
+    parts = []
+    for kind in KINDS:
+        parts += [f"| {kind} | {' | '.join(SLICES)} |", "| --- " * (len(SLICES) + 1) + "|"]
+        parts += [f"| {model} | {' | '.join(cell(found[kind, model, on]) for on in SLICES)} |" for model in MODELS] + [""]
+    return "\n".join(parts)
+
+
+def cell(plans: list[Row]) -> str:
+    """ "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash for what was not compiled."""
+    if not plans:
+        return "–"
+    gib = lambda row: f"{row['bytes_per_chip'] / 2**30:.1f}"
+    fitting = [row for row in plans if row["fits"]]
+    if not fitting:
+        return f"no: {gib(plans[0])} of {plans[0]['chip_bytes'] / 2**30:.1f} GiB" if plans[0]["bytes_per_chip"] else "no"
+    first, last = fitting[0], fitting[-1]
+    more = f", {gib(last)} with {last['work']['batch']}" if last is not first else ""
+    beyond = "" if len(plans) > len(fitting) else " (or more)"
+    return f"yes: {gib(first)} GiB with {first['work']['batch']} rows{more}{beyond}"
+
+
+def _key(work: Row) -> str:
+    return json.dumps(work, sort_keys=True)
