@@ -22,12 +22,9 @@ def plan(
     table: File = None,
     json: bool = False,
 ) -> None:
-    """See whether a workload fits chips that nobody has to own, and how fast it can be.
+    """See what fits chips that nobody has to own, and how fast it can be.
 
-    The programs that generate and finetune run are compiled by the TPU's own compiler (pip install 'paligemma-jax[plan]', in an environment of
-    its own); for GPUs, or with --estimate, by that for CPUs.
-
-    Example: paligemma-jax plan --model 28b-896 --workload finetune --lora 16 --on v5e:4x4
+    Example: paligemma-jax plan --model 28b-224 --batch 4 --on v5e:2x4
 
     Args:
         search: Try every mesh of the chips, with --batches and every --remat, and name the fastest that fits.

@@ -15,7 +15,8 @@ class Workload:
     workload: Literal["generate", "finetune"] = "generate"
     """Answer, or a training step."""
     on: str = "v5e:2x4"
-    """Chips: a TPU slice by its shape (v5e:2x4, v5e:4x4, v6e:2x4, v5p:2x2x2), or GPUs by their number (h200x8, a100-80gx3)."""
+    """Chips: a TPU slice by its shape (v5e:2x4, v5e:4x4, v6e:2x4, v5p:2x2x2), for which the TPU's own compiler is asked (pip install
+    'paligemma-jax[plan]' into an environment of its own), or GPUs by their number (h200x8, a100-80gx3), an estimate by the compiler for CPUs."""
     mesh: str = "auto"
     """How the work is spread over them: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto."""
     batch: int = 8
