@@ -11,6 +11,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hf_models import random_inputs
 
@@ -18,7 +19,7 @@ from convert import formats
 from paligemma_jax.checkpoint import abstract
 from paligemma_jax.model import attention, decoder, layers, masks, vision
 from paligemma_jax.model.layers import stage
-from paligemma_jax.parity import ours
+from paligemma_jax.parity import ours, theirs
 from paligemma_jax.parity.run import Plan, reference_of, stage_rows
 from paligemma_jax.parity.source import Case
 
@@ -140,6 +141,31 @@ def test_defect_is_located(compared, name):
     if where and ("in one" in name or "layers" not in where):
         place = re.match(r"\w+/layers/\d+|.*", where)[0]
         assert all(stage.startswith(place) for stage in off), off
+
+
+def test_streamed(compared):
+    """A module at a time, transformers computes the same to the bit, and holds nothing afterwards; it generates too."""
+    case, reference = compared
+    profile = case.checkpoint.config.profile
+    model = theirs.adapted(theirs.build(case.checkpoint, case.directory, "float32", keep=False), profile)
+    for name, value in theirs.stages(model, case.inputs, profile, True).items():
+        np.testing.assert_array_equal(value, reference.run[name], name)
+    asked = random_inputs(model, ((1, 5, 0),), 0)
+    tokens, _ = theirs.greedy(model, asked, profile, 3)
+    assert tokens.shape == (1, 3) and not any(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("given,told", [
+    (("--image", GOLDEN.parent / "image.png"), "no prompt"),
+    (("--model", "3b-224", "--prompt", "caption en"), "random weights"),
+    (("--depth", "2"), "random weights of a preset"),
+    (("--gradients", "--dtype", "bfloat16"), "float32"),
+    (("--model", "28b-896", "--new", 1000), "--new 0"),
+    (("--numerics", "jax"), "unknown numerics"),
+])  # fmt: skip
+def test_what_cannot_be_compared(command, given, told):
+    code, out, err = command("parity", *given)
+    assert code == 2 and not out and told in err and err.count("\n") == 1
 
 
 def test_report(command, tmp_path, monkeypatch):

@@ -46,16 +46,19 @@ class Einsum(nnx.Module):
         return self.kernel[...].astype(dtype)
 
     def __call__(self, x: Array) -> Array:
-        return biased(product(x, self.dense(x.dtype), self.contracted), self.bias)
+        if self.bias is None:
+            return product(x, self.dense(x.dtype), self.contracted)
+        wide = product(x, self.dense(x.dtype), self.contracted, jnp.float32)  # rounded once, with its bias, as torch's addmm
+        return biased(wide, self.bias).astype(x.dtype)
 
 
-def product(x: Array, kernel: Array, contracted: int) -> Array:
-    """x [..., in...] times kernel [out..., in...] over the last `contracted` axes -> [..., out...].
+def product(x: Array, kernel: Array, contracted: int, dtype: Any = None) -> Array:
+    """x [..., in...] times kernel [out..., in...] over the last `contracted` axes -> [..., out...] in `dtype`, by default x's.
 
     As one matrix of [out, in]: with more axes XLA on a CPU transposes and copies it for each product.
     """
     outs = kernel.shape[: kernel.ndim - contracted]
-    y = jnp.einsum("...i,oi->...o", x.reshape(*x.shape[: x.ndim - contracted], -1), kernel.reshape(math.prod(outs), -1))
+    y = jnp.einsum("...i,oi->...o", x.reshape(*x.shape[: x.ndim - contracted], -1), kernel.reshape(math.prod(outs), -1), preferred_element_type=dtype)
     return y.reshape(*y.shape[:-1], *outs)
 
 

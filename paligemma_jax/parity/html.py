@@ -86,5 +86,13 @@ def _line(row: Row, narrow: bool) -> str:
     else:
         values = [off.max, off.mean, off.relative, off.cosine, row.limits[0]]
         values += [local and local.max, local and local.relative, local and row.limits[1]]
-    kind = "diverges" if row.diverges else "beyond" if row.beyond else "part" if row.stage.endswith(("/weights", "/output")) else ""
+    kind = (
+        "diverges"
+        if row.diverges
+        else "beyond"
+        if row.beyond
+        else "part"
+        if "/layers/" in row.stage and row.stage.endswith(("/weights", "/output"))
+        else ""
+    )
     return f'<tr class="{kind}"><td>{escape(row.stage)}</td>{"".join(f"<td>{text}</td>" for text in cells(*values))}</tr>'

@@ -49,6 +49,12 @@ def run_layer(layer: Any, x: jax.Array, args: tuple, fed: Arrays, attention: boo
     return out, found
 
 
+@jax.jit
+def run_module(module: Any, x: jax.Array) -> jax.Array:
+    """One that is in no layer, compiled as well: in bfloat16 it then rounds as often as where the model is used."""
+    return module(x)
+
+
 def build(checkpoint: Checkpoint, dtype: str) -> tuple[PaliGemma, Callable[[str], jax.Array]]:
     """The model with what is no layer in memory, and how to read a parameter."""
     read = lambda path: jnp.asarray(checkpoint.tensors[path].load()).astype(dtype)
@@ -62,6 +68,8 @@ def stages(model: PaliGemma, read: Callable[[str], Any], inputs: Inputs, attenti
     model = jax.tree.map(lambda leaf: leaf, model)
     for tower in ("vision", "decoder"):
         vars(getattr(model, tower))["layers"] = Streamed(tower, getattr(model, tower).layers, read, attention, fed)
+    for parent, name in ((model.vision, "patch"), (model.vision, "norm"), (model, "projector"), (model.decoder, "norm")):
+        vars(parent)[name] = partial(run_module, getattr(parent, name))
     inputs = jax.tree.map(jnp.asarray, inputs)
     with collect(attention, branches=True, fed=fed) as found:
         model(inputs.tokens, inputs.images if len(inputs.images) else None, inputs.valid, inputs.prefix)

@@ -21,7 +21,7 @@ ADAPTED = {
 }
 NOTE = {
     False: "Errors against transformers: from the inputs on; and local, of the stage alone, on transformers' own output of the stage before it.\n"
-    "relative: norm of the difference / norm of the reference. Of each layer the output, and of its parts the one nearest to its limit.",
+    "relative: norm of the difference / norm of the reference.",
     True: "Relative errors against transformers in float32 on the same weights: from the inputs on; and local, of the stage alone, on the output\n"
     "that transformers has in bfloat16 of the stage before it. What counts is how many times larger they are than transformers' own.",
 }
@@ -53,7 +53,8 @@ def adapted(report: Report) -> dict[str, str]:
 
 def table(report: Report) -> str:
     """The whole report, 112 columns at most."""
-    parts = [head(report), _align(_lines(report)), NOTE[report.narrow]]
+    note = f"{NOTE[report.narrow]}\nA layer's line is its output, and of its parts the one nearest to its limit."
+    parts = [head(report), _align(_lines(report)), note]
     parts += [_tokens(report)] if report.tokens else []
     return "\n\n".join([*parts, verdict(report)])
 

@@ -13,6 +13,7 @@ from convert import formats, peft
 from convert.checkpoint import Checkpoint
 from convert.layout import shape
 from convert.match import Piece, pieces
+from convert.quantized import dense
 from convert.table import HUGGINGFACE
 from convert.tensor import DTYPES, Index, Tensor, loaded
 from paligemma_jax import checkpoint as checkpoints
@@ -100,8 +101,9 @@ def load_case(
 
 
 def _read(source: Path) -> Checkpoint:
-    """The checkpoint; of an adapter, the model with it merged."""
+    """The checkpoint; of an adapter the model with it merged, of a quantized one with its matrices made whole."""
     if not peft.is_adapter(source):
-        return formats.read(source)
+        found = formats.read(source)
+        return dense(found) if found.formats else found
     model = checkpoints.load_model(source)
     return Checkpoint("jax", model.config, {path: loaded(array) for path, array in parameters(model).items()})
