@@ -55,7 +55,7 @@ def test_without_label_and_with_mask():
 
 
 @pytest.mark.parametrize("wrong", [
-    locs(1, 2, 3), locs(1, 2, 3, 4, 5), locs(1, 2, 3, 4, 5, 6, 7, 8), locs(500, 0, 400, 10), locs(0, 10, 10, 10),
+    locs(1, 2, 3), locs(1, 2, 3, 4, 5), locs(1, 2, 3, 4, 5, 6, 7, 8), locs(500, 0, 400, 10), locs(0, 10, 10, 10), locs(10, 0, 10, 10),
     "<loc0001><loc0002><loc1024><loc0004>",
 ])  # fmt: skip
 def test_no_box_is_invented(wrong):
