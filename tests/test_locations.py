@@ -118,7 +118,8 @@ def test_scores_are_the_mean_of_a_things_own_tokens():
     ]
     things = parse([*tokens, ("<loc0001>", -1.0), ("<loc0002>", -1.0), ("<loc0003>", -1.0), ("<loc0004>", -1.0), ("", -99.0)], (10, 10))
     np.testing.assert_allclose([thing.score for thing in things], [math.exp(-3.5), math.exp(-1)])
-    assert parse(CAT, (10, 10))[0].score is None
+    masked = parse([(f"<loc{n:04}>", -1.0) for n in (1, 2, 3, 4)] + [(f"<seg{n:03}>", -9.0) for n in range(16)] + [(" cat", -1.0)], (10, 10))
+    assert masked[0].score == math.exp(-1) and parse(CAT, (10, 10))[0].score is None
 
 
 def test_pieces_join_to_the_answer():

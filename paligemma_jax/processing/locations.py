@@ -33,7 +33,7 @@ class Detection:
 
     label: str
     box: Box  # left, top, right, bottom in pixels of the original image
-    score: float | None = None  # in 0..1: the geometric mean of its tokens' probabilities; None where they are not known
+    score: float | None = None  # in 0..1: the geometric mean of the probabilities of the tokens of box and label; None where they are not known
     codes: tuple[int, ...] = ()  # the 16 of its mask, if it has one
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)  # bool[H, W] of the original image
 
@@ -70,7 +70,8 @@ def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
             skipped.append(thing[2])
             codes = []
         last = thing.start() + len(thing[0].rstrip())
-        own = [value for (piece, value), end in zip(tokens, ends) if piece and thing.start() < end and end - len(piece) < last]
+        its = [token for token, end in zip(tokens, ends) if token[0] and thing.start() < end and end - len(token[0]) < last]
+        own = [value for piece, value in its if not piece.startswith("<seg")]  # many codes can draw much the same
         score = float(np.exp(np.mean(own))) if own else None
         found.append(Detection(thing[3].strip(), _pixels(box, size), score, tuple(codes)))
     skipped = [part.strip(" ;\n") for part in [*skipped, text[at:]]]
@@ -78,7 +79,10 @@ def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
 
 
 def write(things: Iterable[Detection], size: Size) -> str:
-    """The text that says these: an answer to learn. ValueError for a box without extent or beyond the image, or a label that ; or < would end."""
+    """The text that says these: an answer to learn. A box thinner than a bin may be written as one without extent, which `parse` skips.
+
+    ValueError for a box without extent or beyond the image, or a label that ; or < would end.
+    """
     parts = []
     for thing in things:
         if re.search(r"[;<]", thing.label):
