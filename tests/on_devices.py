@@ -59,6 +59,7 @@ def compare(cases: list[list]) -> list[dict]:
     found = []
     for kind, form, train, quantize, mesh in cases:
         config = small(kind)
+        sharding._said.clear()
         with warnings.catch_warnings(record=True, action="always") as told:
             one, many = (_all_of(config, form, train, quantize, sharding.find_mesh(where, config)) for where in (None, mesh))
         worst = lambda a, b: float(np.abs(a - b).max() / max(1, np.abs(a).max()))

@@ -54,9 +54,9 @@ def test_what_travels():
 
 
 def test_weak_scaling():
-    """As many rows a device on 1, 2, 4 and 8 devices: as much work for each, however they are used."""
+    """As many rows a device on 1, 2, 4 and 8 devices: as much work for each, however they are used (of the optimizer's part even less)."""
     meshes = ["data=1", "data=2", "fsdp=4", "data=2,fsdp=2,tensor=2"]
-    one, *others = call(8, "flops", [(mesh, 2 * 2**i) for i, mesh in enumerate(meshes)])
+    one, *others = call(8, "flops", [(mesh, 8 * 2**i) for i, mesh in enumerate(meshes)])
     assert one > 1e6 and all(abs(more / one - 1) < 0.05 for more in others), (one, others)
 
 

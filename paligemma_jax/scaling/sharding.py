@@ -126,7 +126,7 @@ def partitions(tree: Any, mesh: Any) -> Any:
     def one(path: tuple, leaf: Any) -> PartitionSpec:
         name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         axes = letters(name, len(leaf.shape))
-        if name.endswith(("kernel", "table")):
+        if name.endswith(("kernel", "table", "codes")):
             wanted = [(letter, size, axis, mesh.shape.get(axis, 1)) for letter, size in zip(axes, leaf.shape) for axis in MESH_AXES.get(letter, ())]
             for letter, size, axis, ways in wanted:
                 if size % ways:
