@@ -10,12 +10,12 @@ import pytest
 import tyro
 from PIL import Image
 
+from paligemma_jax.checkpoint import TINY, codec_file
 from paligemma_jax.evaluation import pickled
 from paligemma_jax.evaluation.cases import METRICS, Case
 from paligemma_jax.evaluation.datasets import CONVERTERS, convert
 from paligemma_jax.evaluation.recipes import RECIPES
 from paligemma_jax.evaluation.refcoco import rasterize
-from paligemma_jax.processing.masks_codec import MaskCodec, save_codec
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import read
 
@@ -149,8 +149,7 @@ def test_refcoco_masks(make, tmp_path):
     wanted[0, 12:36, 8:40], wanted[1, :, 60:] = True, True
     for row, mask in zip(rows[1:], wanted):
         np.testing.assert_array_equal(Case(row, tmp_path / "out").wanted_mask(None), mask)
-    save_codec(tmp_path / "codec.safetensors", MaskCodec(2, 8))
-    rows = make("refcoco-segment", files, [], codec=tmp_path / "codec.safetensors")
+    rows = make("refcoco-segment", files, [], codec=codec_file(TINY))
     assert rows[0]["suffix"].count("<seg") == 16 and rows[0]["suffix"].startswith("<loc0256><loc0128><loc0767><loc0639><seg")
 
 
