@@ -22,13 +22,16 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 @pytest.fixture
-def plan(command, monkeypatch):
+def plan(command):
     """The arguments of `paligemma-jax plan` -> its JSON, as one object or several; or what it says on stderr."""
 
     def run(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "environ", os.environ.copy())  # it is changed before jax would be imported
+        before = os.environ.copy()  # it is changed, before jax would be imported
+        try:
             code, out, err = command("plan", "--json", *arguments)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
         found = [json.loads(line) for line in out.splitlines()]
         return err if code else found[0] if len(found) == 1 else found
 

@@ -6,6 +6,7 @@ slice that is only described, or, where there is none, by that of CPUs for as ma
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import time
 import warnings
@@ -183,12 +184,9 @@ def _devices(where: chips.Slice, estimate: bool) -> list[Any]:
                 f"{where.name} stands for {where.count} devices, this process has {len(devices)}: set {chips.flag(where.count)} in XLA_FLAGS"
             )
         return devices[: where.count]
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            "the TPU's compiler is not installed: pip install 'paligemma-jax[plan]' into an environment of its own, or --estimate"
-        ) from None
+    if importlib.util.find_spec("libtpu") is None:
+        wanted = "pip install 'paligemma-jax[plan]' into an environment of its own, or --estimate"
+        raise ValueError(f"the compiler for TPUs is not installed: {wanted}")
     from jax.experimental import topologies
 
     try:

@@ -26,7 +26,7 @@ def line(plan: Plan) -> str:
 
 def text(plan: Plan) -> str:
     """`line`, and a table of the programs."""
-    rows = [("", "arguments", "temporaries", "results", "GiB", "TFLOP", "moved", "sent", "at best ms", "compile s")]
+    rows: list[tuple[str, ...]] = [("", "arguments", "temporaries", "results", "GiB", "TFLOP", "moved", "sent", "at best ms", "compile s")]
     for name, one in plan.programs.items():
         sizes = (one.argument_bytes, one.temporary_bytes, one.output_bytes, one.memory_bytes)
         work = (one.flops / 1e12, one.bytes / 1e9, sum(one.sent_bytes.values()) / 1e9, 1000 * one.seconds)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,7 +35,7 @@ class Work:
     """Of one run of the program on one device."""
 
     flops: float = 0.0
-    sent: Counter = field(default_factory=Counter)  # bytes, by kind of collective
+    sent: dict[str, float] = field(default_factory=dict)  # bytes, by kind of collective
 
 
 def collectives(text: str) -> list[Operation]:
@@ -64,9 +63,9 @@ def work(text: str) -> Work:
         return flops, sent
 
     flops, channels = of(entry)
-    sent = Counter()
+    sent: dict[str, float] = {}
     for kind, size in channels.values():
-        sent[kind] += size
+        sent[kind] = sent.get(kind, 0.0) + size
     return Work(flops, sent)
 
 
@@ -133,8 +132,8 @@ def _flops(operation: Operation, find: Callable[[str], Operation | None]) -> flo
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", operation.text)
     assert labels
     spatial = [letter for letter in labels[3] if letter.isdigit()]
-    sizes = [[shape[label.index(letter)] for shape, label in zip((lhs, rhs, out), labels.groups())] for letter in spatial]
-    pairs = [_pairs(n, *three, operation.text) for n, three in enumerate(sizes)]
+    size = lambda n, letter: (out, lhs, rhs)[n][labels.groups()[n - 1].index(letter)]  # groups: lhs, rhs, out
+    pairs = [_pairs(n, size(1, letter), size(2, letter), size(0, letter), operation.text) for n, letter in enumerate(spatial)]
     rest = math.prod(size for size, letter in zip(out, labels[3]) if not letter.isdigit())
     return 2.0 * rest * rhs[labels[2].index("i")] * math.prod(pairs)
 
