@@ -18,7 +18,7 @@ from paligemma_jax.inference.sampling import Beam, Greedy, Sample
 from paligemma_jax.processing.locations import Detections, parse
 
 PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
-EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4")  # about it
+EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4", "segment 3")  # about it
 TASKS = {"Caption": "caption en", "Ask": "answer en ", "Read text": "ocr", "Detect": "detect ", "Segment": "segment "}
 METHODS = ("Greedy", "Sample", "Beam")
 PROGRAMS = 64  # kinds of question after which compiled programs are forgotten: a process can hold some thousand (Linux: 65,530 memory maps)

@@ -21,7 +21,9 @@ def answer(shown: Shown) -> str:
     text = escape(shown.text) if shown.text else "<i>nothing</i>"
     if shown.found and shown.done:
         counts = Counter(thing.label for thing in shown.found)
-        things = " ".join(f"<span class=thing>{escape(label) or 'thing'}{f' × {n}' if n > 1 else ''}</span>" for label, n in counts.items())
+        things = " ".join(
+            f"<span class=thing>{escape(label) or 'thing'}{f'<small> ×{n}</small>' if n > 1 else ''}</span>" for label, n in counts.items()
+        )
         text = f"{things}<details><summary>as the model says it</summary><code>{text}</code></details>"
     elif "<loc" in shown.text:
         text = f"<code>{text}</code>"
