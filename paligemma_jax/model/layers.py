@@ -227,14 +227,14 @@ class _Collection:
     stages: dict[str, Array]
     attention: bool
     branches: bool
-    fed: Mapping[str, Array]
+    fed: Mapping[str, Any]
 
 
 _collecting: ContextVar[tuple[_Collection, str] | None] = ContextVar("collecting", default=None)
 
 
 @contextmanager
-def collect(attention: bool = False, branches: bool = False, fed: Mapping[str, Array] = MappingProxyType({})) -> Iterator[dict[str, Array]]:
+def collect(attention: bool = False, branches: bool = False, fed: Mapping[str, Any] = MappingProxyType({})) -> Iterator[dict[str, Array]]:
     """Gathers what `stage` is given while the model is called inside; with `attention`, the attention weights too.
 
     branches: also what each block's attention and MLP add to the residual stream: layers/0/attention/output, layers/0/mlp/output.

@@ -85,6 +85,7 @@ def head(report: Report) -> str:
 
 def _lines(report: Report) -> list[tuple[str, ...]]:
     """A layer is one line, with the worst of its parts; parts that diverge have lines of their own."""
+    lines: list[tuple[str, ...]]
     if report.narrow:
         lines = [("stage", "relative", "theirs", "x", "limit", "local", "theirs", "x", "limit", "of")]
     else:

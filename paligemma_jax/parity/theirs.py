@@ -45,8 +45,8 @@ def build(checkpoint: Checkpoint, directory: Path | None, dtype: str, keep: bool
     logging.set_verbosity_error()
     small = checkpoint.nbytes < 2**27
     torch.set_num_threads(1 if small else os.cpu_count() or 1)  # threads wait for each other longer than a small model computes
-    theirs = directory is not None and (directory / "config.json").exists()
-    config = AutoConfig.from_pretrained(directory) if theirs else Config.from_dict(write_config(checkpoint.config, dtype))
+    theirs = directory if directory is not None and (directory / "config.json").exists() else None
+    config = AutoConfig.from_pretrained(theirs) if theirs else Config.from_dict(write_config(checkpoint.config, dtype))
     with no_init_weights():  # allocates, but touches no memory
         model = PaliGemmaForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     model.tie_weights()
@@ -212,10 +212,12 @@ def processed(case: Case) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     vision, (_, prompts, suffixes) = case.checkpoint.config.vision, case.texts
     tokenizer = GemmaTokenizer.from_pretrained(str(case.directory), local_files_only=True)
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in LOCATIONS])  # before <image>, as in the released checkpoints
-    pixels = SiglipImageProcessorPil(size={"height": vision.image_size, "width": vision.image_size})
+    pixels: Any = SiglipImageProcessorPil(size={"height": vision.image_size, "width": vision.image_size})
     pixels.image_seq_length = vision.num_patches
-    opened = [[Image.open(image) for image in row.images] for row in case.processor.rows(*case.texts)]
-    out = PaliGemmaProcessor(pixels, tokenizer)(opened, prompts, suffix=suffixes, padding=True, padding_side="left", return_tensors="np")
+    processor: Any = PaliGemmaProcessor(pixels, tokenizer)
+    rows = case.processor.rows(*case.texts) if case.processor else []
+    opened: Any = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
+    out = processor(opened, prompts, suffix=suffixes, padding=True, padding_side="left", return_tensors="np")
     inputs = case.inputs
     yield "pixels", inputs.images, np.moveaxis(out["pixel_values"], 1, 3)
     for name, found, key in (

@@ -42,8 +42,10 @@ def greedy(model: PaliGemma, case: Case, theirs: tuple[np.ndarray, np.ndarray]) 
     wanted, gaps = theirs
     found = generate.generate(model, case.asked, wanted.shape[1]).tokens
     ends = lambda rows: [row[: next(iter(np.flatnonzero(np.isin(row, case.checkpoint.config.eos_token_ids))), len(row))].tolist() for row in rows]
-    texts = None if case.processor is None else tuple([case.processor.decode(row) for row in ends(rows)] for rows in (found, wanted))
-    return Tokens(found, wanted, gaps, texts)
+    if (processor := case.processor) is None:
+        return Tokens(found, wanted, gaps, None)
+    ours, truth = ([processor.decode(row) for row in ends(rows)] for rows in (found, wanted))
+    return Tokens(found, wanted, gaps, (ours, truth))
 
 
 def gradients(model: PaliGemma, case: Case) -> dict[str, np.ndarray]:
