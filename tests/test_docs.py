@@ -143,6 +143,7 @@ def test_commands_that_are_not_run_have_flags_that_exist(command):
                 flags = set(re.findall(r"(?<=\s)--[a-z][\w-]*", line))
                 if line.startswith("python -m convert ") and " inspect " not in line:
                     assert flags <= convert, f"{page.name}: {line}"
-                if name := re.search(r"paligemma-jax (\w+)", line):
+                if name := re.search(r"paligemma-jax (\w+).*", line):
+                    flags = set(re.findall(r"(?<=\s)--[a-z][\w-]*", name[0]))
                     help = helps.setdefault(name[1], command(name[1], "--help")[1])
                     assert not (missing := {flag for flag in flags if flag not in help}), f"{page.name}: {line}: {missing}"
