@@ -16,6 +16,7 @@ from convert import convert
 ON_EIGHT = """
 import json, sys
 import jax, numpy as np
+from pathlib import Path
 sys.path[:0] = {paths!r}
 import convert_sources as sources
 import hf_models
@@ -26,17 +27,17 @@ from paligemma_jax.scaling.sharding import make_mesh
 from types import SimpleNamespace as Config
 
 jax.config.update("jax_default_matmul_precision", "highest")
-size = sum(leaf.nbytes for leaf in parameters(load_model({source!r})).values())
+size = sum(leaf.nbytes for leaf in parameters(load_model(Path({source!r}))).values())
 read, load = [], tensor.Tensor.load
 tensor.Tensor.load = lambda self, index=(): read.append(load(self, index)) or read[-1]
 held = lambda leaf, device: sum(shard.data.nbytes for shard in leaf.addressable_shards if shard.device == device)
 vision = Config(image_size=56, patch_size=14)
 inputs = hf_models.random_inputs(Config(config=Config(vision_config=vision, image_token_index=hf_models.IMAGE)))
-expected, found = sources.logits(load_model({source!r}), inputs), []
+expected, found = sources.logits(load_model(Path({source!r})), inputs), []
 for shape in {meshes!r}:
     read.clear()
     mesh = make_mesh(*shape)
-    model = load_model({source!r}, mesh=mesh)
+    model = load_model(Path({source!r}), mesh=mesh)
     leaves = parameters(model)
     whole = [path for path, leaf in leaves.items() if leaf.sharding.is_fully_replicated]
     parts = [max(shard.data.nbytes for shard in leaf.addressable_shards) / leaf.nbytes for path, leaf in leaves.items() if path not in whole]
@@ -45,7 +46,7 @@ for shape in {meshes!r}:
         difference=float(np.abs(logits - expected)[inputs.valid].max()), largest_part=max(parts, default=1), sharded=len(parts),
         whole=sum(leaves[path].nbytes for path in whole) / size, read=sum(a.nbytes for a in read) / size,
         on_a_device=max(sum(held(leaf, device) for leaf in leaves.values()) for device in jax.devices()) / size,
-        half=str(load_model({source!r}, "bfloat16", mesh=mesh).decoder.embedder.table[...].dtype),
+        half=str(load_model(Path({source!r}), "bfloat16", mesh=mesh).decoder.embedder.table[...].dtype),
     ))
 print(json.dumps(found))
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,11 +33,14 @@ def test_every_stage(random_checkpoint):
                 rows = np.broadcast_to(inputs.valid[:, None] if "weights" in name else inputs.valid, value.shape[:-1])
                 value, wanted = value[rows], wanted[rows]
             worst = np.abs(value - wanted).max() / np.abs(wanted).max()
-            assert worst < TOLERANCE[name.split("/")[0]], (kind, seed, name, worst)
+            rung = "vision weights" if re.fullmatch(r"vision/.*/weights", name) else name.split("/")[0]
+            assert worst < TOLERANCE[rung], (kind, seed, name, worst)
 
 
 # Largest error over largest value; the measured ones are 2 to 5 times smaller. Depth and the sharp attention of the test models amplify.
-TOLERANCE = {"vision": 2e-6, "projector": 2e-6, "decoder": 2e-5, "logits": 1.2e-5}
+# The image encoder's attention weights have a rung of their own, for softmax amplifies the rounding of large scores: against float64 transformers
+# itself is up to 1.5e-6 off there (an AMD EPYC), this model 0.6 to 1.1 times as much.
+TOLERANCE = {"vision": 2e-6, "vision weights": 3e-6, "projector": 2e-6, "decoder": 2e-5, "logits": 1.2e-5}
 
 
 @pytest.mark.parametrize("kind,seed", CASES)
