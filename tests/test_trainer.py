@@ -191,8 +191,8 @@ def test_the_encoder_learns_at_its_own_rate():
 
 
 @pytest.mark.parametrize("train,quantized", [("all", None), ("decoder", None), ("lora", None), ("lora", "nf4")])
-def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(data, tmp_path, train, quantized):
-    config = Finetune(str(data), "", train=train, quantize=quantized, dtype="bfloat16", lora_rank=2, batch_size=2, learning_rate=1e-3)
+def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(train, quantized):
+    config = Finetune("", "", train=train, quantize=quantized, dtype="bfloat16", lora_rank=2, batch_size=2, learning_rate=1e-3)
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     trainer = Trainer(prepared(load_model(TINY, "bfloat16", wide=wide, quantize=quantized), config), config, 4)
     state, found = trainer.start(), []
