@@ -352,3 +352,9 @@ def test_taken_port(address, predictor):
 def test_missing_extra(command, monkeypatch):
     monkeypatch.setattr("paligemma_jax.commands.demo.find_spec", lambda name: None)
     assert command("demo") == (2, "", "paligemma-jax: the page needs an extra: pip install 'paligemma-jax[demo]'\n")
+
+
+@pytest.mark.parametrize("flag,value", [("--port", "99999"), ("--port", "-1"), ("--users", "0")])
+def test_numbers_that_cannot_be(command, flag, value):
+    code, _, err = command("demo", flag, value)
+    assert code == 2 and err.startswith(f"paligemma-jax: {flag} {value}: it can be")

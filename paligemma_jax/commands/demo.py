@@ -39,6 +39,10 @@ def demo(
     """
     if find_spec("gradio") is None:
         raise ValueError("the page needs an extra: pip install 'paligemma-jax[demo]'")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port {port}: it can be 0 (any that is free) to 65535")
+    if users < 1:
+        raise ValueError(f"--users {users}: it can be 1 or more")
     from paligemma_jax.demo.ask import PICTURE
     from paligemma_jax.demo.server import served
 
