@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
@@ -46,12 +47,12 @@ class Quantized(nnx.Module):
     def __call__(self, x: Array) -> Array:
         outs, ins = self.shape[: -self.contracted], self.shape[-self.contracted :]
         if self.format.kind != "int8" and math.prod(ins) % self.format.block:  # blocks run over the ends of rows
-            dense = lambda x: product(x, self.dense(x.dtype), self.contracted)
-            return biased(jax.checkpoint(dense)(x), self.bias)
+            dense = lambda x: product(x, self.dense(x.dtype), self.contracted, jnp.float32)
+            return biased(jax.checkpoint(dense)(x), self.bias).astype(x.dtype)
         codes, scale = self.matrix()
         # Checkpointed: or else the backward pass would hold the whole kernel of every layer.
         y = jax.checkpoint(partial(multiply, self.format))(x.reshape(*x.shape[: x.ndim - len(ins)], -1), codes, scale)
-        return biased(y.reshape(*y.shape[:-1], *outs).astype(x.dtype), self.bias)
+        return biased(y.reshape(*y.shape[:-1], *outs), self.bias).astype(x.dtype)  # rounded once, as in `Einsum`
 
     def matrix(self) -> tuple[Array, Array]:
         """Codes and float32 scales as `multiply` takes them."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_lora import logits
 
 import paligemma_jax as pg
@@ -14,7 +15,7 @@ from paligemma_jax.model import codes
 from paligemma_jax.model.codes import NF4, decode, dynamic, encode, multiply, scales
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.model.precision import Format, Quantization
-from paligemma_jax.quantization import quantize
+from paligemma_jax.quantization import Quantized, quantize
 from paligemma_jax.synthetic import stacked
 
 KINDS = ["int8", "int8-bf16", "int4-32", "int4", "nf4-32", "nf4", "nf4-128", "nf4-64-bf16", "nf4-64-double", "int4-32-double"]
@@ -129,6 +130,20 @@ def test_quantized_while_loading_or_after_listed_or_stacked(how):
         np.testing.assert_allclose(value, parameters(loading)[path], rtol=1e-6, err_msg=path)
     stack = quantize(stacked(load_model(TINY)), how)
     np.testing.assert_allclose(logits(stack), logits(loading), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape,contracted", [((48, 64), 1), ((48, 80), 1)])  # 80: blocks of 32 run over the ends of rows
+def test_a_bias_is_added_before_rounding(shape, contracted):
+    """In bfloat16: the float32 product, plus the bias, rounded once, as an `Einsum` and torch do."""
+    rng, format = np.random.default_rng(0), Format.of("int4-32")
+    kernel, bias = weight(shape), jnp.asarray(rng.normal(size=shape[0]), jnp.bfloat16)
+    parts = encode(format, jnp.asarray(kernel), contracted)
+    x = jnp.asarray(rng.normal(size=(500, shape[1])), jnp.bfloat16)
+    found = Quantized(format, shape, contracted, parts, nnx.Param(bias))(x)
+    wide = decode(format, parts, shape).astype(jnp.bfloat16).astype(jnp.float32)
+    expected = (x.astype(jnp.float32) @ wide.T + bias.astype(jnp.float32)).astype(jnp.bfloat16)
+    twice = (x.astype(jnp.float32) @ wide.T).astype(jnp.bfloat16) + bias
+    assert found.dtype == jnp.bfloat16 and (found != expected).mean() < 0.02 < (twice != expected).mean()
 
 
 def test_bytes_are_as_arithmetic_says():
