@@ -312,7 +312,7 @@ def test_no_other_route(address, route):
 def test_long_uploads(address):
     assert upload(address, b"x" * 900_000)[0] == 200
     assert upload(address, b"x" * 1_500_000)[0] == 413  # Gradio's limit
-    assert upload(address, b"x" * 3_000_000)[0] == 413  # the fence's, before the body is read
+    assert upload(address, b"x" * 3_000_000)[0] == 413  # the fence's, by the length that is announced
     assert ask_server(f"{address}/gradio_api/queue/join", b"x" * 1_500_000)[0] == 413
 
 

@@ -24,7 +24,7 @@ SENTENCE = 1_000_000  # bytes of a request that uploads nothing
 
 @dataclass
 class Fence:
-    """ASGI: answers 404 to any other route, and 413 to a body that is too long."""
+    """ASGI: answers 404 to any other route, and 413 to a body that is too long, none of which is kept."""
 
     app: Callable[..., Awaitable[None]]
     limits: Limits
@@ -37,6 +37,7 @@ class Fence:
             return await _refuse(send, 404, "no such page")
         room = self.limits.megabytes * 1e6 + SENTENCE if path.startswith("/gradio_api/upload") else SENTENCE
         if int(dict(scope["headers"]).get(b"content-length", b"0")) > room:
+            await _drain(receive)
             return await _refuse(send, 413, f"a file may have {self.limits.megabytes:g} MB")
         taken = 0
 
@@ -47,6 +48,14 @@ class Fence:
             return message if taken <= room else {"type": "http.disconnect"}
 
         await self.app(scope, counted, send)
+
+
+async def _drain(receive: Callable, most: int = 100_000_000) -> None:
+    """Lets the body go by: who is answered before all is sent may find the connection reset in the place of the answer."""
+    message: dict = {"more_body": True}
+    while message.get("more_body") and most > 0:
+        message = await receive()
+        most -= len(message.get("body", b""))
 
 
 async def _refuse(send: Callable, status: int, reason: str) -> None:
