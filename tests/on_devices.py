@@ -143,6 +143,13 @@ def collectives(mesh: str, rows: int) -> list[list]:
     return found
 
 
+def auto(cases: list[list]) -> list[dict]:
+    """The mesh that "auto" is for (kind, training?)."""
+    from paligemma_jax.scaling import sharding
+
+    return [dict(sharding.find_mesh("auto", small(kind), training).shape) for kind, training in cases]
+
+
 def flops(meshes: list[tuple[str, int]]) -> list[float]:
     """Of a training step on one device, by the compiler's count, for so many rows each."""
     from paligemma_jax.scaling import sharding

@@ -34,6 +34,12 @@ def test_eight_devices_compute_what_one_does():
     check([("pg2", "stack", "all", None, "data=2,fsdp=2,tensor=2"), ("pg1", "list", "lora", "nf4", "fsdp=2,tensor=4")])
 
 
+def test_auto():
+    """To answer: no more tensor than the 4 key heads of Gemma 2 divide over, else the cache is whole on every device; one key head is small."""
+    two, one, training = call(8, "auto", [("pg2", False), ("pg1", False), ("pg2", True)])
+    assert two == {"data": 2, "fsdp": 1, "tensor": 4} and one == {"data": 1, "fsdp": 1, "tensor": 8} and training["fsdp"] == 8
+
+
 def test_what_travels():
     """Of 16 rows of 32 tokens over fsdp=4, tensor=2; D = 64, F = 96, N*H = 64; a table of [65536, 64], of which the loss takes half at a time."""
     found = call(8, "collectives", "fsdp=4,tensor=2", 16)

@@ -63,7 +63,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
 def find_mesh(mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool = False, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh that "data=2,fsdp=4,tensor=2" names (what is left out is 1), or "auto"; a `Mesh` with axes of these names is taken as it is.
 
-    auto: to train, all devices are fsdp; to answer, as many as divide the heads are tensor, so that no weight travels, and the rest data.
+    auto: to train, all devices are fsdp; to answer, as many are tensor as divide the key heads, so that no weight travels and each holds its own
+    heads' part of the cache, and the rest data. A single key head (PaliGemma 1) lies whole on each, and the query heads are divided.
     devices: by default, to train, those of all processes; to answer, this one's: each process then answers by itself.
     """
     if isinstance(mesh, Mesh):
@@ -75,7 +76,8 @@ def find_mesh(mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool =
     devices = devices or (jax.devices() if training else jax.local_devices())
     have = len(devices)
     if mesh == "auto":
-        heads = math.gcd(have, config.decoder.num_attention_heads)
+        decoder = config.decoder
+        heads = math.gcd(have, decoder.num_key_value_heads if decoder.num_key_value_heads > 1 else decoder.num_attention_heads)
         return make_mesh(fsdp=have, devices=devices) if training else make_mesh(data=have // heads, tensor=heads, devices=devices)
     sizes = {}
     for part in mesh.split(","):
