@@ -106,6 +106,14 @@ def test_a_tpu_program():
     assert [operation.kind for operation in program.collectives(TPU)] == ["all-gather", "all-reduce"]
 
 
+def test_a_loop_of_two_rounds_a_turn():
+    """As a TPU multiplies by slices that go round in a ring both ways: the counter goes up by two."""
+    rounds = TPU.replace("  %r =", "  %step = s32[] constant(2)\n  %next = s32[] add(%now, %step)\n  %r =").replace("tuple(%i,", "tuple(%next,")
+    assert program.work(rounds).sent["all-reduce"] == program.work(TPU).sent["all-reduce"] / 2
+    odd = rounds.replace("constant(26)", "constant(25)")
+    assert program.work(odd) == program.work(rounds)
+
+
 def pairs_of_four():
     """Where four places of the output meet a kernel of four behind three pads."""
     return 1 + 2 + 3 + 4

@@ -100,22 +100,40 @@ def _calls(operation: Operation, bodies: dict[str, dict[str, Operation]]) -> Ite
     if operation.kind.endswith(("-done", "-update")):
         return
     called = dict(re.findall(r"(calls|body|to_apply|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)", operation.text))
-    turns = _turns(operation, bodies.get(called.get("condition", "").lstrip("%"), {}))
+    turns = _turns(operation, *(bodies.get(called.get(part, "").lstrip("%"), {}) for part in ("condition", "body")))
     for names in called.values():
         for name in re.findall(r"[\w.\-]+", names):
             if name in bodies:
                 yield name, turns
 
 
-def _turns(operation: Operation, condition: dict[str, Operation]) -> int:
-    """Of a loop: what the compiler says, or the constant that its counter is compared with."""
+def _turns(operation: Operation, condition: dict[str, Operation], body: dict[str, Operation]) -> int:
+    """Of a loop: what the compiler says, or the constant that its counter, from 0 on, is compared with, over what a turn adds to it.
+
+    A TPU's product of slices that go round in a ring, both ways, is a loop of two rounds a turn.
+    """
     if told := re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.text):
         return int(told[1])
     last = next(reversed(condition.values()), None)
     if last is None or last.kind != "compare" or "direction=LT" not in last.text:
         return 1
-    limits = [condition[name] for name in last.operands if name in condition and condition[name].kind == "constant"]
-    return int(limits[0].text.split(")")[0]) if len(limits) == 1 else 1
+    limits = [number for name in last.operands if (number := _constant(condition.get(name))) is not None]
+    return -(-limits[0] // _step(condition[last.operands[0]], body)) if len(limits) == 1 else 1
+
+
+def _step(counter: Operation, body: dict[str, Operation]) -> int:
+    """What a turn of `body` adds to the counter, one of the values that the loop hands on; 1 if it is not to be seen."""
+    place, result = re.search(r"index=(\d+)", counter.text), next(reversed(body.values()), None)
+    if place is None or result is None or result.kind != "tuple":
+        return 1
+    added = body.get(result.operands[int(place[1])])
+    numbers = [number for name in added.operands if (number := _constant(body.get(name)))] if added and added.kind == "add" else []
+    return numbers[0] if len(numbers) == 1 else 1
+
+
+def _constant(operation: Operation | None) -> int | None:
+    whole = operation and operation.kind == "constant" and re.match(r"(\d+)\)", operation.text)
+    return int(whole[1]) if whole else None
 
 
 def _flops(operation: Operation, find: Callable[[str], Operation | None]) -> float:
