@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from convert.quantized import matrices
-from paligemma_jax import load
+from paligemma_jax import Predictor, load
+from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.codes import decode, encode
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Format
@@ -32,7 +33,7 @@ TASKS = ("ocr", "count", "detect")
 
 
 def answers(scenes: int, held: tuple[str, ...] = HELD, model: str = "tiny", dtype: str | None = None) -> Iterator[dict[str, float | str]]:
-    """One row for each of `held`: bytes of the model, share of exact answers, of boxes found and spurious, and the error of teacher-forced
+    """One row for each of `held`: bytes of the model, share of exact answers, of boxes found and spurious, and the error of `decoded`
 
     logits over their size. The dense model comes first, for that error.
     """
@@ -41,14 +42,26 @@ def answers(scenes: int, held: tuple[str, ...] = HELD, model: str = "tiny", dtyp
     dense = None
     for how in ("none", *(how for how in held if how != "none")):
         predictor = load(model, quantize=how, dtype=dtype)
-        logits, inputs = predictor.logits(images, prompts, truths)
-        logits = logits[np.asarray(inputs.targets)]
+        logits = decoded(predictor, images, prompts, truths)
         dense = logits if dense is None else dense
         row: dict[str, float | str] = {"held": how, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.model))}
         for task, (pictures, asked, expected) in samples.items():
             said = predictor.generate(list(pictures), list(asked), 48, progress=False)
             row |= {f"{task} {name}": value for name, value in digits.score(task, said, expected).items() if (task, name) != ("detect", "exact")}
         yield row | {"logits": float(np.linalg.norm(logits - dense) / np.linalg.norm(dense))}
+
+
+def decoded(predictor: Predictor, images: list, prompts: list[str], truths: list[str]) -> np.ndarray:
+    """float32[n, B, V]: the logits for the first n tokens of the answers, all that the shortest has, each from the cache of those before it."""
+    rows, asked, model = predictor.processor.rows(images, prompts, truths), predictor.processor(images, prompts), predictor.model
+    n = min(len(row.suffix) for row in rows)
+    prefill, step = jax.jit(type(model).prefill, static_argnames="slots"), jax.jit(type(model).decode_step)
+    logits, cache = prefill(model, asked.tokens, encode_images(model, asked.images), asked.valid, asked.prefix, slots=asked.tokens.shape[1] + n)
+    found = [logits]
+    for token in np.array([row.suffix[: n - 1] for row in rows], np.int32).T:
+        logits, cache = step(model, token, cache)
+        found.append(logits)
+    return np.stack(found)
 
 
 def layer(name: str, rows: int = 8, seed: int = 0) -> Iterator[dict[str, float | str]]:
