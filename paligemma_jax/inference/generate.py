@@ -41,8 +41,8 @@ class Request:
 
     def mask(self, logits: Array, step: Array | int, eos: Array) -> Array:
         """float32[B, V] with -inf where the token number `step` may not be."""
-        logits = jnp.where(self.allowed, logits, -jnp.inf)
-        return jnp.where(step < self.min_new_tokens, logits.at[:, eos].set(-jnp.inf), logits)
+        ends = jnp.isin(jnp.arange(logits.shape[1]), eos)
+        return jnp.where(self.allowed & ~(ends & (step < self.min_new_tokens)), logits, -jnp.inf)
 
 
 @jax.tree_util.register_dataclass
