@@ -19,9 +19,10 @@ from convert import formats
 from paligemma_jax.checkpoint import abstract
 from paligemma_jax.model import attention, decoder, layers, masks, vision
 from paligemma_jax.model.layers import stage
-from paligemma_jax.parity import ours, theirs
+from paligemma_jax.parity import ours, run, theirs
 from paligemma_jax.parity.run import Plan, reference_of, stage_rows
 from paligemma_jax.parity.source import Case
+from paligemma_jax.training.losses import token_loss
 
 GOLDEN = Path(__file__).parent / "golden" / "pg2"
 
@@ -153,6 +154,19 @@ def test_streamed(compared):
     asked = random_inputs(model, ((1, 5, 0),), 0)
     tokens, _ = theirs.greedy(model, asked, profile, 3)
     assert tokens.shape == (1, 3) and not any(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_small_loss(compared, monkeypatch):
+    """Of a model that is sure of its answers float32 keeps few digits of the loss; a loss of the first target only is told from that."""
+    case, reference = compared
+    inputs, logits = case.inputs, reference.run["logits"].copy()
+    rows, places = np.nonzero(inputs.targets)
+    logits[rows, places - 1, inputs.tokens[rows, places]] += 18
+    sure = replace(reference, run=reference.run | {"logits": logits}, exact=reference.exact | {"logits": logits})
+    row = run._loss(case, logits, sure, False)
+    assert 1e-6 < row.limits[1] < 0.1 and not row.diverges
+    monkeypatch.setattr(run, "token_loss", lambda logits, tokens, targets: token_loss(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1)))
+    assert run._loss(case, logits, sure, False).diverges
 
 
 @pytest.mark.parametrize("given,told", [
