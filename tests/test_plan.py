@@ -211,14 +211,15 @@ def test_the_table(tmp_path, monkeypatch):
     def plan(work):
         asked.append(work)
         fixed, row, capacity = {"3b": 2, "10b": 8, "28b": 20}[work.model.split("-")[0]] * 2**30, 2**27, 16 * 2**30
-        size = fixed + work.batch * row
-        one = Program(fixed, work.batch * row, 0, size, 1.0, 1.0, {}, 1.0)
+        size = fixed + 2**30 + work.batch * row
+        one = Program(fixed, 2**30 + work.batch * row, 0, size, 1.0, 1.0, {}, 1.0)
         return Plan(work, {}, False, capacity, size <= capacity, size, programs={"step": one})
 
     monkeypatch.setattr(plan_table, "plan", plan)
     found = plan_table.cells(tmp_path / "cells.jsonl")
-    assert plan_table.cell(found["LoRA of rank 16", "3b-448", "v5e:2x4"]) == "yes: 3.0 GiB with 8 rows, 10.0 with 64"
-    assert plan_table.cell(found["all weights, AdamW", "28b-224", "v5e:4x4"]) == "no: 22.0 of 16.0 GiB"
+    assert plan_table.cell(found["LoRA of rank 16", "3b-448", "v5e:2x4"]) == "yes: 4.0 GiB with 8 rows, 11.0 with 64"
+    assert [row["work"]["batch"] for row in found["LoRA of rank 16", "3b-448", "v5e:2x4"]] == [8, 32, 64]
+    assert plan_table.cell(found["all weights, AdamW", "28b-224", "v5e:4x4"]) == "no: 23.0 of 16.0 GiB"
     assert len(asked) <= 3 * 3 * 3 * 4 * 3
     before = len(asked)
     assert plan_table.markdown(plan_table.cells(tmp_path / "cells.jsonl")) == plan_table.markdown(found) and len(asked) == before

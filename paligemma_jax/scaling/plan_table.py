@@ -22,7 +22,7 @@ KINDS = {  # a stack everywhere: a list of 46 layers takes the compiler many tim
     "LoRA of rank 16": Workload(workload="finetune", lora=16),
     "all weights, AdamW": Workload(workload="finetune"),
 }
-MOST = 1024  # rows; nobody asks for more
+MOST = 256  # rows
 Row = dict[str, Any]  # a `Plan`, as JSON keeps it
 
 
@@ -47,23 +47,28 @@ def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row
 
 
 def climb(work: Workload, ask: Callable[[Workload], Row]) -> Iterator[Row]:
-    """Plans of one row a chip, and if that fits of the largest batch that does and what is just too large, in powers of two: few compilations."""
-    batch = least = chips.find(work.on).count
+    """Plans of one row a chip, and if that fits of larger batches, in powers of two, up to the largest that does. Few compilations:
+
+    what is no argument is taken to grow with the rows; from the second plan on, memory is read off the line through the last two.
+    """
+    batch = chips.find(work.on).count
     yield (row := ask(replace(work, batch=batch)))
-    if not row["fits"]:
-        return
-    fixed = max(one["argument_bytes"] for one in row["programs"].values())
-    room = (row["chip_bytes"] - fixed) / max(row["bytes_per_chip"] - fixed, 1)  # if what is no argument grows with the rows
-    batch = least
-    while 2 * batch <= min(least * room, MOST):
-        batch *= 2
-    while batch > least:
+    fixed = max((one["argument_bytes"] for one in row["programs"].values()), default=0)
+    before, tried = (0, fixed), {batch}
+    while row["fits"]:
+        rate = (row["bytes_per_chip"] - before[1]) / (batch - before[0])
+        room = batch + (row["chip_bytes"] - row["bytes_per_chip"]) / max(rate, 1)
+        larger = batch
+        while 2 * larger <= min(room, MOST):
+            larger *= 2
+        if larger in tried:
+            return
+        before, batch = (batch, row["bytes_per_chip"]), larger
+        tried.add(batch)
         yield (row := ask(replace(work, batch=batch)))
-        if row["fits"]:
-            break
+    while not row["fits"] and batch // 2 not in tried and len(tried) > 1:
         batch //= 2
-    while row["fits"] and 2 * batch <= MOST:
-        batch *= 2
+        tried.add(batch)
         yield (row := ask(replace(work, batch=batch)))
 
 
@@ -86,7 +91,7 @@ def cell(plans: list[Row]) -> str:
         return f"no: {gib(plans[0])} of {plans[0]['chip_bytes'] / 2**30:.1f} GiB" if plans[0]["bytes_per_chip"] else "no"
     first, last = fitting[0], fitting[-1]
     more = f", {gib(last)} with {last['work']['batch']}" if last is not first else ""
-    beyond = "" if len(plans) > len(fitting) else " (or more)"
+    beyond = " (or more)" if 2 * last["work"]["batch"] > MOST else ""
     return f"yes: {gib(first)} GiB with {first['work']['batch']} rows{more}{beyond}"
 
 
