@@ -77,14 +77,18 @@ def quantized(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
             tensors[path] = tensor
         elif not wanted.fits(matrix.shape, matrix.looked_up):
             tensors[path] = tensor
-            whole.append(f"{matrix.where} {list(matrix.shape)}")
+            whole.append((matrix.where, matrix.shape))
         else:
             formats[matrix.where] = wanted
             for name, (of, dtype) in part_shapes(wanted, matrix.shape, matrix.contracted).items():
                 raw = partial(_raw, tensor, wanted, matrix.contracted, name)
                 tensors[f"{matrix.where}/{name}"] = Tensor(of, (DTYPES | INTEGERS)[dtype], raw)
-    notes = (f"left as they are, since blocks do not divide them: {', '.join(alike(whole))}",) if whole else ()
-    return replace(checkpoint, tensors=tensors, formats=formats, notes=checkpoint.notes + notes)
+    return replace(checkpoint, tensors=tensors, formats=formats, notes=checkpoint.notes + ((undivided(whole),) if whole else ()))
+
+
+def undivided(whole: list[tuple[str, tuple[int, ...]]]) -> str:
+    """What is told of matrices, as (path, shape), that were to be quantized and were not."""
+    return f"left as they are, since blocks do not divide them: {', '.join(alike([f'{where} {list(of)}' for where, of in whole]))}"
 
 
 def _raw(tensor: Tensor, format: Format, contracted: int, name: str, index: Index) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from convert.match import alike
+from convert.quantized import undivided
 from paligemma_jax.model.codes import decode, encode, multiply, scales
 from paligemma_jax.model.decoder import Embedder
 from paligemma_jax.model.layers import Einsum, biased, product, swap
@@ -99,11 +99,11 @@ def quantize(model: Any, how: str | Quantization) -> Any:
             if format.fits(module.shape, looked_up=isinstance(module, Embedder)):
                 formats[path] = format
             else:
-                whole.append(f"{path} {list(module.shape)}")
+                whole.append((path, module.shape))
 
     swap(model, look)
     if whole:
-        warnings.warn(f"left as they are, since blocks do not divide them: {', '.join(alike(whole))}", stacklevel=2)
+        warnings.warn(undivided(whole), stacklevel=2)
     return hold(model, formats)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,7 @@ from jax import Array
 
 from convert.layout import shape
 from convert.match import pieces
-from convert.quantized import matrices
+from convert.quantized import matrices, undivided
 from convert.table import HUGGINGFACE
 from paligemma_jax import checkpoint
 from paligemma_jax.model.codes import encode
@@ -61,7 +62,7 @@ def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
 def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Quantization()) -> PaliGemma:
     """Weights of variance 1/fan_in, norms that do nothing, biases of 0; made on the device one by one, in the config's dtype from the start.
 
-    how: each is quantized before the next is made.
+    how: each is quantized before the next is made; what blocks do not divide stays as it is, which a warning tells.
     """
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
     sizes = {piece.path: shape(piece.layout, piece.sizes) for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
@@ -73,14 +74,18 @@ def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Qua
             return _uniform(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
         return jnp.full(shapes[path], path.startswith("vision") and path.endswith("scale"), config.dtype)
 
-    known, formats, arrays = matrices(config), {}, {}
+    known, formats, arrays, whole = matrices(config), {}, {}, []
     for path in shapes:
         array, matrix = make(path), known.get(path)
-        if matrix and (format := how.at(matrix.where)) and format.fits(matrix.shape, matrix.looked_up):
+        format = how.at(matrix.where) if matrix else None
+        if matrix and format and format.fits(matrix.shape, matrix.looked_up):
             formats[matrix.where] = format
             arrays |= {f"{matrix.where}/{name}": part for name, part in encode(format, array, matrix.contracted).items()}
         else:
             arrays[path] = array
+            whole += [(matrix.where, matrix.shape)] if matrix and format else []
+    if whole:
+        warnings.warn(undivided(whole), stacklevel=2)
     model.config = replace(config, cache=how.cache)
     return with_parameters(jax.eval_shape(partial(hold, formats=formats), model), arrays.pop)
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax import bench, bench_report, checkpoint, synthetic
+from paligemma_jax import bench, bench_report, checkpoint, quantization, synthetic
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import parameters
+from paligemma_jax.model.precision import Quantization
 from paligemma_jax.scaling.cost import decode_bytes, prefill_flops
 
 CONFIG = PaliGemmaConfig.preset("tiny")
@@ -65,6 +66,13 @@ def test_random_model(dtype):
     inputs = synthetic.make_inputs(model.config, 2, 5)
     logits = model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
     assert jnp.isfinite(logits).all() and 0.3 < float(logits.std()) < 4
+
+
+def test_a_random_model_tells_what_blocks_do_not_divide():
+    """Of 160 numbers a row, blocks of 128 may run over the ends of a matrix's rows, not of a table's, which are looked up one by one."""
+    with pytest.warns(UserWarning, match=r"^left as they are, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"):
+        model = synthetic.random_model(CONFIG, how=Quantization.of("embedding=nf4-128"))
+    assert not quantization.formats(model)
 
 
 def test_report(fast):
