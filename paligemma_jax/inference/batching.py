@@ -19,6 +19,7 @@ from paligemma_jax.inference.generate import Generated, encode_images
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
 from paligemma_jax.processing.processor import Inputs, Processor, Row
+from paligemma_jax.scaling.sharding import host
 
 BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
 AHEAD = 2  # batches whose images are opened before their turn
@@ -99,7 +100,8 @@ class Images:
         if new := [key for key in dict.fromkeys(keys) if key not in self.encoded]:
             batch = np.stack([self.opened[key].result() for key in new])
             batch = np.concatenate([batch, np.zeros((_power(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
-            self.encoded |= zip(new, encode_images(self.model, jnp.asarray(batch)))
+            found = encode_images(self.model, jnp.asarray(batch))
+            self.encoded |= zip(new, found if found.is_fully_addressable else host(found))  # of what lies in other processes there is no part to take
         return _stack([self.encoded[key] for key in keys])
 
     def forget(self, images: list[Any]) -> None:

@@ -38,13 +38,13 @@ class Run:
         self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
 
     def _begin(self, config: Finetune) -> None:
-        """Writes config.json, or compares it: devices and processes may be others when a run is resumed."""
+        """Writes config.json, or compares it: when a run is resumed, devices and processes may be others, and its folder may have been moved."""
         settings, file = asdict(replace(config, resume=False, mesh=None, hosts=None)), self.folder / "config.json"
         if config.resume:
             if not file.is_file():
                 raise ValueError(f"{self.folder} has no run to resume: there is no config.json")
             before = json.loads(file.read_text())
-            if other := [name for name, value in settings.items() if before.get(name) != value]:
+            if other := [name for name, value in settings.items() if name != "output" and before.get(name) != value]:
                 told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in other)
                 raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same")
         elif self.folder.exists() and any(path.suffix != NEW for path in self.folder.iterdir()):
