@@ -215,7 +215,7 @@ def test_the_table(tmp_path, monkeypatch):
         one = Program(fixed, 2**30 + work.batch * row, 0, size, 1.0, 1.0, {}, 1.0)
         return Plan(work, {}, False, capacity, size <= capacity, size, programs={"step": one})
 
-    monkeypatch.setattr(plan_table, "plan", plan)
+    monkeypatch.setattr(plan_table, "apart", plan)
     found = plan_table.cells(tmp_path / "cells.jsonl")
     assert plan_table.cell(found["LoRA of rank 16", "3b-448", "v5e:2x4"]) == "yes: 4.0 GiB with 8 rows, 11.0 with 64"
     assert [row["work"]["batch"] for row in found["LoRA of rank 16", "3b-448", "v5e:2x4"]] == [8, 32, 64]
@@ -224,6 +224,18 @@ def test_the_table(tmp_path, monkeypatch):
     before = len(asked)
     assert plan_table.markdown(plan_table.cells(tmp_path / "cells.jsonl")) == plan_table.markdown(found) and len(asked) == before
     assert "–" in plan_table.markdown(plan_table.cells(tmp_path / "none.jsonl", every=False))
+
+
+def test_a_compiler_that_brings_its_process_down(tmp_path, monkeypatch):
+    """Is told from what does not fit; the climb goes on below."""
+    from paligemma_jax.scaling import plan_table
+
+    monkeypatch.setattr(plan_table, "plan", os.abort)  # takes no argument: a TypeError comes back, as any error does
+    with pytest.raises(TypeError):
+        plan_table.apart(None)
+    monkeypatch.setattr(plan_table, "plan", os._exit)
+    assert plan_table.apart(9) is None
+    assert plan_table.cell([{"chip_bytes": 0, "fits": False}]) == "–"
 
 
 @needs_libtpu

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from paligemma_jax.scaling import chips
-from paligemma_jax.scaling.plan import plan
+from paligemma_jax.scaling.plan import Plan, plan
 from paligemma_jax.scaling.workload import Workload
 
 SLICES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x2")
@@ -32,7 +35,7 @@ def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row
 
     def ask(work: Workload) -> Row:
         if (row := known.get(_key(asdict(work)))) is None:
-            row = known[_key(asdict(work))] = asdict(plan(work))
+            row = known[_key(asdict(work))] = asdict(apart(work) or Plan(work, {}, False, 0))
             with file.open("a") as out:
                 out.write(json.dumps(row) + "\n")
         return row
@@ -44,6 +47,15 @@ def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row
         plans = climb(work, ask) if every else (row for row in known.values() if _key(row["work"] | {"batch": 0}) == same)
         found[kind, model, on] = sorted(plans, key=lambda row: row["work"]["batch"])
     return found
+
+
+def apart(work: Workload) -> Plan | None:
+    """`plan` in a process of its own; None where the compiler brought that down, as libtpu does on shapes that it cannot lay out."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        try:
+            return process.submit(plan, work).result()
+        except BrokenProcessPool:
+            return None
 
 
 def climb(work: Workload, ask: Callable[[Workload], Row]) -> Iterator[Row]:
@@ -82,7 +94,8 @@ def markdown(found: dict[tuple[str, str, str], list[Row]]) -> str:
 
 
 def cell(plans: list[Row]) -> str:
-    """ "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash for what was not compiled."""
+    """ "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash for what was not compiled or could not be."""
+    plans = [row for row in plans if row["chip_bytes"]]
     if not plans:
         return "–"
     gib = lambda row: f"{row['bytes_per_chip'] / 2**30:.1f}"
