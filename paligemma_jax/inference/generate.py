@@ -35,14 +35,24 @@ class Generated:
 class Request:
     """What a call asks for; another value compiles nothing."""
 
-    keys: Array  # one random key a row [B]
-    allowed: Array  # bool[V] or bool[B, V], False for ids that are never emitted
-    min_new_tokens: Array  # int32: no eos before that many tokens
+    seeds: Array | np.ndarray  # int32[B]
+    copies: Array | np.ndarray  # int32[B]: which of several answers to its prompt a row is
+    allowed: Array | np.ndarray  # bool[V] or bool[B, V], False for ids that are never emitted
+    min_new_tokens: Array | np.int32  # int32: no eos before that many tokens
 
     def mask(self, logits: Array, step: Array | int, eos: Array) -> Array:
         """float32[B, V] with -inf where the token number `step` may not be."""
         ends = jnp.isin(jnp.arange(logits.shape[1]), eos)
         return jnp.where(self.allowed & ~(ends & (step < self.min_new_tokens)), logits, -jnp.inf)
+
+    def keys(self, step: Array | int) -> Array:
+        """One random key a row [B] for the token number `step`."""
+
+        def one(seed: Array, copy: Array) -> Array:
+            key = jax.random.key(seed)
+            return jax.random.fold_in(jnp.where(copy, jax.random.fold_in(key, copy), key), step)  # the first copy is as if it were alone
+
+        return jax.vmap(one)(self.seeds, self.copies)
 
 
 @jax.tree_util.register_dataclass
@@ -123,25 +133,21 @@ def _fixed(model: PaliGemma, pieces: Iterator[tuple[np.ndarray, np.ndarray]], le
 
 
 def make_request(model: PaliGemma, rows: int, seeds=None, allowed=None, min_new_tokens: int = 0, copies: int = 1) -> Request:
-    """A `Request` for `copies` answers to each of `rows` prompts; ValueError if nothing is allowed."""
-    seeds = jnp.asarray(np.arange(rows) if seeds is None else seeds)
-    keys = jax.vmap(jax.random.key)(seeds)
-    if copies > 1:  # the first copy keeps its row's key
-        others = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, jnp.arange(1, copies))
-        keys = jnp.concatenate([keys[:, None], others], axis=1).reshape(-1)
+    """A `Request` for `copies` answers to each of `rows` prompts, of arrays of the host; ValueError if nothing is allowed."""
+    seeds = np.asarray(np.arange(rows) if seeds is None else seeds, np.int32)
     allowed = np.ones(model.config.decoder.vocab_size, bool) if allowed is None else np.asarray(allowed)
     kept = allowed.copy()
     if min_new_tokens:
         kept[..., list(model.config.eos_token_ids)] = False
     if not kept.any(axis=-1).all():
         raise ValueError("allowed allows no token" + (" but eos, and min_new_tokens forbids that" if allowed.any() else ""))
-    allowed = jnp.asarray(allowed) if allowed.ndim == 1 else jnp.repeat(jnp.asarray(allowed), copies, axis=0)
-    return Request(keys, allowed, jnp.int32(min_new_tokens))
+    allowed = allowed if allowed.ndim == 1 else np.repeat(allowed, copies, axis=0)
+    return Request(np.repeat(seeds, copies), np.tile(np.arange(copies, dtype=np.int32), rows), allowed, np.int32(min_new_tokens))
 
 
 def encode(model: PaliGemma, inputs: Inputs) -> Array | None:
     """Image features [M, P, D], or None if there are no images."""
-    return encode_images(model, jnp.asarray(inputs.images)) if len(inputs.images) else None
+    return encode_images(model, inputs.images) if len(inputs.images) else None
 
 
 @compiled
@@ -189,8 +195,7 @@ def decode(model: PaliGemma, state: State, request: Request, limit: Array, size:
 def _choose(model: PaliGemma, logits: Array, state: State, request: Request, sampler: Sampler) -> State:
     """The next token of every row; rows that are done say pad."""
     eos = jnp.array(model.config.eos_token_ids)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(request.keys, state.step)
-    token = sampler(request.mask(logits, state.step, eos), state.seen, keys)
+    token = sampler(request.mask(logits, state.step, eos), state.seen, request.keys(state.step))
     picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
     token, picked = jnp.where(state.done, model.config.pad_token_id, token), jnp.where(state.done, 0, picked)
     seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
