@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Request:
     def keys(self, step: Array | int) -> Array:
         """One random key a row [B] for the token number `step`."""
 
-        def one(seed: Array, copy: Array) -> Array:
+        def one(seed: Any, copy: Any) -> Array:
             key = jax.random.key(seed)
             return jax.random.fold_in(jnp.where(copy, jax.random.fold_in(key, copy), key), step)  # the first copy is as if it were alone
 

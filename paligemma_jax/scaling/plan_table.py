@@ -95,16 +95,17 @@ def markdown(found: dict[tuple[str, str, str], list[Row]]) -> str:
 
 def cell(plans: list[Row]) -> str:
     """ "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash for what was not compiled or could not be."""
-    plans = [row for row in plans if row["chip_bytes"]]
-    if not plans:
+    whole = [row for row in plans if row["chip_bytes"]]
+    if not whole:
         return "–"
+    aborted, plans = len(whole) < len(plans), whole
     gib = lambda row: f"{row['bytes_per_chip'] / 2**30:.1f}"
     fitting = [row for row in plans if row["fits"]]
     if not fitting:
         return f"no: {gib(plans[0])} of {plans[0]['chip_bytes'] / 2**30:.1f} GiB" if plans[0]["bytes_per_chip"] else "no"
     first, last = fitting[0], fitting[-1]
     more = f", {gib(last)} with {last['work']['batch']}" if last is not first else ""
-    beyond = " (or more)" if 2 * last["work"]["batch"] > MOST else ""
+    beyond = " (or more)" if 2 * last["work"]["batch"] > MOST else " (libtpu aborted above)" if aborted else ""
     return f"yes: {gib(first)} GiB with {first['work']['batch']} rows{more}{beyond}"
 
 
