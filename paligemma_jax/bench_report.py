@@ -73,10 +73,8 @@ def _align(rows: list[tuple[str, ...]]) -> str:
 
 def chart(report: dict[str, Any], path: str) -> None:
     """Bars of prefill and decode tokens/s, one group a case, one colour a contender, with the spread; written to `path` (.png, .svg, .pdf)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("to draw a chart, install the extra: pip install 'paligemma-jax[bench]'") from None
+    from matplotlib.figure import Figure
+
     rows, machine = report["rows"], report["machine"]
     case = lambda row: f"{row['model']}\n{row['layers']}, batch {row['batch']}\n{row['prompt_tokens']} tokens"
     cases, names = (list(dict.fromkeys(key(row) for row in rows)) for key in (case, lambda row: row["by"]))

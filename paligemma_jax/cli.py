@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
 
 import tyro
 
@@ -35,8 +36,13 @@ COMMANDS = {
 
 def main() -> None:
     """Runs what sys.argv asks for; alone, the command shows its help."""
+    told(lambda: _run(sys.argv[1:] or ["--help"]))
+
+
+def told(run: Callable[[], None]) -> None:
+    """Runs it; what a user can mend is one line on stderr, and exit code 2."""
     try:
-        _run(sys.argv[1:] or ["--help"])
+        run()
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader, as in `| head`, has had enough: not even the flush at exit may complain

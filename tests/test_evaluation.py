@@ -126,20 +126,38 @@ def test_a_report_shows_the_worst_what_changed_and_a_sample(photo, tmp_path):
     sections = {section.title: section.cases for section in report.sections(found, count=3)}
     assert set(sections["Worst by exact match"]) == {8, 9} and sections["Better in the other run"] == [8] and sections["Better in this run"] == [0]
     assert len(sections["A random sample"]) == 3
-    page, text = report.html(found), report.markdown(found)
+    page, text = report.html(found), report.markdown(found, folder=tmp_path)
     assert page.count("data:image/jpeg;base64,") == 2 + 1 + 1 + 10 and "http" not in page  # nothing else is needed to see it
     assert "mine &lt;3" in page and "&lt;b&gt;no&lt;/b&gt;" in page and "<b>no" not in page
-    assert "| exact match | 80.0 |" in text and "| a | 100.0 |" in text and f"[photo.png]({photo})" in text
+    assert "| exact match | 80.0 |" in text and "| a | 100.0 |" in text and "[photo.png](photo.png)" in text
     photo.unlink()
     assert "no such" in report.html(found).lower() or "photo.png" in report.html(found)
 
 
 def test_boxes_are_drawn_beside_those_that_are_right(photo, tmp_path):
     place = "<loc0100><loc0100><loc0900><loc0500>"
-    own = [Case({"image": "photo.png", "prefix": "detect cat", "answer": f"{place} cat", "suffix": ""}, tmp_path)]
+    own = [Case({"image": "photo.png", "prefix": "detect cat", "answer": f"{place} cat", "suffix": f"{place} cat"}, tmp_path)]
     page = report.html(evaluate(own, ["coco"], samples=10))
     assert page.count("data:image/jpeg") == 2 and "<figcaption>right" in page and "<figcaption>answered" in page
     assert f"title='{place.replace('<', '&lt;').replace('>', '&gt;')}'" in page
+
+
+def test_rows_of_masks_alone_and_rows_of_nothing(photo, tmp_path):
+    """A mask is drawn with the box around it; what has no box, or no such file, is told."""
+    mask = np.zeros((80, 120), np.uint8)
+    mask[20:40, 30:70] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    case = Case({"image": "photo.png", "prefix": "segment cat", "answer": "", "mask": "mask.png"}, tmp_path)
+    (right,) = case.drawings(None)["right"]
+    assert (
+        right.box == (30, 20, 70, 40)
+        and right.mask.sum() == 20 * 40
+        and "<figcaption>right" in report.html(evaluate([case], ["mask_iou"], samples=5))
+    )
+    with pytest.raises(ValueError, match=r"the row about photo.png: no mask at .*none.png"):
+        evaluate([Case(case.row | {"mask": "none.png"}, tmp_path)], ["mask_iou"], samples=5)
+    with pytest.raises(ValueError, match="no row has a box to find"):
+        evaluate(cases(tmp_path, ["yes", "no"]), ["coco"], samples=5)
 
 
 def test_other_rows_are_not_compared(photo, tmp_path):

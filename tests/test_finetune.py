@@ -86,6 +86,16 @@ def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys
         finetune(stopped)
 
 
+def test_a_run_that_cannot_start_leaves_nothing(data, tmp_path, monkeypatch):
+    """So that the corrected command finds its folder free."""
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    kept = dict(train="vision/.*", features=str(tmp_path / "kept"))
+    for wrong, told in ((dict(train="everything"), "everything"), (dict(tensorboard=True), "TensorBoard"), (kept, "frozen")):
+        with pytest.raises(ValueError, match=told):
+            finetune(Finetune(str(data), str(tmp_path / "run"), steps=1, batch_size=4, **wrong))
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_twenty_kills(data, tmp_path):
     """Killed at random moments, while it starts, learns or saves, and resumed each time: the weights of the run that was never killed."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Names, Numbers, dumps
+from paligemma_jax.commands.options import Names, Numbers, dumps, placed
 
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: float32 on a CPU, else bfloat16)")]
 Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
@@ -53,6 +54,9 @@ def bench(
         chart: Draw tokens/s to this file, as in speed.png.
         json: Print one JSON object instead of the table; times in seconds.
     """
+    placed("--chart", chart)
+    if chart and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("to draw a chart, install the extra: pip install 'paligemma-jax[bench]'")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
     from paligemma_jax import bench_report, bench_train
     from paligemma_jax.bench import Plan, run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from importlib.util import find_spec
 from threading import Event
 from typing import Annotated
@@ -49,6 +51,7 @@ def demo(
     predictors = {one: Source(one, dtype, numerics, quantize, mesh).load() for one in model}
     for predictor in predictors.values():
         next(predictor.stream(PICTURE, "caption en"), None)  # compiles, so that the first visitor need not wait
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes then too
     with served(predictors, limits, host, port, users) as address:
         print(f"{address}  (Ctrl-C ends it)", flush=True)
         Event().wait()

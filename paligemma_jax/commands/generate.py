@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Loaded, Source, dumps
+from paligemma_jax.commands.options import Loaded, Source, dumps, placed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,8 +64,7 @@ def _drawings(images: list[list[str]], draw: str) -> dict[str, Path]:
     file, paths = Path(draw), list(dict.fromkeys(path for (path,) in images))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--draw {draw}: no picture can be written as {file.suffix or 'a file without a suffix'}; name it .png or .jpg")
-    if not file.parent.is_dir():
-        raise ValueError(f"--draw {draw}: there is no directory {file.parent}")
+    placed("--draw", draw)
     return {path: file if len(paths) == 1 else file.with_stem(f"{file.stem}-{n}") for n, path in enumerate(paths, 1)}
 
 

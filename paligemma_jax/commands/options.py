@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -47,6 +48,12 @@ class Source:
 
 
 Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
+
+
+def placed(flag: str, file: str | None) -> None:
+    """ValueError, before anything is computed, if there is no directory for the file that `flag` names."""
+    if file and not Path(file).parent.is_dir():
+        raise ValueError(f"{flag} {file}: there is no directory {Path(file).parent}")
 
 
 def dumps(value: object) -> str:

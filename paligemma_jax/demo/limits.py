@@ -33,7 +33,7 @@ class Limits:
 
     def __post_init__(self):
         if wrong := [name for name, value in vars(self).items() if not value > 0]:
-            raise ValueError(f"the limit {wrong[0]} is {getattr(self, wrong[0])}: it has to be above 0")
+            raise ValueError(f"--max.{wrong[0].replace('_', '-')} {getattr(self, wrong[0])}: it has to be above 0")
 
     def open(self, files: Sequence[str | None]) -> list[Image.Image]:
         """RGB pictures, turned upright, of the files that are there. ValueError names the one that is too large, or none."""

@@ -14,7 +14,7 @@ from PIL import Image
 
 from paligemma_jax.evaluation import metrics
 from paligemma_jax.evaluation.scores import Metric, Scores
-from paligemma_jax.processing.locations import Detection, Detections, parse, with_masks
+from paligemma_jax.processing.locations import Box, Detection, Detections, parse, with_masks
 from paligemma_jax.processing.masks_codec import MaskCodec
 
 
@@ -54,7 +54,8 @@ class Case:
     @cached_property
     def wanted(self) -> list[Detection]:
         if "boxes" not in self.row:
-            return parse(self.right[0], self.size)
+            only_a_mask = "mask" in self.row and not {"answers", "suffix"} & self.row.keys()
+            return [] if only_a_mask else parse(self.right[0], self.size)
         boxes = self.row["boxes"]
         return [Detection(label, tuple(box)) for label, box in zip(self.row.get("labels", [""] * len(boxes)), boxes, strict=True)]
 
@@ -63,8 +64,9 @@ class Case:
         right, found = list(self.wanted), list(self.found)
         if codec is not None:
             right, found = (list(with_masks(Detections(things), self.size, codec)) for things in (right, found))
-        if right and "mask" in self.row:
-            right[0] = replace(right[0], mask=self.wanted_mask(codec))
+        if "mask" in self.row:
+            mask = self.wanted_mask(codec)
+            right = [replace(right[0], mask=mask), *right[1:]] if right else [Detection("", _around(mask), mask=mask)]
         return {"right": right, "answered": found}
 
     def mask(self, codec: MaskCodec | None) -> np.ndarray | None:
@@ -73,11 +75,19 @@ class Case:
 
     def wanted_mask(self, codec: MaskCodec | None) -> np.ndarray:
         if "mask" in self.row:
-            return np.asarray(Image.open(self.folder / self.row["mask"]).convert("L")) > 127
+            if not (file := self.folder / self.row["mask"]).is_file():
+                raise ValueError(f"the row about {self.row['image']}: no mask at {file}")
+            return np.asarray(Image.open(file).convert("L")) > 127
         mask = _mask(self.wanted, self.size, codec)
         if mask is None:
             raise ValueError(f"the row about {self.row['image']} says no mask, neither as a file nor as <seg> in its suffix")
         return mask
+
+
+def _around(mask: np.ndarray) -> Box:
+    """Left, top, right, bottom of a mask."""
+    columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
+    return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)) if len(rows) else (0.0, 0.0, 0.0, 0.0)
 
 
 def _mask(things: Sequence[Detection], size: tuple[int, int], codec: MaskCodec | None) -> np.ndarray | None:
@@ -112,6 +122,8 @@ def _texts(cases: Sequence[Case], codec: MaskCodec | None) -> Sides:
 
 
 def _things(cases: Sequence[Case], codec: MaskCodec | None) -> Sides:
+    if not any(case.wanted for case in cases):
+        raise ValueError('no row has a box to find: this metric needs "boxes" in the rows, or <loc> in their suffix')
     return [case.found for case in cases], [case.wanted for case in cases]
 
 

@@ -58,4 +58,6 @@ def _places(scenes: Scenes, index: int, places: np.ndarray, mask: Path | None) -
 
 
 if __name__ == "__main__":
-    print(tyro.cli(write, prog="python -m paligemma_jax.evaluation.digits"))
+    from paligemma_jax.cli import told
+
+    told(lambda: print(tyro.cli(write, prog="python -m paligemma_jax.evaluation.digits")))

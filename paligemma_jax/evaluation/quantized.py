@@ -130,4 +130,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from paligemma_jax.cli import told
+
+    told(main)

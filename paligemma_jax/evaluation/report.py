@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,8 +174,8 @@ def _picture(image: Image.Image, caption: str) -> str:
 # ---- Markdown
 
 
-def markdown(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
-    """The same without pictures, which it links to."""
+def markdown(evaluation: Evaluation, count: int = 12, seed: int = 0, folder: str | Path = ".") -> str:
+    """The same without pictures, which it links to from `folder`."""
     plain = lambda text: str(text).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
     lines = [f"# {evaluation.about.get('model', 'Evaluation')}", ""]
     lines += [f"- {key}: {value}" for key, value in evaluation.about.items() if key != "model"]
@@ -192,7 +193,7 @@ def markdown(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
         for i in section.cases:
             case, scores = evaluation.cases[i], ", ".join(figure(name, float(each[i])) for name, each in evaluation.each.items())
             right = " · ".join(dict.fromkeys(case.right)) if "suffix" in case.row or "answers" in case.row else ""
-            pictures = " ".join(f"[{path.name}]({path})" for path in case.images)
+            pictures = " ".join(f"[{path.name}]({Path(os.path.relpath(path, folder)).as_posix()})" for path in case.images)
             lines.append(f"| {pictures} | {plain(case.row.get('prefix', ''))} | {plain(case.answer)} | {plain(right)} | {scores} |")
     return "\n".join(lines) + "\n"
 
@@ -200,4 +201,4 @@ def markdown(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
 def save(evaluation: Evaluation, folder: str | Path, count: int = 12, seed: int = 0) -> None:
     """report.html and report.md."""
     (Path(folder) / "report.html").write_text(html(evaluation, count, seed), encoding="utf-8")
-    (Path(folder) / "report.md").write_text(markdown(evaluation, count, seed), encoding="utf-8")
+    (Path(folder) / "report.md").write_text(markdown(evaluation, count, seed, folder), encoding="utf-8")

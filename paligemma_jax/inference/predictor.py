@@ -49,6 +49,10 @@ class Predictor:
     processor: Processor
     codec_file: Path | None = None  # of the masks
 
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.model))
+        return f"Predictor({count:,} numbers, {self.config.vision.image_size} pixels, {self.config.dtype})"
+
     @property
     def config(self) -> PaliGemmaConfig:
         return self.model.config

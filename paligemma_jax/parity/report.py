@@ -61,7 +61,7 @@ def table(report: Report) -> str:
 
 def verdict(report: Report) -> str:
     if report.first is None:
-        return f"within tolerance: {len(report.rows)} stages" + (", greedy tokens equal" if report.tokens and report.tokens.equal else "")
+        return f"within tolerance: {len(report.rows)} stages" + (f", {_equal(report)}" if report.tokens else "")
     if report.first == "tokens":
         return "first divergence: tokens (every stage is within tolerance)"
     row = next(row for row in report.rows if row.stage == report.first)
@@ -118,6 +118,13 @@ def _line(row: Row, worst: Row, narrow: bool) -> tuple[str, ...]:
 def cells(*values: float | None) -> list[str]:
     """Numbers as they stand in a table; nothing for None."""
     return ["" if value is None else "0" if value == 0 else f"{value:.2f}" if 0.05 < value < 100 else f"{value:.1e}" for value in values]
+
+
+def _equal(report: Report) -> str:
+    assert report.tokens is not None
+    others = sum(at is not None for at in report.tokens.first)
+    why = "not judged in bfloat16" if report.narrow else "at ties"
+    return f"greedy tokens differ in {others} of {len(report.tokens.first)} rows ({why})" if others else "greedy tokens equal"
 
 
 def _tokens(report: Report) -> str:

@@ -56,7 +56,10 @@ class Scenes:
 @functools.cache
 def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """The scans of one side of the fixed split: float[G, 8, 8] in 0..1 and their digits int[G]."""
-    from sklearn.datasets import load_digits  # only training needs scikit-learn
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ValueError("the digits are scikit-learn's: pip install 'paligemma-jax[train]'") from None
 
     data: Any = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))

@@ -30,7 +30,7 @@ from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, example_at, order, read, tokenized
 from paligemma_jax.training.features import Features
-from paligemma_jax.training.runs import Run
+from paligemma_jax.training.runs import Run, check
 from paligemma_jax.training.trainer import State, Trainer
 
 
@@ -57,7 +57,8 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True)
     if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
-    run = Run(config)  # after the reading, so that a run that cannot start leaves nothing behind
+    if hosts.first():
+        check(config)
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     model = checkpoint.load_model(source, config.dtype, config.numerics, mesh, wide, config.quantize)
     if not config.quantize and any(re.fullmatch(config.pattern, path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
@@ -69,6 +70,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     del model
     if features and any(path.startswith("vision/") for path in trainer.names):
         raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
+    run = Run(config)  # now, so that a run that cannot start leaves nothing behind
     state = run.restore(trainer.start())
     make = partial(batch, processor=processor, size=config.batch_size, length=config.length, parts=config.accumulate, features=features)
     make = partial(make, own=own_rows(config.batch_size, mesh))

@@ -21,37 +21,44 @@ from paligemma_jax.training.trainer import State
 NEW = ".new"  # of a file that is still being written
 
 
+def settings(config: Finetune) -> dict[str, Any]:
+    """What config.json holds; devices and processes may be others when a run is resumed."""
+    return asdict(replace(config, resume=False, mesh=None, hosts=None))
+
+
+def check(config: Finetune) -> None:
+    """ValueError if the folder is no place to begin this run, or to resume it; nothing is written. It may have been moved since it was begun."""
+    folder = Path(config.output)
+    if config.tensorboard:
+        _board()
+    if config.resume:
+        if not (file := folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no run to resume: there is no config.json")
+        before, now = json.loads(file.read_text()), settings(config)
+        if other := [name for name, value in now.items() if name != "output" and before.get(name) != value]:
+            told = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in other)
+            raise ValueError(f"{folder} was begun with other settings: {told}; resume with the same")
+    elif folder.exists() and any(path.suffix != NEW for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: give another --output, or --resume to continue the run there")
+
+
 class Run:
     """config.json, log.jsonl, samples.jsonl, checkpoints/, loss.png, and tensorboard/ where wanted."""
 
     def __init__(self, config: Finetune):
         self.folder = Path(config.output)
         if hosts.first():
-            self._begin(config)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not config.resume:
+                _write(self.folder / "config.json", json.dumps(settings(config), indent=2) + "\n")
         hosts.wait("run")
-        self.board: Any = _board(self.folder / "tensorboard") if config.tensorboard and hosts.first() else None
+        self.board: Any = _board()(str(self.folder / "tensorboard")) if config.tensorboard and hosts.first() else None
         policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
         best = policies.BestN(get_metric_fn=good, n=1, keep_checkpoints_without_metrics=False)  # without: a kill came while it was removed
         kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
         # best_fn: or else the metrics are not written, and a run that is resumed would drop its best
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
-
-    def _begin(self, config: Finetune) -> None:
-        """Writes config.json, or compares it: when a run is resumed, devices and processes may be others, and its folder may have been moved."""
-        settings, file = asdict(replace(config, resume=False, mesh=None, hosts=None)), self.folder / "config.json"
-        if config.resume:
-            if not file.is_file():
-                raise ValueError(f"{self.folder} has no run to resume: there is no config.json")
-            before = json.loads(file.read_text())
-            if other := [name for name, value in settings.items() if name != "output" and before.get(name) != value]:
-                told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in other)
-                raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same")
-        elif self.folder.exists() and any(path.suffix != NEW for path in self.folder.iterdir()):
-            raise ValueError(f"{self.folder} is not empty: give another --output, or --resume to continue the run there")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            _write(file, json.dumps(settings, indent=2) + "\n")
 
     def restore(self, state: State) -> State:
         """The last checkpoint, or `state` where there is none; what was logged after it is dropped."""
@@ -126,9 +133,9 @@ def _write(file: Path, text: str) -> None:
     os.replace(new, file)
 
 
-def _board(folder: Path) -> Any:
+def _board() -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise ValueError("to write for TensorBoard, install the extra: pip install 'paligemma-jax[train]'") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter

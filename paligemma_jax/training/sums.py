@@ -18,6 +18,7 @@ from paligemma_jax.inference.predictor import Predictor, load
 from paligemma_jax.training import digits
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.finetune import finetune
+from paligemma_jax.training.runs import check
 
 PROMPT = "answer en what is the sum?"
 
@@ -58,9 +59,12 @@ def main() -> None:
         data="", output=args.output, model=args.model, train=args.train, quantize=args.quantize, lora_rank=args.rank, lora_alpha=2.0 * args.rank,
         steps=args.steps, batch_size=32, learning_rate=args.learning_rate, length=96, save_every=200,
     )  # fmt: skip
+    check(config)
     print(f"before: {score(load(args.model)):.1%}")
     print(f"after: {score(load(finetune(config, Sums(config.batch_size * args.steps)), quantize=args.quantize)):.1%}")
 
 
 if __name__ == "__main__":
-    main()
+    from paligemma_jax.cli import told
+
+    told(main)

@@ -54,9 +54,9 @@ def train_tokenizer(path: Path, pieces: int = 448) -> None:
 
     Its English is the description that comes with the digits.
     """
+    scenes = digits.compose(np.random.default_rng(0), digits.glyphs(held_out=False), 500)
     from sklearn.datasets import load_digits
 
-    scenes = digits.compose(np.random.default_rng(0), digits.glyphs(held_out=False), 500)
     texts = [text for i in range(500) for task in digits.PROMPTS for text in digits.ask(scenes, i, task, 7)]
     about: Any = load_digits()
     model = io.BytesIO()
@@ -202,4 +202,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from paligemma_jax.cli import told
+
+    told(main)
