@@ -63,13 +63,13 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     model = checkpoint.load_model(source, config.dtype, config.numerics, mesh, wide, config.quantize)
     if not config.quantize and any(re.fullmatch(config.pattern, path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
         raise ValueError(f"--model {config.model} is quantized, and codes do not learn: --train lora adapts it, or start from what it was made of")
+    if config.features and any(p.startswith("vision/") and wide(p) for p in parameters(jax.eval_shape(partial(prepared, config=config), model))):
+        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
     features = Features(Path(config.features), model, processor.image_size) if config.features else None
     if features:
         features.fill(model, [train, validation], config.batch_size)
     trainer = Trainer(distribute(prepared(model, config, delete=True), mesh), config, steps)
     del model
-    if features and any(path.startswith("vision/") for path in trainer.names):
-        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
     run = Run(config)  # now, so that a run that cannot start leaves nothing behind
     state = run.restore(trainer.start())
     make = partial(batch, processor=processor, size=config.batch_size, length=config.length, parts=config.accumulate, features=features)
