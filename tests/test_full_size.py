@@ -98,4 +98,4 @@ def test_parity_3b_224(tmp_path):
     """All stages of both models, with random weights, in less memory than one of them takes (12 GB)."""
     found = _run(STREAMED, directory=PRESET, out="")
     print(found)
-    assert found["first"] is None and found["peak_gib"] < 10
+    assert found["first"] is None and found["peak_gib"] < 8
