@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -57,6 +58,8 @@ def bench(
     placed("--chart", chart)
     if chart and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("to draw a chart, install the extra: pip install 'paligemma-jax[bench]'")
+    if chart and (train or Path(chart).suffix not in (".png", ".svg", ".pdf")):
+        raise ValueError(f"--chart {chart}: {'it shows answering alone, leave out --train' if train else 'name it .png, .svg or .pdf'}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
     from paligemma_jax import bench_report, bench_train
     from paligemma_jax.bench import Plan, run
@@ -64,5 +67,5 @@ def bench(
     plan = Plan(model, batch, prompt, new, layers, cached, against, dtype, quantize, depth, repeats, train, remat)
     report = bench_train.run(plan) if train else run(plan)
     print(dumps(report) if json else bench_report.table(report))
-    if chart and not train:
+    if chart:
         bench_report.chart(report, chart)
