@@ -36,13 +36,17 @@ COMMANDS = {
 
 def main() -> None:
     """Runs what sys.argv asks for; alone, the command shows its help."""
-    told(lambda: _run(sys.argv[1:] or ["--help"]))
+    arguments = sys.argv[1:] or ["--help"]
+    told(lambda: _help(arguments) if arguments in (["--help"], ["-h"]) else _dispatch(arguments))
 
 
 def told(run: Callable[[], None]) -> None:
     """Runs it; what a user can mend is one line on stderr, and exit code 2."""
     try:
-        run()
+        try:
+            run()
+        finally:
+            sys.stdout.flush()  # here, so that a closed pipe shows while it can still be caught
     except KeyboardInterrupt:
         _stop("interrupted", 130)
     except BrokenPipeError:  # the reader, as in `| head`, has had enough: not even the flush at exit may complain
@@ -51,16 +55,6 @@ def told(run: Callable[[], None]) -> None:
         if (reason := _reason(error)) is None:
             raise
         _stop(reason, 2)
-
-
-def _run(arguments: list[str]) -> None:
-    try:
-        if arguments in (["--help"], ["-h"]):
-            _help(arguments)
-        else:
-            _dispatch(arguments)
-    finally:
-        sys.stdout.flush()  # here, so that a closed pipe shows while main can still catch it
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -53,15 +53,19 @@ class Scenes:
         return [int(label) for label in self.labels[index] if label >= 0]
 
 
-@functools.cache
-def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The scans of one side of the fixed split: float[G, 8, 8] in 0..1 and their digits int[G]."""
+def source() -> Any:
+    """scikit-learn's handwritten digits; ValueError without it."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError("the digits are scikit-learn's: pip install 'paligemma-jax[train]'") from None
+    return load_digits()
 
-    data: Any = load_digits()
+
+@functools.cache
+def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The scans of one side of the fixed split: float[G, 8, 8] in 0..1 and their digits int[G]."""
+    data = source()
     order = np.random.default_rng(0).permutation(len(data.target))
     chosen = np.sort(order[:HELD_OUT] if held_out else order[HELD_OUT:])
     return data.images[chosen] / 16, data.target[chosen]

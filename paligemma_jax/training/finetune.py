@@ -61,7 +61,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
         check(config)
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     model = checkpoint.load_model(source, config.dtype, config.numerics, mesh, wide, config.quantize)
-    if not config.quantize and any(re.fullmatch(config.pattern, path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
+    if not config.quantize and any(wide(path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
         raise ValueError(f"--model {config.model} is quantized, and codes do not learn: --train lora adapts it, or start from what it was made of")
     if config.features and any(p.startswith("vision/") and wide(p) for p in parameters(jax.eval_shape(partial(prepared, config=config), model))):
         raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")

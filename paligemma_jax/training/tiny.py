@@ -55,10 +55,8 @@ def train_tokenizer(path: Path, pieces: int = 448) -> None:
     Its English is the description that comes with the digits.
     """
     scenes = digits.compose(np.random.default_rng(0), digits.glyphs(held_out=False), 500)
-    from sklearn.datasets import load_digits
-
     texts = [text for i in range(500) for task in digits.PROMPTS for text in digits.ask(scenes, i, task, 7)]
-    about: Any = load_digits()
+    about = digits.source()
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([text for text in texts if "<loc" not in text] + about.DESCR.splitlines()), model_writer=model,
