@@ -65,7 +65,7 @@ def run_commands(code: str, capfd, monkeypatch) -> str:
     """What the commands print: those of this project run in this process, for jax is loaded here already; a block with others is bash's."""
     lines = [line for line in code.replace("\\\n", " ").splitlines() if line.strip() and not line.startswith("#")]
     capfd.readouterr()
-    if not all(IN_PROCESS.match(line) and not re.search(r"[|>] ", line) for line in lines):
+    if not all(IN_PROCESS.match(line) and not re.search(r"\||> ", line) for line in lines):
         subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
         return capfd.readouterr().out
     for line in lines:

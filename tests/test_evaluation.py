@@ -136,8 +136,9 @@ def test_a_report_shows_the_worst_what_changed_and_a_sample(photo, tmp_path):
 
 def test_boxes_are_drawn_beside_those_that_are_right(photo, tmp_path):
     place = "<loc0100><loc0100><loc0900><loc0500>"
-    own = [Case({"image": "photo.png", "prefix": "detect cat", "answer": f"{place} cat", "suffix": f"{place} cat"}, tmp_path)]
-    page = report.html(evaluate(own, ["coco"], samples=10))
+    row = {"image": "photo.png", "prefix": "detect cat", "answer": f"{place} cat"}
+    own = [Case(row | {"suffix": right}, tmp_path) for right in ("", place)]
+    page = report.html(evaluate(own, ["coco"], samples=10), count=1)
     assert page.count("data:image/jpeg") == 2 and "<figcaption>right" in page and "<figcaption>answered" in page
     assert f"title='{place.replace('<', '&lt;').replace('>', '&gt;')}'" in page
 
@@ -149,11 +150,8 @@ def test_rows_of_masks_alone_and_rows_of_nothing(photo, tmp_path):
     Image.fromarray(mask).save(tmp_path / "mask.png")
     case = Case({"image": "photo.png", "prefix": "segment cat", "answer": "", "mask": "mask.png"}, tmp_path)
     (right,) = case.drawings(None)["right"]
-    assert (
-        right.box == (30, 20, 70, 40)
-        and right.mask.sum() == 20 * 40
-        and "<figcaption>right" in report.html(evaluate([case], ["mask_iou"], samples=5))
-    )
+    assert right.box == (30, 20, 70, 40) and right.mask.sum() == 20 * 40
+    assert "<figcaption>right" in report.html(evaluate([case], ["mask_iou"], samples=5))
     with pytest.raises(ValueError, match=r"the row about photo.png: no mask at .*none.png"):
         evaluate([Case(case.row | {"mask": "none.png"}, tmp_path)], ["mask_iou"], samples=5)
     with pytest.raises(ValueError, match="no row has a box to find"):

@@ -226,16 +226,26 @@ def test_the_table(tmp_path, monkeypatch):
     assert "–" in plan_table.markdown(plan_table.cells(tmp_path / "none.jsonl", every=False))
 
 
-def test_a_compiler_that_brings_its_process_down(tmp_path, monkeypatch):
+def test_a_compiler_that_brings_its_process_down(monkeypatch):
     """Is told from what does not fit; the climb goes on below."""
     from paligemma_jax.scaling import plan_table
+    from paligemma_jax.scaling.workload import Workload
 
     monkeypatch.setattr(plan_table, "plan", os.abort)  # takes no argument: a TypeError comes back, as any error does
     with pytest.raises(TypeError):
         plan_table.apart(None)
     monkeypatch.setattr(plan_table, "plan", os._exit)
     assert plan_table.apart(9) is None
-    assert plan_table.cell([{"chip_bytes": 0, "fits": False}]) == "–"
+
+    def ask(work):
+        room = 2**34 if work.batch < 128 else 0  # from there on it is brought down
+        size = work.batch * 2**26 if room else 0
+        return dict(work=dict(batch=work.batch), chip_bytes=room, fits=bool(room), bytes_per_chip=size, programs=dict(step=dict(argument_bytes=0)))
+
+    found = sorted(plan_table.climb(Workload(), ask), key=lambda row: row["work"]["batch"])
+    assert [row["work"]["batch"] for row in found] == [8, 64, 128, 256]
+    assert plan_table.cell(found) == "yes: 0.5 GiB with 8 rows, 4.0 with 64 (libtpu aborted above)"
+    assert plan_table.cell(found[-1:]) == "–"
 
 
 @needs_libtpu

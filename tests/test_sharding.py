@@ -23,8 +23,9 @@ def check(cases):
         assert found["logits"] < 1e-5 and found["loss"] < 1e-5 and found["gradients"] < 1e-5, case
         assert found["same_tokens"] and found["different"] > 4 and found["largest"] > 1e-3
         assert not found["strays"]  # a step leaves every array where it was
-        if case[2] == "all" and "fsdp" in case[4] and "tensor" not in case[4]:
-            assert found["part"] < 1.3 / int(case[4][-1])  # parameters and what the optimizer keeps of them
+        if "fsdp" in case[4] and "tensor" not in case[4]:  # parameters and what the optimizer keeps of them; of LoRA's factors one of two has D
+            ways = int(case[4][-1])
+            assert found["part"] < (1.3 / ways if case[2] == "all" else 0.5 + 1 / ways)
         key_heads = {"pg1": 1, "pg2": 4}[case[0]]
         ways = int(case[4].partition("tensor=")[2] or 1)
         assert sum("K of" in told for told in found["told"]) == (key_heads % ways > 0)
