@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "vae-*.npz"]
 
 
-def resolve(source: str | Path) -> Path:
-    """The place of a checkpoint: "tiny" (the embedded default), a directory, an .npz, or a hub id ("google/paligemma2-3b-mix-224"), downloaded."""
+def resolve(source: str | Path, presets: Iterable[str] = ()) -> Path:
+    """The place of a checkpoint: "tiny" (the embedded default), a directory, an .npz, or a hub id ("google/paligemma2-3b-mix-224"), downloaded.
+
+    presets: the names that the caller takes too, told with the others where there is no such checkpoint.
+    """
     if str(source) == "tiny":
         return TINY
     directory = Path(source).expanduser()
@@ -45,7 +48,8 @@ def resolve(source: str | Path) -> Path:
         raise ValueError(f"{source} is a file; give the directory that holds config.json and model.safetensors")
     if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _download(source)
-    raise ValueError(f"no such checkpoint: {source} is neither 'tiny', nor a directory, nor a hub id like google/paligemma2-3b-mix-224")
+    named = "".join(f", nor {what}" for what in ("a directory", "a hub id like google/paligemma2-3b-mix-224", ", ".join(presets)) if what)
+    raise ValueError(f"no such checkpoint: {source} is neither 'tiny'{named}")
 
 
 def abstract(config: PaliGemmaConfig) -> PaliGemma:

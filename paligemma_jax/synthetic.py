@@ -6,7 +6,6 @@ import math
 import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,24 +39,18 @@ RANDOM = {name: config for name, config in PRESETS.items() if name != "tiny"} | 
 def load(name: str, dtype: str, depth: int | None = None, quantize: str | None = None) -> PaliGemma:
     """A model of random weights for a preset name or "small", else that of a checkpoint; `depth`: with that many layers in each tower."""
     if name not in RANDOM:
+        place = checkpoint.resolve(name, RANDOM)
         if depth:
             raise ValueError(f"--depth is for random weights; {name} is a checkpoint")
-        return checkpoint.load_model(_resolved(name), dtype, quantize=quantize)
+        return checkpoint.load_model(place, dtype, quantize=quantize)
     return random_model(_config(name, dtype, depth), how=Quantization.of(quantize))
 
 
 def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
     """`load` with shapes in the place of arrays: whatever its size, it costs nothing."""
-    config = _config(name, dtype, depth) if name in RANDOM else replace(checkpoint.load_config(_resolved(name)), dtype=dtype)
+    config = _config(name, dtype, depth) if name in RANDOM else replace(checkpoint.load_config(checkpoint.resolve(name, RANDOM)), dtype=dtype)
     values = parameters(model := checkpoint.abstract(config))
     return with_parameters(model, lambda path: jax.ShapeDtypeStruct(values[path].shape, dtype))
-
-
-def _resolved(name: str) -> Path:
-    try:
-        return checkpoint.resolve(name)
-    except ValueError as error:
-        raise ValueError(f"{error}; random weights have {', '.join(RANDOM)}") from None
 
 
 def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:

@@ -86,9 +86,9 @@ def load_case(
         config = replace(PRESETS[model], numerics=numerics or "transformers")
         towers = {tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")} if depth else {}
         return random_case(replace(config, **towers), 16, 8)
+    source = checkpoints.resolve(model, (name for name in PRESETS if name != "tiny"))
     if depth:
         raise ValueError(f"--depth is for the random weights of a preset; {model} is a checkpoint")
-    source = checkpoints.resolve(model)
     processor = make_processor(source)
     if not images and not prompts and not suffixes:
         images, prompts, suffixes = (DIGITS,) * len(TEXTS), tuple(TEXTS), tuple(TEXTS.values())
