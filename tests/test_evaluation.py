@@ -154,6 +154,10 @@ def test_rows_of_masks_alone_and_rows_of_nothing(photo, tmp_path):
     assert "<figcaption>right" in report.html(evaluate([case], ["mask_iou"], samples=5))
     with pytest.raises(ValueError, match=r"the row about photo.png: no mask at .*none.png"):
         evaluate([Case(case.row | {"mask": "none.png"}, tmp_path)], ["mask_iou"], samples=5)
+    for wrong, told in (({"mask": 7}, '"mask" is 7'), ({"boxes": [[1, 2, 3]]}, r'"boxes" is \[\[1, 2, 3\]\]'), ({"boxes": 5}, '"boxes" is 5')):
+        (tmp_path / "wrong.jsonl").write_text(json.dumps(case.row | wrong) + "\n")
+        with pytest.raises(ValueError, match=f"wrong.jsonl: line 1: {told}"):
+            load(tmp_path / "wrong.jsonl", tmp_path / "wrong.jsonl")
     with pytest.raises(ValueError, match="no row has a box to find"):
         evaluate(cases(tmp_path, ["yes", "no"]), ["coco"], samples=5)
 

@@ -208,7 +208,15 @@ def _load(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not an object")
+    if not isinstance(row.get("mask", ""), str):
+        raise ValueError(f'{where}: "mask" is {row["mask"]!r}, not the name of a picture')
+    if not (isinstance(boxes := row.get("boxes", []), list) and all(_is_box(box) for box in boxes)):
+        raise ValueError(f'{where}: "boxes" is {boxes!r}, not a list of [left, top, right, bottom]')
     return row
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(side, int | float) for side in box)
 
 
 def same_rows(ours: Sequence[Case], theirs: Sequence[Case], name: str) -> None:

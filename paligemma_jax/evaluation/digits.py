@@ -27,6 +27,8 @@ def write(output: str, tasks: tuple[Task, ...] = ("caption", "ocr", "count", "de
     """
     from paligemma_jax.training import digits
 
+    if rows < 1:
+        raise ValueError(f"--rows {rows}: it can be 1 or more")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:

@@ -23,7 +23,7 @@ from paligemma_jax import Predictor, load
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.codes import decode, encode
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.model.precision import Format
+from paligemma_jax.model.precision import Format, Quantization
 from paligemma_jax.training import digits
 
 FORMATS = ("int8", "int4-32", "int4-64", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128")
@@ -37,6 +37,10 @@ def answers(scenes: int, held: tuple[str, ...] = HELD, model: str = "tiny", dtyp
 
     logits over their size. The dense model comes first, for that error.
     """
+    if scenes < 1:
+        raise ValueError(f"--scenes {scenes}: it can be 1 or more")
+    for how in held:
+        Quantization.of(how)  # tells a name that is none before anything is measured
     samples = {task: tuple(zip(*digits.heldout(task, scenes))) for task in TASKS}
     images, prompts, truths = (list(part[:16]) for part in samples["ocr"])
     dense = None

@@ -48,6 +48,7 @@ def score(predictor: Predictor, rows: int = 500) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--train", default="lora")
     parser.add_argument("--quantize")
@@ -56,8 +57,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     args = parser.parse_args()
     config = Finetune(
-        data="", output=args.output, model=args.model, train=args.train, quantize=args.quantize, lora_rank=args.rank, lora_alpha=2.0 * args.rank,
-        steps=args.steps, batch_size=32, learning_rate=args.learning_rate, length=96, save_every=200,
+        data="", output=args.output, resume=args.resume, model=args.model, train=args.train, quantize=args.quantize, lora_rank=args.rank,
+        lora_alpha=2.0 * args.rank, steps=args.steps, batch_size=32, learning_rate=args.learning_rate, length=96, save_every=200,
     )  # fmt: skip
     check(config)
     print(f"before: {score(load(args.model)):.1%}")
