@@ -100,7 +100,7 @@ def test_prompts():
 
 
 def test_limits_above_0():
-    with pytest.raises(ValueError, match="megabytes is 0"):
+    with pytest.raises(ValueError, match="megabytes 0: it has to be above 0"):
         Limits(megabytes=0)
 
 
