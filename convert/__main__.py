@@ -82,7 +82,7 @@ def _convert(options: argparse.Namespace) -> None:
     )
     for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{options.destination}: {options.to}, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 1e9:.2f} GB{', verified' * options.verify}")
+    print(f"{options.destination}: {options.to}, {len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB{', verified' * options.verify}")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -58,7 +58,7 @@ def told(run: Callable[[], None]) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments)
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments, config=(tyro.conf.DisallowNone,))
 
 
 def _help(arguments: list[str]) -> None:

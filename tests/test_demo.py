@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pg
+from paligemma_jax.commands.demo import demo
 from paligemma_jax.demo import html
 from paligemma_jax.demo.ask import Settings, Shown, ask, with_task
 from paligemma_jax.demo.limits import Limits
@@ -100,8 +101,8 @@ def test_prompts():
 
 
 def test_limits_above_0():
-    with pytest.raises(ValueError, match="megabytes 0: it has to be above 0"):
-        Limits(megabytes=0)
+    with pytest.raises(ValueError, match="--max.new-tokens 0: it has to be above 0"):
+        demo(limits=Limits(new_tokens=0))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,8 @@ def test_wrong_requests(command, data, tmp_path):
     assert "rows 1, now 120" in run("--resume") or "data" in run("--resume")
     assert run("--data", small, "--resume") == 0 and len(rows(texts(tmp_path / "out")[0])) == 1
     assert "no such file" in run("--data", "none.jsonl")
+    (nothing := tmp_path / "nothing.jsonl").write_text(json.dumps({"image": "none.png", "prefix": "ocr"}) + "\n")
+    assert f"no row could be answered: {tmp_path / 'none' / 'errors.jsonl'} says why" in run("--data", nothing, output="none")
     assert "at least 1" in run("--batch-size", 0, output="other") and not (tmp_path / "other").exists()
 
 

@@ -45,6 +45,9 @@ def demo(
         raise ValueError(f"--port {port}: it can be 0 (any that is free) to 65535")
     if users < 1:
         raise ValueError(f"--users {users}: it can be 1 or more")
+    for name, value in vars(limits).items():
+        if not value > 0:
+            raise ValueError(f"--max.{name.replace('_', '-')} {value}: it has to be above 0")
     from paligemma_jax.demo.ask import PICTURE
     from paligemma_jax.demo.server import served
 

@@ -39,3 +39,5 @@ def predict(
     done = predict(source.load(), data, output, max_new_tokens, **options)
     told = f"{done.answered} rows answered, {done.failed} failed; {done.rows_s:.1f} rows/s, {done.tokens / done.seconds:.0f} tokens/s: {done.answers}"
     print(dumps(asdict(done)) if json else told)
+    if done.failed and not done.answered:
+        raise ValueError(f"no row could be answered: {done.errors} says why")

@@ -31,10 +31,6 @@ class Limits:
     beams: int = 8
     """The widest beam."""
 
-    def __post_init__(self):
-        if wrong := [name for name, value in vars(self).items() if not value > 0]:
-            raise ValueError(f"--max.{wrong[0].replace('_', '-')} {getattr(self, wrong[0])}: it has to be above 0")
-
     def open(self, files: Sequence[str | None]) -> list[Image.Image]:
         """RGB pictures, turned upright, of the files that are there. ValueError names the one that is too large, or none."""
         files = [file for file in files if file]

@@ -180,6 +180,8 @@ def main() -> None:
     parser.add_argument("--answering-steps", type=int, default=6000)
     args = parser.parse_args()
     config, start, final = PaliGemmaConfig.preset("tiny"), args.output / "start", args.output / "tiny"
+    if args.output.exists() and any(args.output.iterdir()) and not start.exists():
+        raise ValueError(f"{args.output} is not empty: give another --output")
     if not (start / "model.safetensors").exists():
         train_tokenizer(start / "tokenizer.model")
         codebook = np.asarray(load_codec(digits.CODEC).codebook[...])
