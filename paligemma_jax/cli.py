@@ -58,7 +58,8 @@ def told(run: Callable[[], None]) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description="PaliGemma 2 in JAX.", args=arguments, config=(tyro.conf.DisallowNone,))
+    told = dict(prog="paligemma-jax", description="PaliGemma 2 in JAX.", config=(tyro.conf.DisallowNone,))
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, **told)
 
 
 def _help(arguments: list[str]) -> None:

@@ -23,7 +23,8 @@ def source(tmp_path_factory):
 def test_command(source, tmp_path, capsys):
     """The whole way round by the command, verified; what it prints."""
     code, out, err = run(capsys, source, tmp_path / "jax", "--to", "jax", "--verify")
-    assert (code, err) == (0, "") and out == f"{tmp_path}/jax: jax, {len(read(source).tensors)} tensors, {read(source).nbytes / 1e6:.1f} MB, verified\n"
+    assert (code, err) == (0, "")
+    assert out == f"{tmp_path}/jax: jax, {len(read(source).tensors)} tensors, {read(source).nbytes / 1e6:.1f} MB, verified\n"
     assert run(capsys, tmp_path / "jax", tmp_path / "a.npz", "--to", "big_vision", "--dtype", "bfloat16")[0] == 0
     code, out, err = run(
         capsys, tmp_path / "a.npz", tmp_path / "hf", "--to", "huggingface", "--config", source / "config.json", "--max-shard-size", "0.1MB"

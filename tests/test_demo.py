@@ -101,7 +101,7 @@ def test_prompts():
 
 
 def test_limits_above_0():
-    with pytest.raises(ValueError, match="--max.new-tokens 0: it has to be above 0"):
+    with pytest.raises(ValueError, match=r"--max\.new-tokens 0: it has to be above 0"):
         demo(limits=Limits(new_tokens=0))
 
 
