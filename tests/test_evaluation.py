@@ -188,6 +188,22 @@ def test_files_of_answers(tmp_path):
         load(tmp_path / "none.jsonl", data)
 
 
+def test_answers_of_parts(tmp_path):
+    """In their order, as those of one; a run that is not finished is told, where the rest has failed too."""
+    (data := tmp_path / "data.jsonl").write_text("".join(json.dumps({"image": "a.png", "prefix": str(i)}) + "\n" for i in range(5)))
+    write = lambda name, *rows: (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = [{"image": "a.png", "prefix": str(i), "answer": "x"} for i in range(5)]
+    error = {"line": 3, "error": "gone", "row": {}}
+    write("answers-00000-of-00002.jsonl", *answers[:2])
+    write("errors-00000-of-00002.jsonl")
+    write("answers-00001-of-00002.jsonl")
+    write("errors-00001-of-00002.jsonl", error)
+    with pytest.raises(ValueError, match=r"is not finished, .*data.jsonl has rows without an answer yet: --resume"):
+        collect(data, tmp_path)
+    write("answers-00001-of-00002.jsonl", *answers[3:])
+    assert [case.row.get("error", case.row["prefix"]) for case in collect(data, tmp_path)] == ["0", "1", "gone", "3", "4"]
+
+
 def test_masks_are_measured_and_drawn(tmp_path):
     """Answers that say the codes of the right masks: what is lost is what the codec loses."""
     pytest.importorskip("sklearn")
@@ -250,8 +266,10 @@ def test_the_command_measures_compares_and_goes_on(held_out, run):
     assert change["high"] < -0.3 and change["p"] < 0.01
 
     assert "--resume to go on" in run(*measure, *greedy, fails=True)
+    assert "evaluate answers in one process, not 2: predict in" in run(*measure, "--output", "two", "--hosts", "localhost:1,2,0", fails=True)
     kept = answers.read_text()
     answers.write_text("".join(kept.splitlines(keepends=True)[:30]))
+    assert "greedy is not finished" in run(*measure, "--answers", "worse.jsonl", "--against", "greedy", "--output", "again", fails=True)
     assert run(*measure, *greedy, "--resume") and answers.read_text() == kept
     assert "--metric nonsense: there are" in run("--metric", "nonsense", fails=True)
 

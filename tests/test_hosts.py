@@ -1,4 +1,7 @@
-"""Several real processes on this machine train as one: losses of a single one, checkpoints for any number, an end for all when one is lost."""
+"""Several real processes on this machine train as one: losses of a single one, checkpoints for any number, an end for all when one is lost.
+
+To answer, each is by itself.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 from test_finetune import data, losses, weights  # noqa: F401
 
+from paligemma_jax.checkpoint import TINY
+from paligemma_jax.evaluation.cases import collect
 from paligemma_jax.scaling import hosts
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.finetune import finetune
@@ -104,7 +109,53 @@ def test_a_killed_process_ends_the_run(data, tmp_path, victim):  # noqa: F811
     assert all((found[path] == value).all() for path, value in whole.items())
 
 
+def answering(rows, output, who, **environment):
+    """A process that answers its part, slowly enough to be killed."""
+    command = f"-m paligemma_jax predict --data {rows} --output {output} --batch-size=1 --max-new-tokens=1 --resume --hosts {who}"
+    flags = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *command.split()], env=os.environ | flags | environment, **pipe)
+
+
+def killed_while_it_answers(process, pending):
+    while not pending.exists() or not pending.stat().st_size:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+
+
+def test_parts_answer_by_themselves(tmp_path):
+    """The first ends long before the second has begun, that is killed, and goes on alone: nobody waits, nobody is missed."""
+    rows = [{"image": str(TINY.parent / "digits.jpg"), "prefix": prefix, "id": i} for i, prefix in enumerate(["ocr", "caption en"] * 16)]
+    (file := tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = lambda i: answering(file, tmp_path / "out", f"localhost:1,2,{i}", PALIGEMMA_JAX_CACHE=str(tmp_path / "cache"))
+    first = begun(0)
+    assert not first.wait(300), first.communicate()[1]
+    second = begun(1)
+    killed_while_it_answers(second, tmp_path / "out" / "pending-00001-of-00002.jsonl")
+    with pytest.raises(ValueError, match="out is not finished"):
+        collect(file, tmp_path / "out")
+    second = begun(1)
+    assert not second.wait(300), second.communicate()[1]
+    assert [case.row["id"] for case in collect(file, tmp_path / "out")] == list(range(32))
+
+
+@pytest.mark.slow
+def test_parts_that_something_tells_their_numbers(tmp_path):
+    """As Slurm does: they meet to hear it, and after that the one is killed and the other ends well."""
+    row = json.dumps({"image": str(TINY.parent / "digits.jpg"), "prefix": "ocr"}) + "\n"
+    (file := tmp_path / "in.jsonl").write_text(row * 800)
+    told = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES="1", SLURM_NTASKS="2", SLURM_LOCALID="0")
+    first, second = (answering(file, tmp_path / "out", "auto", **told, SLURM_PROCID=str(i)) for i in range(2))
+    killed_while_it_answers(second, tmp_path / "out" / "pending-00001-of-00002.jsonl")
+    assert not first.wait(300), first.communicate()[1]
+    assert len((tmp_path / "out" / "answers-00000-of-00002.jsonl").read_text().splitlines()) == 400
+
+
 @pytest.mark.parametrize("wrong", ["localhost", "localhost:1,2", "localhost:1,2,2", ":,1,0"])
 def test_what_is_no_set_of_hosts(wrong):
     with pytest.raises(ValueError, match=r"give (auto, or )?HOST:PORT,N,I"):
         hosts.join(wrong)
+    with pytest.raises(ValueError, match="HOST:PORT,N,I"):
+        hosts.part(wrong)

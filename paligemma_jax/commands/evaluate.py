@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +46,8 @@ def evaluate(
         max_new_tokens: The longest answer, in tokens.
         batch_size: Rows at a time.
         beams: Beam search instead of greedy answers.
-        answers: Measure these rows, which somebody answered already (JSONL with answer, as predict writes it), instead of asking the model.
+        answers: Measure these rows, which somebody answered already (JSONL with answer, as predict writes it, or the folder of a run), instead of
+            asking the model.
         against: Another run on the same rows, its folder or its answers.jsonl, to compare with, case by case.
         by: The field of a row that tells its kind.
         cases: How many cases the report shows of each sort.
@@ -63,10 +63,10 @@ def evaluate(
         raise ValueError(f"--cases {cases}, --bootstrap {bootstrap}, --beams {beams}: --cases is at least 0, the others 1")
     others = _run(path, Path(against)) if against else []
     if answers:
-        own, about["model"] = read.load(Path(answers), path), answers
+        own, about["model"] = _run(path, Path(answers)), answers
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=asdict(source))
+        options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=source.settings())
         own = _answer(source, path, folder, max_new_tokens, beams, options)
     _report(own, others, names, folder, source, about | {"by": by} | ({"against": against} if against else {}), (cases, bootstrap), json)
 
@@ -76,6 +76,8 @@ def _answer(source: Source, data: Path, folder: Path, new: int, beams: int, opti
     from paligemma_jax.inference.predict import predict
     from paligemma_jax.inference.sampling import Beam, Greedy
 
+    if (of := source.part()[1]) > 1:
+        raise ValueError(f"evaluate answers in one process, not {of}: predict in all of them, then evaluate --answers their --output in one")
     predict(source.load(), data, folder, new, Beam(beams) if beams > 1 else Greedy(), **options)
     return collect(data, folder)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -41,10 +41,19 @@ class Source:
 
     def load(self) -> Predictor:
         from paligemma_jax import load
+
+        self.part()
+        return load(self.model, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize)
+
+    def part(self) -> tuple[int, int]:
+        """(I, N): this process answers as the I-th of N."""
         from paligemma_jax.scaling import hosts
 
-        hosts.join(self.hosts)
-        return load(self.model, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize)
+        return hosts.part(self.hosts)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same to go on with answers; devices and processes may be others."""
+        return {name: value for name, value in asdict(self).items() if name not in ("mesh", "hosts")}
 
 
 Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others

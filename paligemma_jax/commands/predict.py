@@ -34,8 +34,7 @@ def predict(
     """
     from paligemma_jax.inference.predict import predict
 
-    settings = {name: value for name, value in asdict(source).items() if name != "hosts"}  # which each process tells its own way
-    options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=settings)
+    options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.part())
     done = predict(source.load(), data, output, max_new_tokens, **options)
     told = f"{done.answered} rows answered, {done.failed} failed; {done.rows_s:.1f} rows/s, {done.tokens / done.seconds:.0f} tokens/s: {done.answers}"
     print(dumps(asdict(done)) if json else told)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from paligemma_jax.evaluation import metrics
 from paligemma_jax.evaluation.scores import Metric, Scores
+from paligemma_jax.inference.parts import files
 from paligemma_jax.processing.locations import Box, Detection, Detections, parse, with_masks
 from paligemma_jax.processing.masks_codec import MaskCodec
 
@@ -166,9 +167,12 @@ def score(name: str, cases: Sequence[Case], codec: MaskCodec | None = None) -> S
 
 
 def collect(data: Path, folder: Path) -> list[Case]:
-    """Every row of `data` with what `predict` wrote of it into `folder`; a row that failed has the answer "" and its error."""
-    failed = {record["line"]: record["error"] for record in _lines(folder / "errors.jsonl")}
-    answered = _lines(folder / "answers.jsonl")
+    """Every row of `data` with what `predict` wrote of it into `folder`, in one part or several; a row that failed has the answer "" and its error.
+
+    ValueError if the run is not finished.
+    """
+    failed = {record["line"]: record["error"] for file in files(folder, "errors") for record in _lines(file)}
+    answered = (row for file in files(folder, "answers") for row in _lines(file))
     cases = []
     with data.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -177,10 +181,10 @@ def collect(data: Path, folder: Path) -> list[Case]:
             if number in failed:
                 row = _load(line, f"{data}: line {number}")
                 cases.append(Case(row | {"answer": "", "error": failed[number]}, data.parent))
-            elif len(cases) - len(failed) < len(answered) or answered:
-                cases.append(Case(answered.pop(0), data.parent))
+            elif row := next(answered, None):
+                cases.append(Case(row, data.parent))
             else:
-                raise ValueError(f"{folder}: line {number} of {data} has no answer yet: --resume to answer the rest")
+                raise ValueError(f"{folder} is not finished, {data} has rows without an answer yet: --resume to answer the rest")
     return cases
 
 

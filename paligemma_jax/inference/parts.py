@@ -77,6 +77,11 @@ class Part:
         self.pending.unlink()
 
 
+def files(folder: Path, name: str) -> list[Path]:
+    """The files of "answers" or "errors" in the folder, of all parts, in order."""
+    return sorted(folder.glob(f"{name}-?????-of-?????.jsonl")) or [folder / f"{name}.jsonl"]
+
+
 def _append(file: Path, records: Iterable[Any]) -> None:
     with file.open("ab") as out:
         out.writelines(map(_line, records))

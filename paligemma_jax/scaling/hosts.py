@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import jax
 import numpy as np
@@ -22,19 +23,45 @@ def join(hosts: str | None) -> None:
     hosts: "auto", where a TPU pod, Slurm, Open MPI or Kubernetes tells who there is; else "HOST:PORT,N,I": process I of N, of which the first
     listens on HOST:PORT. ValueError for anything else.
     """
+    told = _told(hosts)
+    if told is None or jax.distributed.is_initialized():
+        return
+    if isinstance(told, tuple):
+        return jax.distributed.initialize(*told, cluster_detection_method="deactivate")
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(f"hosts auto: nothing here tells who takes part ({error}); give HOST:PORT,N,I") from None
+
+
+def part(hosts: str | None) -> tuple[int, int]:
+    """(I, N): which of how many processes this is, for those that answer by themselves: one that ends, or is lost, ends no other.
+
+    `hosts` as for `join`. HOST:PORT,N,I is taken at its word, without a connection; by auto all meet, learn their numbers, and take leave.
+    """
+    told = _told(hosts)
+    if isinstance(told, tuple):
+        return told[2], told[1]
+    return _met() if told and not jax.distributed.is_initialized() else (jax.process_index(), jax.process_count())
+
+
+@cache
+def _met() -> tuple[int, int]:
+    join("auto")
+    found = jax.process_index(), jax.process_count()
+    jax.distributed.shutdown()
+    return found
+
+
+def _told(hosts: str | None) -> str | tuple[str, int, int] | None:
+    """auto, or the first process's address, N and I."""
     hosts = hosts or os.environ.get(VARIABLE)
-    if not hosts or jax.distributed.is_initialized():
-        return
-    if hosts == "auto":
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            raise ValueError(f"hosts auto: nothing here tells who takes part ({error}); give HOST:PORT,N,I") from None
-        return
+    if not hosts or hosts == "auto":
+        return hosts or None
     told = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", hosts)
     if not told or int(told[3]) >= int(told[2]):
         raise ValueError(f"hosts {hosts!r}: give auto, or HOST:PORT,N,I for process I (from 0) of N, as in 10.0.0.1:1234,4,0")
-    jax.distributed.initialize(told[1], int(told[2]), int(told[3]), cluster_detection_method="deactivate")
+    return told[1], int(told[2]), int(told[3])
 
 
 def first() -> bool:
