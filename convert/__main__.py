@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ EXAMPLES = """examples:
   python -m convert inspect my-checkpoint
 """
 CHANGES = ("dtype", "resolution", "numerics", "quantize")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -113,14 +114,12 @@ def _progress(name: str, nbytes: int):
 
 
 def _bytes(text: str) -> int:
-    number, unit = text.rstrip("BGKMibgkm"), text.upper()
-    try:
-        size = float(number) * next((factor for name, factor in UNITS.items() if unit.endswith(name)), 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB") from None
-    if size < 1:
+    found = re.fullmatch(r"(\d+\.?\d*) *([a-z]*)", text, re.IGNORECASE)
+    if not found or (unit := UNITS.get(found[2].upper())) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 5GB")
+    if (size := int(float(found[1]) * unit)) < 1:
         raise argparse.ArgumentTypeError("a shard holds at least one byte")
-    return int(size)
+    return size
 
 
 if __name__ == "__main__":

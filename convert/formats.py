@@ -65,6 +65,8 @@ def write(
     """
     if to not in FORMATS:
         raise ValueError(f"unknown format {to!r}; there are {', '.join(FORMATS)}")
+    if max_shard and to != "huggingface":
+        raise ValueError(f"--max-shard-size is of safetensors files: {to} has none")
     options = {"max_shard": max_shard} if to == "huggingface" else {}
     with output(Path(destination).expanduser(), force, checkpoint.nbytes) as path:
         FORMATS[to].write(path, checkpoint, progress, **options)

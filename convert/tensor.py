@@ -58,8 +58,8 @@ class Tensor:
         array = contiguous(self.read(index))
         return array if array.flags.owndata else array.copy()
 
-    def cast(self, dtype: str | None) -> Tensor:
-        return self if dtype is None else replace(self, dtype=DTYPES[dtype])
+    def cast(self, dtype: str) -> Tensor:
+        return replace(self, dtype=DTYPES[dtype])
 
 
 def stored(file: Path | IO[bytes], offset: int, dtype: np.dtype, shape: tuple[int, ...], order: str = "C") -> Tensor:

@@ -58,8 +58,8 @@ def told(run: Callable[[], None]) -> None:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    told = dict(prog="paligemma-jax", description="PaliGemma 2 in JAX.", config=(tyro.conf.DisallowNone,))
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, **told)
+    about = "PaliGemma 2 in JAX. Checkpoints are converted by `python -m convert`."
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description=about, args=arguments, config=(tyro.conf.DisallowNone,))
 
 
 def _help(arguments: list[str]) -> None:
@@ -79,6 +79,13 @@ def _reason(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     if isinstance(error, ImportError | RuntimeError) and "jaxlib" in str(error):  # told when jax is imported
         return f"jax and jaxlib do not fit ({str(error).splitlines()[0]}): pip install --upgrade paligemma-jax, with the extra of your accelerator"
+    if isinstance(error, AssertionError | RuntimeError) and "jax" in sys.modules:
+        from paligemma_jax import devices
+
+        try:
+            devices.check()
+        except ValueError as missing:
+            return str(missing)
     return str(error) if isinstance(error, ValueError) else None
 
 

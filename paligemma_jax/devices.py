@@ -12,7 +12,8 @@ EXTRAS = {
     "cuda": "pip install 'paligemma-jax[cuda12]' (or cuda13), and see whether nvidia-smi shows the GPU",
     "tpu": "pip install 'paligemma-jax[tpu]', on a TPU VM that no other process uses",
 }
-SIGNS = {"cuda": Path("/proc/driver/nvidia/version"), "tpu": Path("/dev/accel0")}  # what is there where the device is
+# What is there where the device is; a TPU lies at the first place up to v4, at the second since v5.
+SIGNS = {"cuda": ("/proc/driver/nvidia/version",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
 
 
 def check() -> None:
@@ -25,5 +26,5 @@ def check() -> None:
         remedy = EXTRAS.get(first, "it can be cpu, cuda or tpu")
         raise ValueError(f"JAX_PLATFORMS is {asked}, but jax finds no such device: {remedy}; or unset it, and jax takes what there is") from None
     if found == "cpu" and not asked and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        for kind in (kind for kind, sign in SIGNS.items() if sign.exists()):
+        for kind in (kind for kind, signs in SIGNS.items() if any(Path(sign).exists() for sign in signs)):
             warnings.warn(f"there is a {kind.upper()} device, but jax computes on the CPU: {EXTRAS[kind]}", stacklevel=3)

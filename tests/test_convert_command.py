@@ -36,6 +36,13 @@ def test_command(source, tmp_path, capsys):
     assert "format      jax\n" in out and "odd         its shapes are those of no published" in out
 
 
+@pytest.mark.parametrize("size, told", [("5G", "not a size like 5GB"), ("2Gi", "not a size"), ("-1", "not a size"), ("0", "one byte"), ("1MB", "jax has none")])
+def test_shard_sizes(source, tmp_path, capsys, size, told):
+    """1 MB would do for safetensors."""
+    code, _, err = run(capsys, source, tmp_path / "jax", "--to", "jax", f"--max-shard-size={size}")
+    assert code == 2 and told in err and not (tmp_path / "jax").exists()
+
+
 def test_progress(source, tmp_path, capsys, monkeypatch):
     """Bytes and time left, on a terminal only."""
     assert run(capsys, source, tmp_path / "a", "--to", "jax")[2] == ""

@@ -17,9 +17,21 @@ ROOT = Path(__file__).parents[1]
 IMAGE = ROOT / "tests" / "golden" / "image.png"
 
 
-@pytest.mark.parametrize("asked, remedy", [("cuda", "[cuda12]"), ("gpu", "[cuda12]"), ("nonsense", "cpu, cuda or tpu")])
-def test_missing_accelerator(asked, remedy):
-    command = [sys.executable, "-m", "paligemma_jax", "generate", "--image", str(IMAGE), "--prompt", "ocr"]
+GENERATE = ["generate", "--image", str(IMAGE), "--prompt", "ocr"]
+FINETUNE = ["finetune", "--data", "none.jsonl", "--output", "none"]
+
+
+@pytest.mark.parametrize(
+    "asked, remedy, arguments",
+    [
+        ("cuda", "[cuda12]", GENERATE),
+        ("gpu", "[cuda12]", FINETUNE),
+        ("cuda", "[cuda12]", ["bench"]),
+        ("nonsense", "cpu, cuda or tpu", GENERATE),
+    ],
+)
+def test_missing_accelerator(asked, remedy, arguments):
+    command = [sys.executable, "-m", "paligemma_jax", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": asked})
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and line.startswith(f"paligemma-jax: JAX_PLATFORMS is {asked}, but jax finds no such device: ") and remedy in line
@@ -29,7 +41,7 @@ def test_missing_accelerator(asked, remedy):
 def test_accelerator_of_another_build(monkeypatch, tmp_path):
     """Who has said that the CPU is meant, in either way, is told nothing."""
     (tmp_path / "gpu").touch()
-    monkeypatch.setattr(devices, "SIGNS", {"cuda": tmp_path / "gpu", "tpu": tmp_path / "no tpu"})
+    monkeypatch.setattr(devices, "SIGNS", {"cuda": [tmp_path / "no gpu", tmp_path / "gpu"], "tpu": [tmp_path / "no tpu"]})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     asked = jax.config.values["jax_platforms"]
     jax.config.update("jax_platforms", None)

@@ -138,8 +138,6 @@ def stages(model: Any, inputs: Inputs, numerics: Numerics, attention: bool, fed:
 
 def _hook(model: Any, after: Any, keep: Any, hooks: ExitStack, attention: bool) -> None:
     """Hooks on all modules whose output is a stage."""
-    import torch
-
     vision, text = model.model.vision_tower, model.model.language_model
     vision = getattr(vision, "vision_model", vision)
 
@@ -165,27 +163,26 @@ def _hook(model: Any, after: Any, keep: Any, hooks: ExitStack, attention: bool) 
             if post:
                 after(layer.post_attention_layernorm, f"{name}/attention/output")
             after(layer, name)
-    assert isinstance(text.layers, torch.nn.ModuleList)
 
 
 def loss(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
     """transformers' loss of its logits, the mean over all targets: float32[1]."""
     import torch
+
+    return _loss(torch.from_numpy(logits), inputs).numpy()[None]
+
+
+def _loss(logits: Any, inputs: Inputs) -> Any:
+    import torch
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    labels = torch.from_numpy(np.where(inputs.targets, inputs.tokens, -100)).long()
-    return ForCausalLMLoss(torch.from_numpy(logits), labels, vocab_size=logits.shape[-1]).numpy()[None]
+    return ForCausalLMLoss(logits, torch.from_numpy(np.where(inputs.targets, inputs.tokens, -100)).long(), vocab_size=logits.shape[-1])
 
 
 def gradients(model: Any, case: Case) -> dict[str, np.ndarray]:
     """Of that loss, by our paths and in our layouts; of a model that keeps its weights."""
     numerics, config = case.checkpoint.config.profile, case.checkpoint.config
-    import torch
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    logits = model(**batch(case.inputs, numerics)).logits
-    labels = torch.from_numpy(np.where(case.inputs.targets, case.inputs.tokens, -100)).long()
-    ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1]).backward()
+    _loss(model(**batch(case.inputs, numerics)).logits, case.inputs).backward()
     found = {canonical(name): loaded(parameter.grad.numpy()) for name, parameter in model.named_parameters()}
     return {piece.path: piece.here(found[piece.key]).load() for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
 
