@@ -11,6 +11,7 @@ from test_lora import logits
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoint import TINY, load_model
+from paligemma_jax.evaluation.quantized import answers, layer
 from paligemma_jax.model import codes
 from paligemma_jax.model.codes import NF4, decode, dynamic, encode, multiply, scales
 from paligemma_jax.model.layers import parameters
@@ -76,7 +77,7 @@ def test_int8_is_that_of_bitsandbytes():
 
 
 def test_int4_is_that_of_qwix():
-    qwix = pytest.importorskip("qwix", reason="the reference is qwix: install the extra test")
+    qwix = pytest.importorskip("qwix", reason="the reference is qwix: install the extra test-core")
     kernel = weight((64, 256))
     expected = qwix.quantize(jnp.asarray(kernel), "int4", channelwise_axes=(0,), tiled_axes={1: 32})
     parts = encode(Format("int4", 32), jnp.asarray(kernel), 1)
@@ -195,3 +196,23 @@ def test_names():
     assert how == Quantization(Format("nf4", 32), Format("int8"), None, "int8") and Quantization.of(None) == Quantization()
     assert how.at("decoder/layers/3/mlp/up") == how.at("decoder/layers/attention/q") == how.decoder and how.at("decoder/embedder") == how.embedding
     assert how.at("projector") is how.at("decoder/layers/3/pre_mlp_norm") is how.at("vision/layers/0/mlp/up") is None
+
+
+def test_errors_of_a_layer():
+    """The table of docs/quantization.md, on small matrices: fewer numbers to a scale err less, and bitsandbytes' own error is beside ours."""
+    pytest.importorskip("bitsandbytes", reason="the reference is bitsandbytes: install the extra test")
+    rows = {row["held"]: row for row in layer("tiny")}
+    order = [rows[name]["weights"] for name in ("int8", "nf4-32", "nf4-64", "nf4-128")]
+    assert order == sorted(order) and rows["int4-32"]["weights"] < rows["int4-64"]["weights"]
+    for name in ("int8", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128"):
+        for ours, theirs in (("weights", "bitsandbytes' weights"), ("products", "its products")):
+            assert rows[name][ours] == pytest.approx(rows[name][theirs], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_answers_of_tiny():
+    """On digits that it never saw, int8 within half a point of what it says in float32, nf4 within two."""
+    dense, *rest = answers(200, ("int8", "nf4-64", "cache=int8"))
+    for row in rest:
+        for task in ("ocr exact", "count exact", "detect found"):
+            assert row[task] >= dense[task] - (0.02 if row["held"] == "nf4-64" else 0.005)

@@ -107,10 +107,9 @@ def _bitsandbytes(format: Format, matrix: np.ndarray) -> np.ndarray | None:
     if format.kind == "int8":
         codes, largest, _ = functional.int8_vectorwise_quant(torch.from_numpy(matrix).half())
         return functional.int8_vectorwise_dequant(codes, largest).numpy()
-    tensor = torch.from_numpy(matrix)
-    return functional.dequantize_4bit(
-        *functional.quantize_4bit(tensor, blocksize=format.block, quant_type="nf4", compress_statistics=format.double)
-    ).numpy()
+    flat = torch.from_numpy(matrix.ravel())  # else, where blocks run over rows, it reads the scales of others (0.50.2, on a CPU)
+    packed, state = functional.quantize_4bit(flat, blocksize=format.block, quant_type="nf4", compress_statistics=format.double)
+    return functional.dequantize_4bit(packed, state).numpy().reshape(matrix.shape)
 
 
 def main() -> None:
