@@ -36,7 +36,9 @@ def test_command(source, tmp_path, capsys):
     assert "format      jax\n" in out and "odd         its shapes are those of no published" in out
 
 
-@pytest.mark.parametrize("size, told", [("5G", "not a size like 5GB"), ("2Gi", "not a size"), ("-1", "not a size"), ("0", "one byte"), ("1MB", "jax has none")])
+@pytest.mark.parametrize(
+    "size, told", [("5G", "not a size like 5GB"), ("2Gi", "not a size"), ("-1", "not a size"), ("0", "one byte"), ("1MB", "jax has none")]
+)
 def test_shard_sizes(source, tmp_path, capsys, size, told):
     """1 MB would do for safetensors."""
     code, _, err = run(capsys, source, tmp_path / "jax", "--to", "jax", f"--max-shard-size={size}")
