@@ -16,8 +16,8 @@ from PIL import Image
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoint import TINY
-from paligemma_jax.inference import batching, generate
-from paligemma_jax.inference.sampling import Beam, Sample
+from paligemma_jax.inference import batching, generate, pointing, predictor, scoring
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
 PHOTO = str(TINY.parent / "digits.jpg")
 TASKS = ["caption en", "ocr", "answer en how many digits?", *(f"detect {d}" for d in range(10))]
@@ -108,6 +108,19 @@ def test_a_stream_is_the_same_text(tiny, prompt, sampler):
         assert all(parts)
 
 
+def test_a_stream_is_asked_as_the_others(tiny):
+    """And says several tokens a dispatch: the first with the prompt, then eight at a time."""
+    allowed = np.zeros(tiny.config.decoder.vocab_size, bool)
+    allowed[tiny.processor.tokenizer.encode("0 1 2 3")] = True
+    for options in (dict(min_new_tokens=40), dict(allowed=allowed), dict(allowed=allowed[None], stop=None)):
+        with mock.patch.object(generate, "decode", side_effect=generate.decode) as decode:
+            parts = "".join(tiny.stream(PHOTO, "ocr", 40, **options))
+        assert decode.call_count == -(-39 // predictor.STREAM)
+        assert [parts] == tiny.generate(PHOTO, "ocr", 40, **options) and len(parts) > 30
+    with pytest.raises(ValueError, match="min_new_tokens is 5"):
+        next(tiny.stream(PHOTO, "ocr", 4, min_new_tokens=5))
+
+
 def test_a_stream_never_cuts_a_character(tiny):
     """Pieces of a multi-byte character, one token at a time."""
     tokenizer, text = tiny.processor.tokenizer, "3 ☃ 5 日本 ok"
@@ -126,6 +139,30 @@ def test_stop(tiny, stop):
     assert tiny.generate(PHOTO, "caption en", stop=stop) == [expected]
     assert "".join(tiny.stream(PHOTO, "caption en", stop=stop)) == expected
     assert tiny.generate(PHOTO, "caption en", sampler=Beam(2), stop=stop) == [expected]
+
+
+@pytest.mark.parametrize("sampler", [Greedy(), Beam(2, 0.5)], ids=["greedy", "beam"])
+def test_what_a_stop_cuts_off_counts_for_nothing(tiny, sampler):
+    """Tokens, their log-probabilities and the score go on to where a stop text is complete, and no pads follow."""
+    (whole,) = tiny.answers(PHOTO, "ocr", 24, sampler)
+    (cut,) = tiny.answers(PHOTO, "ocr", 24, sampler, stop=["<", " 3"])
+    assert (whole.text, cut.text, cut.tokens) == ("4 3 2 3", "4", whole.tokens[:3])
+    assert cut.log_probabilities == pytest.approx(whole.log_probabilities[:3], abs=1e-5)
+    assert [text for text, _ in pointing.pieces(tiny.processor.tokenizer, cut)] == ["4", "", ""]
+    assert cut.score == pytest.approx(sum(cut.log_probabilities) / 3 ** getattr(sampler, "length_penalty", 0))
+
+
+def test_best_of_chooses_by_what_is_kept(tiny):
+    """Of four samples another one is the best up to the stop text than to its end."""
+    samples, fixed = [], generate._fixed
+    with mock.patch.object(generate, "_fixed", side_effect=lambda *args: samples.append(fixed(*args)) or samples[-1]):
+        whole, cut = (tiny.answers(PHOTO, "ocr", 12, BestOf(4, Sample(3.0)), stop=stop)[0] for stop in (None, "1"))
+    tokens, log_probabilities = samples[0]
+    ends = [next(n for n in range(1, 13) if n == 12 or "1" in tiny.processor.decode(row[:n])) for row in tokens.tolist()]
+    scores = [row[:n].sum() for row, n in zip(log_probabilities, ends)]
+    best = int(np.argmax(scores))
+    assert cut.tokens == tokens[best, : ends[best]].tolist() and cut.tokens != whole.tokens[: len(cut.tokens)]
+    assert cut.score == pytest.approx(scores[best], abs=1e-4)
 
 
 def test_allowed_only_locations(tiny):
@@ -151,6 +188,23 @@ def test_wrong_requests(tiny):
     ]:
         with pytest.raises(ValueError, match=message):
             tiny.generate(PHOTO, "ocr", **options)
+
+
+def test_scores_are_batched(tiny, photos):
+    """As alone, in their order; a new length within a bucket compiles nothing, an image given twice is encoded once, one that fails is told."""
+    suffixes = ["4 3 2 3", "4", "four digits", "3 " * 10, "", "4 3 2 8"]
+    images = [photos[0], photos[1], photos[0], photos[0], photos[1], photos[0]]
+    with mock.patch.object(batching, "encode_images", side_effect=generate.encode_images) as encode:
+        found = tiny.score(images, ["ocr"] * 6, suffixes, batch_size=2)
+    assert found.dtype == np.float32 and sum(len(call.args[1]) for call in encode.call_args_list) == 2
+    alone = [scoring.score(tiny.model, tiny.processor(images[i], "ocr", suffixes[i]))[0] for i in (0, 3)]
+    np.testing.assert_allclose(found[[0, 3]], alone, rtol=1e-5, atol=1e-5)
+    before = scoring._score._cache_size()
+    for suffix, prompt in (("4 3", "ocr"), ("9 9 9 9 9", "caption en"), ("two digits", "detect 3")):
+        tiny.score([photos[0], photos[2]], [prompt, "ocr"], [suffix, "4"], batch_size=2)
+    assert scoring._score._cache_size() == before
+    with pytest.raises(ValueError, match=r"no.png"):
+        tiny.score([photos[0], "no.png"], ["ocr"] * 2, ["4"] * 2)
 
 
 @pytest.mark.slow

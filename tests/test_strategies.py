@@ -12,7 +12,7 @@ from test_sharp import replace_config
 from transformers import GenerationConfig
 
 from paligemma_jax.inference import generate, scoring
-from paligemma_jax.inference.sampling import Beam, BestOf, Sample
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
 ROWS = [(1 + i % 2, 1 + i, 0) for i in range(10)]
 
@@ -77,27 +77,31 @@ def test_best_of_is_the_best_of_its_samples(random_checkpoint):
     np.testing.assert_array_equal(again.tokens[0], best.tokens[0])
 
 
-def test_min_new_tokens(random_checkpoint):
+@pytest.mark.parametrize("sampler", [Greedy(), Beam(3)], ids=["greedy", "beam"])
+def test_min_new_tokens(random_checkpoint, sampler):
     """As transformers: no eos before."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS, 3, order="mixed")
-    found = generate.generate(replace_config(model, eos_token_ids=EOS), inputs, 12, min_new_tokens=6).tokens
-    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=12, min_new_tokens=6, do_sample=False, eos_token_id=list(EOS), pad_token_id=0)
+    found = generate.generate(replace_config(model, eos_token_ids=EOS), inputs, 12, sampler=sampler, min_new_tokens=6).tokens
+    options = dict(
+        max_new_tokens=12, min_new_tokens=6, do_sample=False, num_beams=getattr(sampler, "width", 1), eos_token_id=list(EOS), pad_token_id=0
+    )
+    expected = reference.generate(**hf_inputs(inputs), **options)
     expected = expected[:, inputs.tokens.shape[1] :].numpy()
-    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+    ends = np.isin(expected, EOS)
+    np.testing.assert_array_equal(found[:, : expected.shape[1]], np.where(np.cumsum(ends, axis=1) > ends, 0, expected))  # pads as above
     assert not np.isin(found[:, :6], EOS).any()
 
 
-@pytest.mark.parametrize("sampler", [Sample(), Beam(2)], ids=["sample", "beam"])
+@pytest.mark.parametrize("sampler", [Sample(), Beam(2), BestOf(2)], ids=["sample", "beam", "best of"])
 def test_allowed(random_checkpoint, sampler):
     """A mask for all rows, or one for each."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:2], 3)
     V = model.config.decoder.vocab_size
     low = np.arange(V) < 100
-    if isinstance(sampler, Sample):
-        each = generate.generate(model, inputs, 8, sampler=sampler, allowed=np.stack([low, ~low])).tokens
-        assert (each[0] < 100).all() and (each[1][each[1] != 0] >= 100).all()
+    each = generate.generate(model, inputs, 8, sampler=sampler, allowed=np.stack([low, ~low])).tokens
+    assert (each[0] < 100).all() and (each[1][each[1] != 0] >= 100).all()
     assert (generate.generate(model, inputs, 8, sampler=sampler, allowed=low).tokens < 100).all()
 
 
@@ -113,7 +117,8 @@ def test_contradictions(random_checkpoint):
     ]:
         with pytest.raises(ValueError, match=message):
             generate.generate(model, inputs, 8, **wrong)
-    for wrong in (lambda: Beam(0), lambda: Beam(early_stopping="always"), lambda: BestOf(0)):  # type: ignore[arg-type]
+    stopping = [lambda early=early: Beam(early_stopping=early) for early in ("always", 1, np.True_)]
+    for wrong in (lambda: Beam(0), lambda: BestOf(0), *stopping):
         with pytest.raises(ValueError, match="makes no sense"):
             wrong()
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from paligemma_jax.inference.generate import Generated, encode_images
+from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
 from paligemma_jax.processing.processor import Inputs, Processor, Row
@@ -24,7 +24,7 @@ from paligemma_jax.scaling.sharding import host
 BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
 AHEAD = 2  # batches whose images are opened before their turn
 
-Run = Callable[[Inputs, Array, np.ndarray], Generated]  # (inputs without images, features, which rows of all) -> answers
+Run = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]  # (inputs without images, features, which rows of all) -> arrays [B, ...]
 
 
 def round_up(n: int, step: int = BUCKET) -> int:
@@ -32,7 +32,7 @@ def round_up(n: int, step: int = BUCKET) -> int:
 
 
 def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
-    """What `run` generates, batch by batch: by number of row its (tokens, log-probabilities, score), or its error if its image fails."""
+    """What `run` finds, batch by batch: by number of row its part of each array, or its error if its image fails."""
     batches = _batches(rows, batch_size)
     shown = progress if progress is not None else len(batches) > 1 and sys.stderr.isatty()
     with ThreadPoolExecutor(4) as threads, tqdm(total=len(rows), disable=not shown, unit="prompt") as bar:
@@ -45,7 +45,7 @@ def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, b
 
 def _batches(rows: Sequence[Row], size: int) -> list[list[int]]:
     """Row numbers in batches of equal bucket and number of images, longest first so that memory runs out at once if it does."""
-    kind = lambda i: (round_up(len(rows[i].prompt)), len(rows[i].images))
+    kind = lambda i: (round_up(len(rows[i].prompt) + len(rows[i].suffix)), len(rows[i].images))
     batches: list[list[int]] = []
     for i in sorted(range(len(rows)), key=kind, reverse=True):
         if batches and len(batches[-1]) < size and kind(batches[-1][0]) == kind(i):
@@ -64,12 +64,10 @@ def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: 
     chosen = [rows[i] for i in filled]
     features = images.features([image for row in chosen for image in row.images])
     images.forget([image for i in batch for image in rows[i].images])
-    length = min(round_up(max(len(row.prompt) for row in chosen)), processor.context)
+    length = min(round_up(max(len(row.prompt) + len(row.suffix) for row in chosen)), processor.context)
     nothing = np.zeros((0, processor.image_size, processor.image_size, 3), np.float32)
     features = features.reshape(len(chosen), -1, *features.shape[1:])  # a batch's rows have as many images each
-    out = run(Inputs(images=nothing, **processor.pad(chosen, length=length)), features, filled)
-    for n, i in enumerate(good):
-        yield i, (out.tokens[n], out.log_probabilities[n], out.scores[n])
+    yield from zip(good, zip(*run(Inputs(images=nothing, **processor.pad(chosen, length=length)), features, filled)))
 
 
 @dataclass

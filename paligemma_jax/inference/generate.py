@@ -21,6 +21,8 @@ from paligemma_jax.scaling.sharding import compiled, host
 
 CHUNK = 16  # tokens decoded between two looks of the host, where it has to look
 
+Ends = Callable[[np.ndarray], np.ndarray]  # tokens int32[B, N] so far -> how many of each row make its answer int[B]; more than N: it goes on
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -80,7 +82,7 @@ def generate(
     min_new_tokens: int = 0,
     slots: int = 0,
     features: Array | None = None,
-    halt: Callable[[np.ndarray], np.ndarray] | None = None,
+    ends: Ends | None = None,
 ) -> Generated:
     """The answer of every row, at most `max_new_tokens` long.
 
@@ -89,11 +91,11 @@ def generate(
     allowed: bool[V] or bool[B, V], False for ids that are never emitted.
     slots: the length of the cache, T + max_new_tokens or more; one program is compiled per B, T and `slots`.
     features: of the images, if they are encoded already.
-    halt: given the tokens of all rows so far, bool[B] of those that shall end; asked every `CHUNK` tokens. Not for Beam and BestOf.
+    ends: where answers end beside eos; asked every `CHUNK` tokens. Not for Beam.
     """
     rows, tokens = inputs.tokens.shape
     slots = slots or tokens + max_new_tokens
-    _check(tokens, max_new_tokens, min_new_tokens, slots)
+    check(tokens, max_new_tokens, min_new_tokens, slots)
     copies = sampler.width if isinstance(sampler, Beam | BestOf) else 1
     request = make_request(model, rows, seeds, allowed, min_new_tokens, copies)
     features = encode(model, inputs) if features is None else features
@@ -101,22 +103,25 @@ def generate(
         return Generated(*beam.search(model, inputs, features, request, max_new_tokens, slots, sampler))
     chooser = sampler.sampler if isinstance(sampler, BestOf) else sampler
     state = prefill(model, inputs, features, request, slots, chooser, copies)
-    size = CHUNK if halt else slots - tokens
-    tokens, log_probabilities = _fixed(model, decoded(model, state, request, max_new_tokens, size, chooser, halt), max_new_tokens)
+    size = CHUNK if ends else slots - tokens
+    tokens, log_probabilities = _fixed(model, decoded(model, state, request, max_new_tokens, size, chooser, ends), max_new_tokens)
+    if ends:  # what was decoded past them counts for nothing
+        kept = np.arange(max_new_tokens) < ends(tokens)[:, None]
+        tokens, log_probabilities = np.where(kept, tokens, model.config.pad_token_id), np.where(kept, log_probabilities, 0)
     scores = log_probabilities.sum(axis=1)
     best = np.arange(rows) * copies + scores.reshape(rows, copies).argmax(axis=1)
     return Generated(tokens[best], log_probabilities[best], scores[best])
 
 
 def decoded(
-    model: PaliGemma, state: State, request: Request, limit: int, size: int, sampler: Sampler, halt: Callable | None = None
+    model: PaliGemma, state: State, request: Request, limit: int, size: int, sampler: Sampler, ends: Ends | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """From a prefill's state the answers piece by piece, tokens int32[B, n] and their log-probabilities: one, then `size` a dispatch."""
     so_far = host(state.token)[:, None]
     yield so_far, host(state.log_probability)[:, None]
     while so_far.shape[1] < limit:
-        if halt:
-            state = replace(state, done=state.done | halt(so_far))
+        if ends:
+            state = replace(state, done=state.done | (ends(so_far) <= so_far.shape[1]))
         if host(state.done).all():
             return
         tokens, log_probabilities, state = decode(model, state, request, jnp.int32(limit), size, sampler)
@@ -209,7 +214,8 @@ def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
     return jnp.zeros((len(inputs.tokens), model.config.decoder.vocab_size), bool).at[rows, inputs.tokens].max(inputs.valid)
 
 
-def _check(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
+def check(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
+    """ValueError for what cannot be asked for."""
     if not whole(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; ask for at least 1")
     if not whole(min_new_tokens) or not 0 <= min_new_tokens <= max_new_tokens:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from paligemma_jax import checkpoint, devices
 from paligemma_jax.inference import generate, pointing, scoring
 from paligemma_jax.inference.batching import round_up, run_all
-from paligemma_jax.inference.sampling import Greedy, Sample, Sampler, Strategy, whole
+from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Sampler, Strategy, whole
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import Source, pixels
@@ -35,7 +36,7 @@ class Answer:
     """What one prompt was answered."""
 
     text: str
-    tokens: list[int]  # up to and with eos
+    tokens: list[int]  # up to and with eos, or the one that completes a stop text
     log_probabilities: list[float]  # of each token under the model, before any filter
     score: float  # their sum; for Beam divided by length ** length_penalty
     error: str | None = None  # why there is no answer: its image could not be read
@@ -83,7 +84,7 @@ class Predictor:
         *,
         seeds: Sequence[int] | None = None,
         min_new_tokens: int = 0,
-        stop: Texts = (),
+        stop: Texts | None = (),
         allowed: np.ndarray | None = None,
         batch_size: int = 16,
         progress: bool | None = None,
@@ -91,7 +92,8 @@ class Predictor:
         """An `Answer` to every prompt, in their order. Any number of prompts: they are sorted into length buckets and batched.
 
         seeds: one integer a prompt, on which `Sample` depends beside the prompt itself; by default 0, 1, 2, ...
-        stop: texts that end an answer, which then holds what came before.
+        stop: texts that end an answer, whose text is then what came before, and whose tokens and score go on to where one is complete; BestOf
+        chooses by these scores. Beam does not see them (transformers ends a beam there): they cut what it found.
         allowed: bool[V], or bool[B, V] for a mask a prompt: the ids that may be said (`processor.tokenizer` knows them).
         progress: a bar on stderr; by default if there are several batches and somebody is looking.
         An image given twice (the same path or object) is encoded once. The prefix of several prompts on one image is not shared:
@@ -111,7 +113,7 @@ class Predictor:
         *,
         seeds: Sequence[int] | None = None,
         min_new_tokens: int = 0,
-        stop: Texts = (),
+        stop: Texts | None = (),
         allowed: np.ndarray | None = None,
         batch_size: int = 16,
         progress: bool | None = None,
@@ -122,16 +124,19 @@ class Predictor:
             raise ValueError(f"sampler is {sampler!r}: pass Greedy(), Sample(...), Beam(...) or BestOf(...)")
         chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
         stops = _stops(stop)
-        halt = self._halt(stops) if stops and isinstance(sampler, Sampler) else None
+        ends: generate.Ends | None = (lambda tokens: np.array([self._end(row, stops) for row in tokens.tolist()])) if stops else None
         new = round_up(max_new_tokens)
 
-        def run(inputs: Inputs, features: jax.Array, numbers: np.ndarray) -> generate.Generated:
+        def run(inputs: Inputs, features: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             mask = sayable if sayable.ndim == 1 else sayable[numbers]
-            options: dict[str, Any] = dict(seeds=chosen[numbers], allowed=mask, min_new_tokens=min_new_tokens, features=features, halt=halt)
-            return generate.generate(self.model, inputs, max_new_tokens, sampler=sampler, slots=inputs.tokens.shape[1] + new, **options)
+            options: dict[str, Any] = dict(seeds=chosen[numbers], allowed=mask, min_new_tokens=min_new_tokens, features=features, ends=ends)
+            found = generate.generate(self.model, inputs, max_new_tokens, sampler=sampler, slots=inputs.tokens.shape[1] + new, **options)
+            return found.tokens, found.log_probabilities
 
         for found in run_all(self.model, self.processor, rows, run, batch_size, progress):
-            yield {i: Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops) for i, one in found.items()}
+            yield {
+                i: Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops, sampler) for i, one in found.items()
+            }
 
     def detect(self, image: Source, label: str, **options: Any) -> Detections:
         """Where a thing ("cat"; "cat ; dog") is on an image: its `Detection`s, boxes in pixels, with scores. Options are those of `answers`."""
@@ -156,11 +161,20 @@ class Predictor:
         return self.detections(answer, image)
 
     def stream(
-        self, image: Any, prompt: str, max_new_tokens: int = 128, sampler: Greedy | Sample = Greedy(), *, seed: int = 0, stop: Texts = ()
+        self,
+        image: Any,
+        prompt: str,
+        max_new_tokens: int = 128,
+        sampler: Greedy | Sample = Greedy(),
+        *,
+        seed: int = 0,
+        min_new_tokens: int = 0,
+        stop: Texts | None = (),
+        allowed: np.ndarray | None = None,
     ) -> Iterator[str]:
         """The answer piece by piece, as soon as its text is certain; several tokens are decoded per dispatch.
 
-        image: one image, or a list of those of this prompt. The pieces joined are what `generate` gives.
+        image: one image, or a list of those of this prompt. Other arguments are those of `answers`; the pieces joined are what `generate` gives.
         """
         rows = self.processor.rows([image] if isinstance(image, list | tuple) and "<image>" not in prompt else image, prompt)
         self._check_room(rows, max_new_tokens, 1)
@@ -169,8 +183,9 @@ class Predictor:
         seeds, stops = _seeds([seed], 1), _stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
         inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
-        request = generate.make_request(self.model, 1, seeds, self._allowed(None, 1))
         slots = length + round_up(max_new_tokens)
+        generate.check(length, max_new_tokens, min_new_tokens, slots)
+        request = generate.make_request(self.model, 1, seeds, self._allowed(allowed, 1), min_new_tokens)
         state = generate.prefill(self.model, inputs, generate.encode(self.model, inputs), request, slots, sampler)
         ids, told = [], 0
         for tokens, _ in generate.decoded(self.model, state, request, max_new_tokens, STREAM, sampler):
@@ -185,11 +200,18 @@ class Predictor:
             if ended or len(cut) < len(text):
                 return
 
-    def score(self, images: Images, prompts: Texts, suffixes: Texts) -> np.ndarray:
-        """float32[B]: the log-probability of every suffix and its eos, given image and prompt."""
+    def score(self, images: Images, prompts: Texts, suffixes: Texts, *, batch_size: int = 16, progress: bool | None = None) -> np.ndarray:
+        """float32[B]: the log-probability of every suffix and its eos, given image and prompt. Any number of them, batched as in `answers`."""
         if suffixes is None:
             raise ValueError("no suffixes: pass the text to score, one for each prompt")
-        return scoring.score(self.model, self.processor(images, prompts, suffixes))
+        rows = self.processor.rows(images, prompts, suffixes)
+        self._check_rows(rows, batch_size)
+        run = lambda inputs, features, numbers: (scoring.score(self.model, inputs, features),)
+        found = {i: one for batch in run_all(self.model, self.processor, rows, run, batch_size, progress) for i, one in batch.items()}
+        for i in sorted(found):
+            if isinstance(found[i], ValueError):
+                raise found[i]
+        return np.concatenate([found[i] for i in range(len(rows))])
 
     def logits(self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None) -> tuple[np.ndarray, Inputs]:
         """Teacher-forced logits float32[B, T, V] (those at t are for the token at t + 1) and the `Inputs` they belong to. Also `logits(inputs)`."""
@@ -217,11 +239,14 @@ class Predictor:
         return self.processor(images, prompts, suffixes)
 
     def _check_room(self, rows: list[Row], max_new_tokens: int, batch_size: int) -> None:
+        self._check_rows(rows, batch_size)
         tokens, limit = max(len(row.prompt) for row in rows), self.processor.context
-        if tokens >= limit:
-            self.processor.pad(rows)  # says which row is too long
         if not whole(max_new_tokens) or not 1 <= max_new_tokens <= limit - tokens:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
+
+    def _check_rows(self, rows: list[Row], batch_size: int) -> None:
+        if max(len(row.prompt) + len(row.suffix) for row in rows) > self.processor.context:
+            self.processor.pad(rows)  # says which row is too long
         if not whole(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: it can be 1 or more")
 
@@ -238,19 +263,20 @@ class Predictor:
             raise ValueError("allowed allows no token that stands for text")
         return allowed & sayable
 
-    def _halt(self, stops: list[str]) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda tokens: np.array([any(stop in self.processor.decode(row) for stop in stops) for row in tokens.tolist()])
+    def _end(self, tokens: list[int], stops: list[str]) -> int:
+        """How many of `tokens` are up to and with eos, or the one that completes a stop text; one more than all if nothing ends them."""
+        end = next((n for n, token in enumerate(tokens, 1) if token in self.config.eos_token_ids), len(tokens) + 1)
+        return bisect_left(range(end), True, key=lambda n: any(stop in self.processor.decode(tokens[:n]) for stop in stops))
 
-    def _answer(self, found: tuple[np.ndarray, np.ndarray, np.floating], stops: list[str]) -> Answer:
-        tokens, log_probabilities, score = found
-        ended = np.isin(tokens, self.config.eos_token_ids)
-        length = int(ended.argmax()) + 1 if ended.any() else len(tokens)
-        text = _cut(self.processor.decode(tokens[:length].tolist()), stops)
-        return Answer(text, tokens[:length].tolist(), log_probabilities[:length].tolist(), float(score))
+    def _answer(self, found: tuple[np.ndarray, np.ndarray], stops: list[str], sampler: Strategy) -> Answer:
+        end = self._end(found[0].tolist(), stops)
+        tokens, log_probabilities = (part[:end].tolist() for part in found)
+        score = sum(log_probabilities) / len(tokens) ** (sampler.length_penalty if isinstance(sampler, Beam) else 0)
+        return Answer(_cut(self.processor.decode(tokens), stops), tokens, log_probabilities, score)
 
 
-def _stops(stop: Texts) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop)
+def _stops(stop: Texts | None) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop is {stop!r}: pass a text that is not empty, or a list of such")
     return stops

@@ -105,7 +105,7 @@ class Beam:
             raise ValueError(f"Beam(width={self.width!r}) makes no sense; for the likeliest token use Greedy()")
         if not _number(self.length_penalty) or not np.isfinite(self.length_penalty):
             raise ValueError(f"Beam(length_penalty={self.length_penalty!r}) makes no sense; pass a number, 0 for the plain sum")
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"Beam(early_stopping={self.early_stopping!r}) makes no sense; pass True, False or 'never'")
 
 

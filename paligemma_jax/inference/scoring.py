@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from paligemma_jax.inference.batching import round_up
+from paligemma_jax.inference.generate import encode
 from paligemma_jax.model.layers import collect
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
@@ -30,15 +31,18 @@ def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[st
     return found
 
 
-def score(model: PaliGemma, inputs: Inputs) -> np.ndarray:
-    """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits."""
-    longest = int(inputs.targets.sum(axis=1).max())
-    return host(_score(model, inputs, longest))
+def score(model: PaliGemma, inputs: Inputs, features: Array | None = None) -> np.ndarray:
+    """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits.
+
+    features: of the images, if they are encoded already. One program is compiled for every B, T and 32 targets.
+    """
+    longest = min(round_up(int(inputs.targets.sum(axis=1).max())), inputs.targets.shape[1])
+    return host(_score(model, inputs, encode(model, inputs) if features is None else features, longest))
 
 
 @partial(compiled, static_argnames="longest")
-def _score(model: PaliGemma, inputs: Inputs, longest: int) -> Array:
-    x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
+def _score(model: PaliGemma, inputs: Inputs, features: Array | None, longest: int) -> Array:
+    x = model.answer(inputs.tokens, features, inputs.valid, inputs.prefix)
     places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
     tokens, wanted = (jnp.take_along_axis(jnp.asarray(a), places, axis=1) for a in (inputs.tokens, inputs.targets))
