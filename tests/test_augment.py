@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paligemma_jax.training.augment import Augment
+from paligemma_jax.training.augment import Augment, inside, moved
 from paligemma_jax.training.data import Example
 
 SIZE = 256
@@ -53,6 +53,16 @@ def test_boxes_that_are_cut_off_are_not_spoken_of():
         if new.images[0].size != (SIZE, SIZE) and len(told(new.suffix)) == 1:
             assert new.suffix.count("thing") == 1
     assert counts == {1, 2}
+
+
+@pytest.mark.parametrize("gap", [" ; ", "; ", ";"])
+def test_things_are_parted_as_they_were(gap):
+    """Of a cat, a dog and a cow the dog is cut away, however they are parted."""
+    cat, dog, cow = (
+        "".join(f"<loc{v:04}>" for v in box) + name for box, name in (((10, 10, 200, 200), "cat"), ((800,) * 4, "dog"), ((0, 0, 99, 99), "cow"))
+    )
+    seen = moved(gap.join([cat, dog, cow]), lambda box: inside(box, np.array([0, 0, 0.5, 0.5])))
+    assert seen == "<loc0020><loc0020><loc0400><loc0400>cat" + gap + "<loc0000><loc0000><loc0198><loc0198>cow"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from test_finetune import data  # noqa: F401
 
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import order, read
+from paligemma_jax.training.data import make_example, order, read
 from paligemma_jax.training.finetune import finetune
 
 
@@ -51,6 +51,13 @@ def test_what_only_a_closer_look_finds(data, tmp_path):  # noqa: F811
         finetune(Finetune(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0])
     assert len(read(tmp_path / "rows.jsonl")) == 1
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.int64(2), 3])
+def test_rows_of_numpy_and_of_grain(weight):
+    """Their numbers are numbers, and a tuple is a list."""
+    example = make_example({"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}, 1)
+    assert example.weight == float(weight) and len(example.images) == 2
 
 
 def test_a_file_without_rows(tmp_path):

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,12 +21,12 @@ from PIL import Image
 from test_trainer import TOY
 
 import paligemma_jax as pg
-from paligemma_jax.checkpoint import TINY, load_model
+from paligemma_jax.checkpoint import TINY, load_model, save
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.training import features, runs
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import read
-from paligemma_jax.training.finetune import finetune
+from paligemma_jax.training.finetune import _loaded, finetune
 from paligemma_jax.training.trainer import Trainer
 
 
@@ -124,10 +125,55 @@ def test_twenty_kills(data, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(data, tmp_path):
+    options = dict(steps=9, batch_size=4, learning_rate=1e30, warmup=0, clip=0, optimizer="sgd", train="decoder", features=str(tmp_path / "kept"))
     with pytest.raises(ValueError, match=r"the loss of step \d is (nan|inf), .*its batch is in .*bad_batch"):
-        finetune(Finetune(str(data), str(tmp_path / "run"), steps=9, batch_size=4, learning_rate=1e30, warmup=0, clip=0, optimizer="sgd"))
+        finetune(Finetune(str(data), str(tmp_path / "run"), **options))
     (file,) = (tmp_path / "run").glob("bad_batch_*.npz")
-    assert np.load(file)["tokens"].shape[0] == 4
+    assert np.load(file)["tokens"].shape[0] == np.load(file)["features"].shape[0] == 4
+
+
+def test_a_measurement_that_fails_loses_no_step(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("paligemma_jax.training.finetune._measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(Finetune(str(data), str(tmp_path / "run"), validation=str(data), steps=3, batch_size=4, train="projector", validate_every=2))
+    assert len(losses(tmp_path / "run")) == 2 and [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.mark.parametrize(
+    "rows,validation,expected",
+    [
+        ([], None, "data has no rows"),
+        (iter([{}]), None, "data has no length: give"),
+        (range(2**40), None, "leave out what repeats them"),
+        ([{"weight": 0}] * 2, None, "data: every row has weight 0"),
+        ([{"image": "no.png"}], None, "^row 0: no image file at no.png"),
+        ([{}], [{}, {"image": "no.png"}], "^validation: row 1: no image file at no.png"),
+        ([{}], [], "--validate-every 1 has nothing to measure"),
+    ],
+)
+def test_rows_that_no_run_can_have(tmp_path, rows, validation, expected):
+    """Told before the folder is made."""
+    whole = lambda rows: [{"image": np.zeros((8, 8, 3), np.uint8), "prefix": "ocr", "suffix": "1"} | row for row in rows]
+    rows, validation = (whole(given) if isinstance(given, list) else given for given in (rows, validation))
+    with pytest.raises(ValueError, match=expected):
+        finetune(Finetune("", str(tmp_path / "run"), steps=1, batch_size=2, validate_every=1 if validation == [] else 0), rows, validation)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("train", ["projector/.*", "vision/.*", "decoder/norm/.*"])
+def test_beside_quantized_projections_the_rest_learns(train):
+    _loaded(Finetune("", "", train=train, quantize="nf4"), TINY, None)
+
+
+@pytest.mark.parametrize("asked,expected", [(None, "bfloat16"), ("float32", "float32")])
+def test_on_accelerators_it_computes_in_bfloat16(tmp_path, monkeypatch, asked, expected):
+    """By default also where the checkpoint is float32; what learns is float32."""
+    save(tmp_path / "wide", load_model(TINY, "float32"), like="tiny")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert load_model(tmp_path / "wide").config.dtype == "float32"
+    model = _loaded(Finetune("", "", train="projector", dtype=asked), tmp_path / "wide", None)
+    kinds = {path.startswith("projector/"): value.dtype.name for path, value in parameters(model).items()}
+    assert model.config.dtype == expected and kinds == {True: "float32", False: expected}
 
 
 def test_features_are_made_once_and_change_nothing(data, tmp_path, monkeypatch):
@@ -208,7 +254,11 @@ def test_parts_must_have_as_many_images_each(data, tmp_path):
         (["--train", "nothing"], "matches no parameter"),
         (["--batch-size", "0"], "is at least 1"),
         (["--batch-size", "3", "--accumulate", "2"], "does not divide"),
-        (["--steps", "0"], "nothing to do"),
+        (["--steps", "0"], "is at least 1"),
+        (["--length", "0"], "is at least 1"),
+        (["--learning-rate", "inf"], "is a number above 0"),
+        (["--seed", str(2**40)], "lies in 0 <= x < 2**32"),
+        (["--validate-every", "5"], "give --validation"),
         (["--label-smoothing", "1"], "lies in"),
         (["--data", "missing.jsonl"], "no such file"),
         (["--resume"], "no run to resume"),

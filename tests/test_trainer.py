@@ -19,7 +19,7 @@ from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch
 from paligemma_jax.training.finetune import prepared
 from paligemma_jax.training.losses import answer_loss, token_loss
-from paligemma_jax.training.optimizers import make_schedule
+from paligemma_jax.training.optimizers import make_optimizer, make_schedule
 from paligemma_jax.training.trainer import Trainer
 
 TOY = Finetune("", "", optimizer="sgd", beta1=0.0, learning_rate=0.1, warmup=0, schedule="constant", clip=0)
@@ -178,6 +178,16 @@ def test_every_optimizer_learns(optimizer, form):
         state, report = trainer.step(state, trainer.frozen, data, longest=8)
         seen.append(float(report["loss"]))
     assert seen[-1] < 0.8 * seen[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
+def test_weights_decay_at_the_learning_rate(optimizer):
+    """Without a gradient, in the first of two steps of warm-up: matrices by half the rate times the decay, norms and biases not."""
+    rule = make_optimizer(replace(TOY, optimizer=optimizer, learning_rate=0.1, weight_decay=0.5, warmup=2), 4)
+    weights = {f"decoder/layers/0/mlp/up/{name}": jnp.ones(shape) for name, shape in {"kernel": (4, 4), "scale": 4, "bias": 4}.items()}
+    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, weights), rule.init(weights), weights)
+    for path, update in updates.items():
+        np.testing.assert_allclose(update, -0.05 * 0.5 if path.endswith("kernel") else 0, rtol=1e-6)
 
 
 def test_the_encoder_learns_at_its_own_rate():

@@ -63,6 +63,18 @@ def test_loss_and_every_gradient(random_checkpoint, tmp_path, kind, side):
         assert np.linalg.norm(found - wanted[path]) <= 1e-4 * np.linalg.norm(wanted[path]), path
 
 
+def test_sharp_18_loss_reductions(random_checkpoint):
+    """By default that of transformers; "examples" is the mean of each row's mean, as in big_vision."""
+    reference, _, model = random_checkpoint("pg2", 0)
+    inputs = random_inputs(reference, ROWS, 0)
+    with torch.no_grad():
+        whole = torch_loss(reference, inputs).item()
+        each = [torch_loss(reference, jax.tree.map(lambda a, i=i: a[i : i + 1], inputs)).item() for i in range(len(ROWS))]
+    assert abs(np.mean(each) - whole) > 1e-2  # else the two could be swapped unseen
+    for reduction, expected in (("tokens", whole), ("examples", np.mean(each))):
+        assert float(our_loss(model, inputs, reduction=reduction)) == pytest.approx(expected, rel=1e-5)
+
+
 def test_label_smoothing(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 0)
     inputs = random_inputs(reference, ROWS, 0)

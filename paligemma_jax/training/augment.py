@@ -57,13 +57,13 @@ def moved(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
     """`text` with every box (y0, x0, y1, x1 in bins) where `move` puts it; None drops it, and what is said of it up to the next ;"""
     if not BOX.search(text):
         return text
-    kept = []
-    for part in text.split(" ; "):
+    kept, pieces = "", re.split(r"(\s*;\s*)", text)
+    for gap, part in zip(["", *pieces[1::2]], pieces[::2]):
         boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in BOX.findall(part)]
         places = iter([locations(box) for box in boxes if box is not None])
         if all(box is not None for box in boxes):
-            kept.append(BOX.sub(lambda _, places=places: next(places), part))
-    return " ; ".join(kept)
+            kept += (gap if kept else "") + BOX.sub(lambda _, places=places: next(places), part)
+    return kept
 
 
 def inside(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:

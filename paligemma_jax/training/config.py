@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from paligemma_jax.model.precision import Quantization
 
@@ -21,6 +22,8 @@ TRAIN = {
 
 @dataclass(frozen=True)
 class Finetune:
+    """What a run does, each choice with its default. ValueError for what cannot be."""
+
     data: str
     """Rows to learn from: JSONL with image (a path, or a list of them; relative to the file), prefix, suffix and, if wanted, weight."""
     output: str
@@ -68,7 +71,7 @@ class Finetune:
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
     """sgd has momentum --beta1. muon (arXiv:2502.16982) is for the matrices of the layers, AdamW for the rest."""
     weight_decay: float = 0.0
-    """Not of norms and biases."""
+    """Counts times the learning rate; not of norms and biases."""
     beta1: float = 0.9
     """Of AdamW, Muon and SGD."""
     beta2: float = 0.999
@@ -124,19 +127,22 @@ class Finetune:
 
     def __post_init__(self):
         rules: list[tuple[str, Callable[[float], bool], str]] = [
-            ("is at least 1", lambda x: x >= 1, "batch_size accumulate save_every keep"),
-            ("is not negative", lambda x: x >= 0, "warmup weight_decay clip validate_every samples seed vision_rate lora_rank lora_vision_rank"),
-            ("is above 0", lambda x: x > 0, "learning_rate lora_alpha epochs"),
+            ("is at least 1", lambda x: x >= 1, "steps length batch_size accumulate save_every keep"),
+            ("is not negative", lambda x: x >= 0, "warmup weight_decay clip validate_every samples vision_rate lora_rank lora_vision_rank"),
+            ("is a number above 0", lambda x: 0 < x < inf, "learning_rate lora_alpha epochs"),
+            ("lies in 0 <= x < 2**32", lambda x: 0 <= x < 2**32, "seed"),
             ("lies in 0 <= x < 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema lora_dropout color"),
             ("lies in 0 <= x <= 1", lambda x: 0 <= x <= 1, "flip"),
             ("lies in 0 < x <= 1", lambda x: 0 < x <= 1, "crop"),
         ]
         for rule, holds, names in rules:
             for name in names.split():
-                if not holds(getattr(self, name)):
-                    raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: it {rule}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"nothing to do: --steps {self.steps}")
+                if (value := getattr(self, name)) is not None and not holds(value):
+                    raise ValueError(f"--{name.replace('_', '-')} {value}: it {rule}")
+        for name, hint in get_type_hints(Finetune).items():
+            known = [word for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for word in get_args(kind)]
+            if known and (value := getattr(self, name)) not in (*known, getattr(Finetune, name)):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: there are {', '.join(known)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         for name, known in (("train", f"{', '.join(TRAIN)} or "), ("lora_target", "")):
@@ -145,8 +151,6 @@ class Finetune:
             except re.error as error:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r} is not {known}a regular expression: {error}") from None
         Quantization.of(self.quantize)
-        if self.quantize and self.train not in ("lora", "projector") and "lora" not in self.train:
-            raise ValueError(f"--quantize freezes the decoder's projections: --train lora adapts them, --train {self.train} cannot")
         if self.features and self.augments:
             raise ValueError("--features are those of the pictures as they are: leave out --flip, --crop and --color")
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,11 +89,11 @@ def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True
             raise ValueError(f"{name} is {'missing' if name not in row else 'not a text'}")
     if learns and not row["suffix"]:
         raise ValueError("suffix is empty: there is nothing to learn")
-    images: Any = [row.get("image")] if not isinstance(row.get("image"), list) else row["image"]
+    images: Any = [row.get("image")] if not isinstance(row.get("image"), list | tuple) else row["image"]
     if not images or not all(isinstance(image, Source) for image in images):
         raise ValueError(f"image is {'missing' if 'image' not in row else 'not a path or a list of paths'}")
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < float("inf"):
         raise ValueError(f"weight is {weight!r}, not a number from 0 on")
     images = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
     return Example(images, row["prefix"], row["suffix"] if learns else "", float(weight), line)
@@ -119,16 +120,27 @@ def _problem(path: Any) -> str | None:
 
 
 @contextmanager
-def naming(row: int) -> Iterator[None]:
-    """A ValueError inside says which row it is about."""
+def naming(what: str) -> Iterator[None]:
+    """A ValueError inside says what it is about."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"row {row}: {error}") from None
+        raise ValueError(f"{what}: {error}") from None
+
+
+def counted(name: str, source: Rows) -> int:
+    """How many rows there are. ValueError if they have no number, or no end."""
+    try:
+        count = len(source)
+    except TypeError:
+        raise ValueError(f"{name} has no length: give what has rows by number, as a list, a data set, or a MapDataset of grain") from None
+    if count >= 2**32:
+        raise ValueError(f"{name} has {count} rows: leave out what repeats them, --epochs and --steps do")
+    return count
 
 
 def example_at(source: Rows, index: int) -> Example:
-    with naming(index):
+    with naming(f"row {index}"):
         return make_example(source[index], index)
 
 
@@ -168,7 +180,7 @@ def batch(
     filled = [*examples, *[examples[0]] * (size - len(examples))]
     rows, pictures, own = [], [], range(size) if own is None else own
     for n, example in enumerate(filled):
-        with naming(example.line):
+        with naming(f"row {example.line}"):
             rows.append(tokenized(example, processor, length))
             pictures += [] if features or n not in own else [pixels(rows[-1].images, processor.image_size)]
     images = [len(row.images) for row in rows]

@@ -6,7 +6,8 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from paligemma_jax.synthetic import stacked, unstacked
 from paligemma_jax.training import lora
 from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, example_at, order, read, tokenized
+from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, counted, example_at, naming, order, read, tokenized
 from paligemma_jax.training.features import Features
 from paligemma_jax.training.runs import Run, check
 from paligemma_jax.training.trainer import State, Trainer
@@ -49,9 +50,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     if config.lora and peft.is_adapter(source):
         raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
     processor = make_processor(source)
-    fits = partial(tokenized, processor=processor, length=config.length)
-    train = read(config.data, fits) if data is None else data
-    validation = validation if validation is not None else read(config.validation, fits) if config.validation else []
+    train, held_out = _rows(config, processor, data, validation)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     several = "auto" if jax.process_count() > 1 else None
     mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True)
@@ -59,22 +58,21 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
     if hosts.first():
         check(config)
-    wide = lambda path: bool(re.fullmatch(config.pattern, path))
-    model = checkpoint.load_model(source, config.dtype, config.numerics, mesh, wide, config.quantize)
-    if not config.quantize and any(wide(path) and value.dtype.kind in "iu" for path, value in parameters(model).items()):
-        raise ValueError(f"--model {config.model} is quantized, and codes do not learn: --train lora adapts it, or start from what it was made of")
-    if config.features and any(p.startswith("vision/") and wide(p) for p in parameters(jax.eval_shape(partial(prepared, config=config), model))):
-        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
+    model = _loaded(config, source, mesh)
     features = Features(Path(config.features), model, processor.image_size) if config.features else None
     if features:
-        features.fill(model, [train, validation], config.batch_size)
+        features.fill(model, [train, held_out], config.batch_size)
+    make = partial(batch, processor=processor, size=config.batch_size, length=config.length, features=features, own=own_rows(config.batch_size, mesh))
+    lesson = partial(_lesson, config, partial(make, parts=config.accumulate), train)
+    lesson(0)
+    with naming("validation"):
+        for _ in _whole(make, held_out, config.batch_size) if validation is not None else ():  # those of a file have been read
+            pass
     trainer = Trainer(distribute(prepared(model, config, delete=True), mesh), config, steps)
     del model
     run = Run(config)  # now, so that a run that cannot start leaves nothing behind
     state = run.restore(trainer.start())
-    make = partial(batch, processor=processor, size=config.batch_size, length=config.length, parts=config.accumulate, features=features)
-    make = partial(make, own=own_rows(config.batch_size, mesh))
-    state, stopped = _loop(trainer, run, state, steps, make, train, validation, processor)
+    state, stopped = _loop(trainer, run, state, steps, lesson, make, held_out, processor)
     run.finish()
     if stopped:
         if hosts.first():
@@ -83,6 +81,36 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     if hosts.first():
         run.chart()
     return _save(trainer, state, source, run.folder)
+
+
+def _rows(config: Finetune, processor: Processor, data: Rows | None, validation: Rows | None) -> tuple[Rows, Rows]:
+    """Those to learn from and those to measure on."""
+    fits = partial(tokenized, processor=processor, length=config.length)
+    train = read(config.data, fits) if data is None else data
+    held_out = validation if validation is not None else read(config.validation, fits) if config.validation else []
+    for name, rows in (("data", train), ("validation", held_out)):
+        if counted(name, rows) and not any(example_at(rows, i).weight for i in range(len(rows))):
+            raise ValueError(f"{name}: every row has weight 0, so there is nothing to learn")
+    if not len(train):
+        raise ValueError("data has no rows")
+    if config.validate_every and not len(held_out):
+        raise ValueError(f"--validate-every {config.validate_every} has nothing to measure: give --validation")
+    return train, held_out
+
+
+def _loaded(config: Finetune, source: Path, mesh: Any) -> Any:
+    """The model, with what learns in float32; activations and what is frozen are by default bfloat16, whatever the checkpoint's, on a CPU float32."""
+    wide = lambda path: bool(re.fullmatch(config.pattern, path))
+    dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
+    model = checkpoint.load_model(source, dtype, config.numerics, mesh, wide, config.quantize)
+    paths = list(parameters(jax.eval_shape(partial(prepared, config=config), model)))
+    for path in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
+        if any(wide(f"{path}/{part}") for part in ("codes", "scale", "kernel", "table")):
+            why = "--quantize" if config.quantize else f"--model {config.model}"
+            raise ValueError(f"--train {config.train}: {why} holds {path} in codes, which do not learn; --train lora adapts them")
+    if config.features and any(path.startswith("vision/") and wide(path) for path in paths):
+        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
+    return model
 
 
 def prepared(model: Any, config: Finetune, delete: bool = False) -> Any:
@@ -98,20 +126,12 @@ def prepared(model: Any, config: Finetune, delete: bool = False) -> Any:
     return lora.add_lora(model, ranks, config.lora_alpha, config.rslora, config.lora_dropout, config.lora_target, config.seed)
 
 
-def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train: Rows, validation: Rows, processor: Processor) -> tuple[State, bool]:
+def _loop(trainer: Trainer, run: Run, state: State, steps: int, lesson: Any, make: Any, validation: Rows, processor: Processor) -> tuple[State, bool]:
     config, first = trainer.config, int(state.step)
-    augment = Augment(config.flip, config.crop, config.color) if config.augments else None
     rate = matrix_rate(trainer.model.config.activation_dtype)
-
-    def batches() -> Iterator[Any]:
-        for step in range(first, steps):
-            start = step * config.batch_size
-            rows = order(len(train), config.seed, start, config.batch_size)
-            yield partial(_made, make, train, rows, augment and partial(_augmented, augment, config.seed, start))
-
     with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.first() else True) as bar:
         began = time.perf_counter()
-        for step, data in enumerate(ahead(batches()), first + 1):
+        for step, data in enumerate(ahead(partial(lesson, step) for step in range(first, steps)), first + 1):
             state, report = trainer.step(state, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
@@ -120,8 +140,9 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 raise ValueError(run.bad(line, data))
             if len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0)):
-                line["validation_loss"] = _measure(trainer, state, make, validation)
-                _answer(trainer, state, run, validation, processor)
+                with _kept(run, state, line):
+                    line["validation_loss"] = _measure(trainer, state, make, validation)
+                    _answer(trainer, state, run, validation, processor)
             run.log(line)
             bar.update()
             bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
@@ -134,19 +155,39 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, make: Any, train
     return state, False
 
 
-def _made(make: Any, source: Rows, rows: Any, augment: Any = None) -> Batch:
-    examples = [example_at(source, int(i)) for i in rows]
-    return make([augment(n, example) for n, example in enumerate(examples)] if augment else examples)
+@contextmanager
+def _kept(run: Run, state: State, line: dict[str, Any]) -> Iterator[None]:
+    """A measurement that fails does not lose the steps before it. (Several processes would save together, and may not all have failed.)"""
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            run.log(line)
+            run.save(line["step"], state, line.get("validation_loss"))
+            run.finish()
+        raise
 
 
-def _augmented(augment: Augment, seed: int, start: int, n: int, example: Any) -> Any:
-    return augment(example, np.random.default_rng((seed, start + n)))
+def _lesson(config: Finetune, make: Callable[..., Batch], source: Rows, step: int) -> Batch:
+    """What a step learns from, counted from 0: a function of the seed and its number."""
+    start = step * config.batch_size
+    examples = [example_at(source, int(i)) for i in order(len(source), config.seed, start, config.batch_size)]
+    if config.augments:
+        augment = Augment(config.flip, config.crop, config.color)
+        examples = [augment(example, np.random.default_rng((config.seed, start + n))) for n, example in enumerate(examples)]
+    return make(examples)
+
+
+def _whole(make: Callable[..., Batch], source: Rows, size: int) -> Iterator[Batch]:
+    """All rows, as they are."""
+    made = lambda start: make([example_at(source, i) for i in range(start, min(start + size, len(source)))])
+    return ahead(partial(made, start) for start in range(0, len(source), size))
 
 
 def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
     """The loss over all rows, as they are, in the run's own reduction."""
-    size, total, count = trainer.config.batch_size, 0.0, 0.0
-    for data in ahead(partial(_made, make, rows, range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)):
+    total, count = 0.0, 0.0
+    for data in _whole(make, rows, trainer.config.batch_size):
         loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1e-9)
@@ -178,7 +219,7 @@ def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
             return folder / "adapter"
     if found:
         learned = parameters(model)
-        before = parameters(base_model := checkpoint.load_model(source, config.dtype, config.numerics, trainer.mesh))
+        before = parameters(base_model := checkpoint.load_model(source, model.config.dtype, config.numerics, trainer.mesh))
         model = with_parameters(base_model, lambda path: learned.get(path, before[path]))
         model = lora.merge(distribute(lora.attach(model, found), trainer.mesh))
     checkpoint.save(folder / "model", model, like=source, to=config.export or "jax", force=True)

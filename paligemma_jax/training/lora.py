@@ -21,8 +21,7 @@ from convert.peft import Factors
 from paligemma_jax.model.layers import Einsum, product, swap
 from paligemma_jax.quantization import Quantized
 from paligemma_jax.scaling.sharding import host
-
-TARGET = r".*(attention|mlp)/\w+"  # the projections of attention and MLP
+from paligemma_jax.training.config import Finetune
 
 
 class LoRA(nnx.Module):
@@ -68,7 +67,9 @@ def dropout(key: Array) -> Iterator[None]:
         _key.reset(token)
 
 
-def add_lora(model: Any, rank: Mapping[str, int], alpha: float, rslora: bool = False, rate: float = 0.0, target: str = TARGET, seed: int = 0) -> Any:
+def add_lora(
+    model: Any, rank: Mapping[str, int], alpha: float, rslora: bool = False, rate: float = 0.0, target: str = Finetune.lora_target, seed: int = 0
+) -> Any:
     """The model, stacked or not, with LoRA on every product whose path matches `target`; it computes what it did, for B is 0.
 
     A is drawn uniformly from +-1/sqrt(fan_in), as peft does.

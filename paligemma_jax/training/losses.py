@@ -12,32 +12,21 @@ from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
 
 
-def token_loss(
-    logits: Array, tokens: Array, targets: Array, reduction: Literal["tokens", "examples"] = "tokens", num_items: Array | int | None = None
-) -> Array:
-    """Cross entropy of the tokens where `targets` holds (suffix and eos), each predicted from the position before it: a float32 scalar.
+def token_loss(logits: Array, tokens: Array, targets: Array) -> Array:
+    """Mean cross entropy of the tokens where `targets` holds (suffix and eos), each predicted from the position before it: a float32 scalar.
+
+    What `answer_loss` equals by default, of whole logits (transformers `ForCausalLMLoss`).
 
     Args:
       logits: float[B, T, V]; those at t are for the token at t + 1.
       tokens: int[B, T]
       targets: bool[B, T]; a target in the first column has no position before it and is left out.
-      reduction: "tokens", the mean over all targets of the batch (transformers `ForCausalLMLoss`), or
-        "examples", the mean over rows of each row's mean, rows without targets counting as 0 (big_vision `train.py`).
-      num_items: divides the sum of "tokens" instead of the number of targets here, for batches that come in parts (transformers
-        `num_items_in_batch`).
 
     A batch without any target gives 0, where transformers gives NaN: one such batch must not destroy a run.
     """
-    if reduction not in ("tokens", "examples"):
-        raise ValueError(f"unknown reduction {reduction!r}; there are 'tokens' and 'examples'")
-    if num_items is not None and reduction != "tokens":
-        raise ValueError("num_items counts tokens, so it goes with reduction='tokens' only")
     log_probabilities = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     losses = -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
-    losses, counts = jnp.where(targets[:, 1:], losses, 0).sum(axis=1), targets[:, 1:].sum(axis=1)
-    if reduction == "examples":
-        return jnp.mean(losses / jnp.maximum(counts, 1))
-    return losses.sum() / jnp.maximum(counts.sum() if num_items is None else num_items, 1)
+    return jnp.where(targets[:, 1:], losses, 0).sum() / jnp.maximum(targets[:, 1:].sum(), 1)
 
 
 def answer_loss(
@@ -57,7 +46,8 @@ def answer_loss(
       weights: float32[B]; a row of weight 0 does not count.
       longest: at least the number of targets of any row; static under jit.
       features: [M, P, W] of the image encoder, where it need not be run; else `inputs.images` are encoded.
-      reduction: as in `token_loss`, which this equals where all weights are 1.
+      reduction: "tokens", the mean over all targets of the batch (transformers), or "examples", the mean over rows of each row's mean, rows
+        without targets counting as 0 (big_vision `train.py`).
       smoothing: the part of each target that is spread over the whole vocabulary.
     """
     seen = model.encode_images(inputs.images) if features is None else model.projector(features.astype(model.config.activation_dtype))

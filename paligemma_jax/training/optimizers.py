@@ -13,7 +13,7 @@ from paligemma_jax.training.config import Finetune
 
 
 def make_schedule(config: Finetune, steps: int) -> optax.Schedule:
-    """The learning rate by step, from 0: a linear warm-up from 0, then as `config.schedule` says, down to 0 after the last step."""
+    """The learning rate by step: a linear warm-up, whose first step learns already, then as `config.schedule` says, down to 0 after the last step."""
     warmup = min(round(config.warmup if config.warmup >= 1 else config.warmup * steps), steps)
     rest = max(steps - warmup, 1)
     after = {
@@ -28,12 +28,16 @@ def make_schedule(config: Finetune, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Finetune, steps: int) -> optax.GradientTransformation:
-    """Of a dict path -> parameter, whose gradient is clipped already; Adam's eps is torch's 1e-8."""
+    """Of a dict path -> parameter, whose gradient is clipped already; Adam's eps is torch's 1e-8.
+
+    A step takes the learning rate times the decay of each weight, with every rule (`optax.adafactor` alone would take the decay whatever the rate).
+    """
     schedule, decay = make_schedule(config, steps), config.weight_decay
     if config.optimizer == "adamw":
         rule = optax.adamw(schedule, config.beta1, config.beta2, weight_decay=decay, mask=decays)
     elif config.optimizer == "adafactor":
-        rule = optax.adafactor(schedule, multiply_by_parameter_scale=False, weight_decay_rate=decay or None, weight_decay_mask=decays)
+        scaled = optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
+        rule = optax.chain(*scaled, optax.add_decayed_weights(decay, decays), optax.scale_by_learning_rate(schedule))
     elif config.optimizer == "sgd":
         rule = optax.chain(optax.add_decayed_weights(decay, decays), optax.sgd(schedule, config.beta1))
     else:

@@ -101,8 +101,10 @@ class Run:
         step = line["step"]
         file = self.folder / f"bad_batch_{step}.npz"
         arrays = {name: getattr(data.inputs, name) for name in ("tokens", "images", "valid", "prefix", "targets")}
+        features = None if data.features is None else np.asarray(data.features, np.float32)  # numpy's files have no bfloat16
+        arrays |= {"weights": data.weights, "features": features}
         if hosts.first():
-            np.savez(file, weights=data.weights, **{name: array for name, array in arrays.items() if array is not None})
+            np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
         last = self.manager.latest_step()
         return (
             f"the loss of step {step} is {line['loss']}, its gradient's norm {line['gradient_norm']}; its batch is in {file}, "

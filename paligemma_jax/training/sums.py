@@ -2,7 +2,7 @@
 
     python -m paligemma_jax.training.sums --output DIR                       # LoRA
     python -m paligemma_jax.training.sums --output DIR --quantize nf4        # QLoRA
-    python -m paligemma_jax.training.sums --output DIR --train all           # all weights
+    python -m paligemma_jax.training.sums --output DIR --train all --learning-rate 3e-4
 
 It prints the share of right answers about 500 scenes of held-out digits, before and after.
 """
@@ -40,7 +40,8 @@ class Sums:
 
 def score(predictor: Predictor, rows: int = 500) -> float:
     """The share of right answers."""
-    asked = [Sums(rows, held_out=True)[i] for i in range(rows)]
+    sums = Sums(rows, held_out=True)
+    asked = [sums[i] for i in range(rows)]
     answers = predictor.generate([row["image"] for row in asked], [PROMPT] * rows, 8, batch_size=100)
     return float(np.mean([answer == row["suffix"] for answer, row in zip(answers, asked)]))
 
@@ -58,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     config = Finetune(
         data="", output=args.output, resume=args.resume, model=args.model, train=args.train, quantize=args.quantize, lora_rank=args.rank,
-        lora_alpha=2.0 * args.rank, steps=args.steps, batch_size=32, learning_rate=args.learning_rate, length=96, save_every=200,
+        lora_alpha=2.0 * args.rank, steps=args.steps, batch_size=32, learning_rate=args.learning_rate, save_every=200,
     )  # fmt: skip
     check(config)
     print(f"before: {score(load(args.model)):.1%}")
