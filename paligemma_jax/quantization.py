@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,15 +18,15 @@ from jax import Array
 from convert.quantized import undivided
 from paligemma_jax.model.codes import decode, encode, multiply, scales
 from paligemma_jax.model.decoder import Embedder
-from paligemma_jax.model.layers import Einsum, biased, product, swap
+from paligemma_jax.model.layers import Einsum, biased, place, product, swap
 from paligemma_jax.model.precision import Format, Quantization
 
 
 class Quantized(nnx.Module):
-    """An `Einsum` whose kernel is held in parts (`model/codes.py`); `shape`, `contracted`, `bias` and a stack's leading axes are as there."""
+    """An `Einsum` whose kernel is held in parts (`model/codes.py`); `axes`, `shape`, `contracted`, `bias`, a stack's leading axes are as there."""
 
-    def __init__(self, format: Format, shape: tuple[int, ...], contracted: int, parts: Mapping[str, Array], bias: Any = None):
-        self.format, self.shape, self.contracted, self.bias = format, shape, contracted, bias
+    def __init__(self, format: Format, axes: str, shape: tuple[int, ...], contracted: int, parts: Mapping[str, Array], bias: Any = None):
+        self.format, self.axes, self.shape, self.contracted, self.bias = format, axes, shape, contracted, bias
         self.codes, self.scale = nnx.Param(parts["codes"]), nnx.Param(parts["scale"])
         self.nested = nnx.Param(parts["nested"]) if "nested" in parts else None
 
@@ -49,27 +48,32 @@ class Quantized(nnx.Module):
         if self.format.kind != "int8" and math.prod(ins) % self.format.block:  # blocks run over the ends of rows
             dense = lambda x: product(x, self.dense(x.dtype), self.contracted, jnp.float32)
             return biased(jax.checkpoint(dense)(x), self.bias).astype(x.dtype)
-        codes, scale = self.matrix()
         # Checkpointed: or else the backward pass would hold the whole kernel of every layer.
-        y = jax.checkpoint(partial(multiply, self.format))(x.reshape(*x.shape[: x.ndim - len(ins)], -1), codes, scale)
+        y = jax.checkpoint(self.multiply)(x.reshape(*x.shape[: x.ndim - len(ins)], -1), self.codes[...], scales(self.parts))
         return biased(y.reshape(*y.shape[:-1], *outs), self.bias).astype(x.dtype)  # rounded once, as in `Einsum`
 
-    def matrix(self) -> tuple[Array, Array]:
-        """Codes and float32 scales as `multiply` takes them."""
-        rows = math.prod(self.shape[: -self.contracted])
-        return self.codes[...].reshape(rows, -1), scales(self.parts).reshape(rows, *[-1] * (self.format.kind != "int8"))
+    def multiply(self, x: Array, codes: Array, scale: Array) -> Array:
+        """x [..., I] times codes [out..., in...] (or as many of them) and their float32 scales -> float32 [..., O].
+
+        What is split along D or W is made whole first: between the devices of a fully sharded model go codes, not the numbers that they stand for.
+        """
+        axes = " ".join(self.axes.replace("D", "-").replace("W", "-"))
+        codes, scale = place(axes, codes), place(axes, scale)
+        rows = math.prod(codes.shape[: -self.contracted])
+        return multiply(self.format, x, codes.reshape(rows, -1), scale.reshape(rows, *[-1] * (self.format.kind != "int8")))
 
 
 class QuantizedEmbedder(Quantized, Embedder):
     """An `Embedder` whose table is held in parts."""
 
     def rows(self, tokens: Array, dtype: Any) -> Array:
-        codes, scale = (part[tokens] for part in self.matrix())
+        codes, scale = self.codes[...][tokens], scales(self.parts)[tokens]
         return decode(self.format, {"codes": codes, "scale": scale}, (*tokens.shape, self.shape[1])).astype(dtype)
 
     def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
-        codes, scale = (a if parts == 1 else a.reshape(-1, parts, *a.shape[1:])[:, part] for a in self.matrix())
-        return jax.checkpoint(partial(multiply, self.format))(x, codes, scale)
+        held = (self.codes[...], scales(self.parts))
+        codes, scale = (a if parts == 1 else a.reshape(-1, parts, *a.shape[1:])[:, part] for a in held)
+        return jax.checkpoint(self.multiply)(x, codes, scale)
 
 
 def hold(model: Any, formats: Mapping[str, Format]) -> Any:
@@ -84,8 +88,8 @@ def hold(model: Any, formats: Mapping[str, Format]) -> Any:
         for _ in range(matrix.ndim - len(module.shape)):
             of = jax.vmap(of)
         if embedder:
-            return QuantizedEmbedder(format, module.shape, contracted, of(matrix))
-        return Quantized(format, module.shape, contracted, of(matrix), module.bias)
+            return QuantizedEmbedder(format, module.axes, module.shape, contracted, of(matrix))
+        return Quantized(format, module.axes, module.shape, contracted, of(matrix), module.bias)
 
     return swap(model, make)
 

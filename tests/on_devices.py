@@ -15,11 +15,11 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def call(devices: int, function: str, *arguments: Any) -> Any:
+def call(devices: int, function: str, *arguments: Any, **options: Any) -> Any:
     """What `function` below returns in a process with so many CPU devices."""
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PALIGEMMA_JAX_CACHE": "off"}
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(HERE / "on_devices.py"), function, json.dumps(arguments)]
+    command = [sys.executable, str(HERE / "on_devices.py"), function, json.dumps([arguments, options])]
     done = subprocess.run(command, env=os.environ | flags | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -127,19 +127,20 @@ def program(config: Any, mesh: Any, rows: int, **options: Any) -> Any:
     return trainer.step.lower(sharding.shapes(state, mesh), sharding.shapes(frozen, mesh), data, longest=8).compile()
 
 
-def collectives(mesh: str, rows: int) -> list[list]:
-    """[name, shapes that come out, operation] of every collective of a step of all weights: 3 stacked layers, a vocabulary of two chunks."""
+def collectives(mesh: str, rows: int, **options: Any) -> list[list]:
+    """[name, shapes that come out, operation, dtypes] of every collective of a step: 3 stacked layers, a vocabulary of two chunks."""
     from paligemma_jax.scaling import sharding
 
     config = small("pg2", layers=3)
     config = replace(config, decoder=replace(config.decoder, vocab_size=2**16))
-    text = program(config, sharding.find_mesh(mesh, config), rows, remat="full").as_text()
+    text = program(config, sharding.find_mesh(mesh, config), rows, remat="full", **options).as_text()
     found = []
     for line in text.splitlines():
         if named := re.search(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line):
-            shapes = [[int(n) for n in shape.split(",") if n] for shape in re.findall(r"\w+\[([\d,]*)\]", named[1])]
+            dtypes, shapes = zip(*re.findall(r"(\w+)\[([\d,]*)\]", named[1]))
+            shapes = [[int(n) for n in shape.split(",") if n] for shape in shapes]
             operation = re.search(r'op_name="([^"]*)"', line)
-            found.append([named[2], shapes, operation[1] if operation else ""])
+            found.append([named[2], shapes, operation[1] if operation else "", dtypes])
     return found
 
 
@@ -176,4 +177,5 @@ if __name__ == "__main__":
 
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_disable_most_optimizations", True)  # what XLA's own passes and LLVM do to the same sums takes most of the time
-    print(json.dumps(globals()[sys.argv[1]](*json.loads(sys.argv[2]))))
+    given, options = json.loads(sys.argv[2])
+    print(json.dumps(globals()[sys.argv[1]](*given, **options)))

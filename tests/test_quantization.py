@@ -140,7 +140,7 @@ def test_a_bias_is_added_before_rounding(shape, contracted):
     kernel, bias = weight(shape), jnp.asarray(rng.normal(size=shape[0]), jnp.bfloat16)
     parts = encode(format, jnp.asarray(kernel), contracted)
     x = jnp.asarray(rng.normal(size=(500, shape[1])), jnp.bfloat16)
-    found = Quantized(format, shape, contracted, parts, nnx.Param(bias))(x)
+    found = Quantized(format, "NHD"[: len(shape)], shape, contracted, parts, nnx.Param(bias))(x)
     wide = decode(format, parts, shape).astype(jnp.bfloat16).astype(jnp.float32)
     expected = (x.astype(jnp.float32) @ wide.T + bias.astype(jnp.float32)).astype(jnp.bfloat16)
     twice = (x.astype(jnp.float32) @ wide.T).astype(jnp.bfloat16) + bias

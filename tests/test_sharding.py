@@ -44,7 +44,7 @@ def test_auto():
 def test_what_travels():
     """Of 16 rows of 32 tokens over fsdp=4, tensor=2; D = 64, F = 96, N*H = 64; a table of [65536, 64], of which the loss takes half at a time."""
     found = call(8, "collectives", "fsdp=4,tensor=2", 16)
-    of = lambda name: [shape for kind, shapes, _ in found for shape in shapes if kind == name]
+    of = lambda name: [shape for kind, shapes, _, _ in found for shape in shapes if kind == name]
     gathered, reduced = of("all-gather"), of("all-reduce") + of("reduce-scatter")
     # FSDP: each kernel, when it is its turn, over D only, while heads, F and vocabulary stay split
     assert all(kernel in gathered for kernel in ([48, 64], [64, 48], [32, 64], [64, 32], [16, 64], [16384, 64]))
@@ -58,6 +58,15 @@ def test_what_travels():
     assert [16, 32, 16] in reduced and [1, 4, 32, 16] in of("all-to-all")
     # gradients of a layer's kernels are summed over the rows of all devices
     assert all(kernel in reduced for kernel in ([48, 64], [64, 48], [32, 64], [64, 32]))
+
+
+def test_codes_travel_and_not_what_they_stand_for():
+    """QLoRA, D = 64 over fsdp=8: two codes to the byte, one scale for 32."""
+    found = call(8, "collectives", "fsdp=8", 16, train="lora", quantize="nf4-32")
+    gathered = [(dtype, shape) for kind, shapes, _, dtypes in found for dtype, shape in zip(dtypes, shapes) if kind == "all-gather"]
+    wide = [shape for dtype, shape in gathered if dtype != "u8"]
+    assert all(("u8", codes) in gathered for codes in ([96, 32], [64, 48], [8, 8, 32], [4, 8, 32])), gathered
+    assert not any(kernel in wide for kernel in ([96, 64], [64, 96], [96, 32], [64, 48], [64, 64])), wide
 
 
 def test_weak_scaling():

@@ -76,6 +76,8 @@ class Block(nnx.Module):
 class Embedder(nnx.Module):
     """The table [V, D] that is both the input embedding (scaled by sqrt(D)) and the output head (unscaled)."""
 
+    axes = "VD"
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.shape = (config.vocab_size, config.hidden_size)
         self.table = nnx.Param(jax.random.normal(rngs.params(), self.shape) * config.hidden_size**-0.5)

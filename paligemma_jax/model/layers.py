@@ -32,7 +32,8 @@ class Einsum(nnx.Module):
 
     def __init__(self, equation: str, shape: tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs):
         operands, result = equation.split("->")
-        outs = sum(axis in result for axis in operands.split(",")[1])
+        self.axes = operands.split(",")[1]
+        outs = sum(axis in result for axis in self.axes)
         self.shape, self.contracted = shape, len(shape) - outs
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), shape) * math.prod(shape[outs:]) ** -0.5)
         self.bias = nnx.Param(jnp.zeros(shape[:outs])) if bias else None
