@@ -219,22 +219,29 @@ def test_memory_stays_flat(tiny, photos):
     assert after[0] - before[0] < 20e6 and after[1] <= before[1]
 
 
-SCRIPT = "import sys, paligemma_jax as pg; print(list(pg.load('tiny').stream(sys.argv[1], 'ocr')))"
+SCRIPT = """
+import sys, jax, paligemma_jax as pg
+told = []
+jax.monitoring.register_event_listener(lambda event, **_: told.append(event.rpartition("/")[2]))
+assert "3" in "".join(pg.load("tiny").stream(sys.argv[1], "ocr"))
+print(told.count("cache_misses"), told.count("cache_hits"))
+"""
 
 
 def test_programs_are_kept_for_the_next_process(tmp_path):
-    """The second process finds them; PALIGEMMA_JAX_CACHE=off writes none."""
+    """The second process compiles nothing and takes each from there; PALIGEMMA_JAX_CACHE=off keeps none."""
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
 
     def run(place):
+        """How many programs were compiled to be kept, and how many were there."""
         done = subprocess.run([sys.executable, "-c", SCRIPT, PHOTO], capture_output=True, text=True, env=environment | {"PALIGEMMA_JAX_CACHE": place})
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("3")
+        return tuple(map(int, done.stdout.split()))
 
-    run(str(tmp_path / "cache"))
+    compiled, there = run(str(tmp_path / "cache"))
     kept = {file.name for file in (tmp_path / "cache").iterdir()}
-    assert any("prefill" in name for name in kept) and any("decode" in name for name in kept)
-    run(str(tmp_path / "cache"))
+    assert there == 0 and all(any(name in file for file in kept) for name in ("prefill", "decode"))
+    assert run(str(tmp_path / "cache")) == (0, compiled)
     assert {file.name for file in (tmp_path / "cache").iterdir()} == kept
-    run("off")
+    assert run("off") == (0, 0)
     assert {file.name for file in tmp_path.iterdir()} == {"cache"}

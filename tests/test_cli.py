@@ -94,6 +94,37 @@ def test_max_new_tokens(generate, predictor):
     assert [short] == predictor.generate(A, "caption en", 1) and long.startswith(short) and long != short
 
 
+@pytest.mark.parametrize(
+    "flags,sampler",
+    [
+        ("--temperature 2 --top-k 40 --seed 7", pg.Sample(2.0, 40)),
+        ("--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --best-of 3", pg.BestOf(3, pg.Sample(1.0, None, 0.9, 0.1, 1.2))),
+        ("--beams 3 --length-penalty 0.5 --min-new-tokens 4 --stop a e", pg.Beam(3, 0.5)),
+    ],
+    ids=["sample", "best of", "beam"],
+)
+def test_how_tokens_are_chosen(generate, predictor, flags, sampler):
+    said = dict(min_new_tokens=4, stop=["a", "e"]) if "--stop" in flags else dict(seeds=[7, 8] if "--seed" in flags else [0, 1])
+    found = generate("--image", A, "--prompt", "caption en", "what", *flags.split())
+    assert found == predictor.generate([A, A], ["caption en", "what"], NEW, sampler, **said)
+
+
+@pytest.mark.parametrize(
+    "flags,reason",
+    [
+        ("--beams 2 --temperature 0.7", "--beams and --temperature: beam search draws no samples"),
+        ("--beams 2 --best-of 3", "--beams and --best-of: beam search draws no samples"),
+        ("--length-penalty 2", "--length-penalty 2.0 is for beam search"),
+        ("--temperature 0", "Sample(temperature=0.0) makes no sense"),
+        ("--beams 0", "Beam(width=0) makes no sense"),
+    ],
+)
+def test_contradictions(command, flags, reason):
+    """Told at once, before a checkpoint is looked for, in one line."""
+    code, out, err = command("generate", "--model", "none", "--image", A, "--prompt", "ocr", *flags.split())
+    assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
+
+
 def test_paligemma_1(generate):
     directory = MODEL.parent / "pg1"
     assert generate("--image", A, "--prompt", "caption en", model=directory) == pg.load(directory).generate(A, "caption en", NEW)

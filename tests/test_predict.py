@@ -180,9 +180,9 @@ def test_a_killed_process(data, whole, tmp_path):
 def test_samples_do_not_depend_on_parts(tiny, data, tmp_path):
     few = data.parent / "few.jsonl"
     few.write_text("\n".join(data.read_text().split("\n")[20:36]))
-    for name, part in (("one", (0, 1)), *(("two", (n, 2)) for n in range(2))):
-        predict(tiny, few, tmp_path / name, NEW, Sample(temperature=2.0), part=part, batch_size=8)
-    assert texts(tmp_path / "one")[0] == texts(tmp_path / "two")[0]
+    for name, part in (("one", (0, 1)), *(("two", (n, 2)) for n in range(2)), ("other", (0, 1))):
+        predict(tiny, few, tmp_path / name, NEW, Sample(temperature=2.0), part=part, batch_size=8, seed=100 * (name == "other"))
+    assert texts(tmp_path / "one")[0] == texts(tmp_path / "two")[0] != texts(tmp_path / "other")[0]
 
 
 def test_wrong_requests(command, data, tmp_path):
@@ -195,11 +195,14 @@ def test_wrong_requests(command, data, tmp_path):
     assert run("--data", small) == 0
     assert "holds answers already: --resume" in run("--data", small)
     assert "begun with other settings: max_new_tokens 1, now 2" in run("--data", small, "--max-new-tokens", 2, "--resume")
+    assert "sampler 'Greedy()', now 'Sample(temperature=2.0" in run("--data", small, "--temperature", 2, "--resume")
+    assert "seed 0, now 5" in run("--data", small, "--seed", 5, "--resume") and "'stop': ('9',)" in run("--data", small, "--stop", 9, "--resume")
     assert "rows 1, now 120" in run("--resume") or "data" in run("--resume")
     assert run("--data", small, "--resume") == 0 and len(rows(texts(tmp_path / "out")[0])) == 1
     assert "no such file" in run("--data", "none.jsonl")
     (nothing := tmp_path / "nothing.jsonl").write_text(json.dumps({"image": "none.png", "prefix": "ocr"}) + "\n")
     assert f"no row could be answered: {tmp_path / 'none' / 'errors.jsonl'} says why" in run("--data", nothing, output="none")
+    assert "min_new_tokens is 2" in run("--min-new-tokens", 2, output="other") and "stop is ('',)" in run("--stop", "", output="other")
     assert "at least 1" in run("--batch-size", 0, output="other") and not (tmp_path / "other").exists()
 
 

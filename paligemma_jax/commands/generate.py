@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Loaded, Source, dumps, placed
+from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps, placed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +26,7 @@ def generate(
     prompt: Texts,
     source: Loaded = Source(),
     max_new_tokens: int = 128,
+    decoding: Decoded = Decoding(),
     draw: Drawing = None,
     json: bool = False,
 ) -> None:
@@ -45,8 +46,9 @@ def generate(
     images, prompts = _pair(list(image), list(prompt))
     drawings = _drawings(images, draw) if draw else {}
     opened = {path: load_image(path) for path in image}  # before the model, so that a wrong path is told at once
+    options = decoding.options() | {"seeds": range(decoding.seed, decoding.seed + len(prompts))}
     predictor = source.load()
-    answers = predictor.answers([[opened[path] for path in group] for group in images], prompts, max_new_tokens)
+    answers = predictor.answers([[opened[path] for path in group] for group in images], prompts, max_new_tokens, **options)
     for shown, asked, answer in zip(images, prompts, answers):
         shown = shown[0] if len(shown) == 1 else shown
         print(dumps({"image": shown, "prompt": asked, "answer": answer.text}) if json else answer.text)

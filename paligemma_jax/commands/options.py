@@ -11,6 +11,7 @@ import tyro
 
 if TYPE_CHECKING:
     from paligemma_jax.inference.predictor import Predictor
+    from paligemma_jax.inference.sampling import Strategy
 
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
@@ -19,6 +20,9 @@ Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hin
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
 Quantize = Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: as the checkpoint is)")]
 Mesh = Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint="(default: one device)")]
+Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: off)")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: off)")]
+Stops = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")]
 Hosts = Annotated[str | None, tyro.conf.arg(metavar="WHO", help_behavior_hint="(default: this process alone)")]
 
 
@@ -57,6 +61,55 @@ class Source:
 
 
 Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is chosen, greedily unless a flag says otherwise, and when it ends."""
+
+    temperature: Number = None
+    """Sample, at this temperature. So does any of the next four, and --best-of."""
+    top_k: Count = None
+    """Only among the K likeliest tokens."""
+    top_p: Number = None
+    """Only among the likeliest tokens that together have this probability."""
+    min_p: Number = None
+    """Only among tokens at least this fraction as likely as the likeliest."""
+    repetition_penalty: Number = None
+    """Divides the logits of what was said before, in the prompt too; 1 is none."""
+    best_of: Count = None
+    """Of so many samples the likeliest."""
+    beams: Count = None
+    """Beam search of this width instead."""
+    length_penalty: float = 1.0
+    """Its scores are divided by the length to this power."""
+    seed: int = 0
+    """Samples depend on their prompt and its seed: this number and its place, or that of its line in a data set."""
+    min_new_tokens: int = 0
+    """No end before so many tokens."""
+    stop: Stops = ()
+    """End an answer before the first of these texts."""
+
+    def options(self) -> dict[str, Any]:
+        """Those of `Predictor.answers` but for the seeds. ValueError for what makes no sense, or not together."""
+        return {"sampler": self._strategy(), "min_new_tokens": self.min_new_tokens, "stop": self.stop}
+
+    def _strategy(self) -> Strategy:
+        from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
+
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "best_of")
+        drawn = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.beams is not None:
+            if drawn:
+                raise ValueError(f"--beams and --{next(iter(drawn)).replace('_', '-')}: beam search draws no samples, leave out one of them")
+            return Beam(self.beams, self.length_penalty)
+        if self.length_penalty != 1:
+            raise ValueError(f"--length-penalty {self.length_penalty} is for beam search: give --beams too")
+        width = drawn.pop("best_of", None)
+        return Greedy() if width is None and not drawn else Sample(**drawn) if width is None else BestOf(width, Sample(**drawn))
+
+
+Decoded = Annotated[Decoding, tyro.conf.arg(name="")]  # as `Loaded`
 
 
 def placed(flag: str, file: str | None) -> None:

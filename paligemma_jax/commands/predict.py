@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from paligemma_jax.commands.options import Loaded, Source, dumps
+from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps
 
 
 def predict(
@@ -13,6 +13,7 @@ def predict(
     output: str,
     source: Loaded = Source(),
     max_new_tokens: int = 128,
+    decoding: Decoded = Decoding(),
     batch_size: int = 16,
     score: bool = False,
     resume: bool = False,
@@ -35,6 +36,7 @@ def predict(
     from paligemma_jax.inference.predict import predict
 
     options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.part())
+    options |= decoding.options() | {"seed": decoding.seed}
     done = predict(source.load(), data, output, max_new_tokens, **options)
     told = f"{done.answered} rows answered, {done.failed} failed; {done.rows_s:.1f} rows/s, {done.tokens / done.seconds:.0f} tokens/s: {done.answers}"
     print(dumps(asdict(done)) if json else told)

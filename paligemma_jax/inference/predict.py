@@ -13,9 +13,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from paligemma_jax.inference import pointing
+from paligemma_jax.inference import generate, pointing
 from paligemma_jax.inference.parts import Part
-from paligemma_jax.inference.predictor import Answer, Predictor
+from paligemma_jax.inference.predictor import Answer, Predictor, check_stops
 from paligemma_jax.inference.sampling import Greedy, Strategy
 from paligemma_jax.processing.processor import Row
 from paligemma_jax.training.data import make_example
@@ -46,6 +46,7 @@ def predict(
     batch_size: int = 16,
     score: bool = False,
     pieces: bool = False,
+    seed: int = 0,
     resume: bool = False,
     part: tuple[int, int] | None = None,
     settings: Mapping[str, Any] = {},
@@ -62,7 +63,7 @@ def predict(
     part: (n, of), only the n-th of so many runs of rows, into answers-0000n-of-0000m.jsonl: `cat answers-*` has them in order. By default this
     process's of all those of jax.distributed. Parts share nothing but the folder.
     settings: what else must be the same to go on, as the name of the model.
-    options: of `Predictor.batches`. The seed of a row is the number of its line, so that a sample does not depend on parts or batches.
+    options: of `Predictor.batches`. The seed of a row is `seed` and the number of its line, so that a sample does not depend on parts or batches.
     ValueError if the file, the folder or the options cannot be used.
     """
     data, (number, of) = Path(data), part or (jax.process_index(), jax.process_count())
@@ -70,9 +71,11 @@ def predict(
         raise ValueError(f"{data}: no such file; give JSONL with image and prefix on each line")
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}, --batch-size {batch_size}: both are at least 1")
+    generate.check(0, max_new_tokens, options.get("min_new_tokens", 0), max_new_tokens)  # here, before anything is written
+    check_stops(options.get("stop"))
     files, rows = Part(Path(output), number, of), sum(1 for _ in _rows(data))
     own = range(rows * number // of, rows * (number + 1) // of)
-    about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score, "pieces": pieces}
+    about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score, "pieces": pieces, "seed": seed}
     files.begin({**settings, **about, "sampler": repr(sampler), "options": repr(options)}, resume)
 
     def tell(answer: Answer) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def predict(
         to_come = files.to_come(islice(_rows(data), own.start, own.stop))
         while window := dict(islice(to_come, WINDOW * batch_size)):
             bar.update(sum(line in files.waits for line in window))
-            for batch in _window(predictor, files, window, data.parent, tell, run):
+            for batch in _window(predictor, files, window, data.parent, tell, seed, run):
                 bar.update(len(batch))
                 tokens += sum(len(answer.tokens) for answer in batch)
                 bar.set_postfix(tokens_s=f"{tokens / (time.perf_counter() - start):.0f}", failed=len(files.failed), refresh=False)
@@ -98,7 +101,13 @@ def predict(
 
 
 def _window(
-    predictor: Predictor, files: Part, window: dict[int, bytes], folder: Path, tell: Callable[[Answer], dict[str, Any]], run: dict[str, Any]
+    predictor: Predictor,
+    files: Part,
+    window: dict[int, bytes],
+    folder: Path,
+    tell: Callable[[Answer], dict[str, Any]],
+    seed: int,
+    run: dict[str, Any],
 ) -> Iterator[list[Answer]]:
     """Answers what of a window (line -> text) is not pending yet; a batch is written, as `tell` has it, when it is given out."""
     asked: dict[int, tuple[Any, Row]] = {}
@@ -114,7 +123,7 @@ def _window(
     if not asked:
         return
     lines = list(asked)
-    for batch in predictor.batches([row for _, row in asked.values()], seeds=lines, **run):
+    for batch in predictor.batches([row for _, row in asked.values()], seeds=[seed + line for line in lines], **run):
         files.note(_record(lines[i], asked[lines[i]][0], answer, tell) for i, answer in batch.items())
         yield list(batch.values())
 

@@ -123,7 +123,7 @@ class Predictor:
         if not isinstance(sampler, Strategy):
             raise ValueError(f"sampler is {sampler!r}: pass Greedy(), Sample(...), Beam(...) or BestOf(...)")
         chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
-        stops = _stops(stop)
+        stops = check_stops(stop)
         ends: generate.Ends | None = (lambda tokens: np.array([self._end(row, stops) for row in tokens.tolist()])) if stops else None
         new = round_up(max_new_tokens)
 
@@ -180,7 +180,7 @@ class Predictor:
         self._check_room(rows, max_new_tokens, 1)
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler is {sampler!r}: what is streamed is final, so pass Greedy() or Sample(...)")
-        seeds, stops = _seeds([seed], 1), _stops(stop)
+        seeds, stops = _seeds([seed], 1), check_stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
         inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
         slots = length + round_up(max_new_tokens)
@@ -275,7 +275,8 @@ class Predictor:
         return Answer(_cut(self.processor.decode(tokens), stops), tokens, log_probabilities, score)
 
 
-def _stops(stop: Texts | None) -> list[str]:
+def check_stops(stop: Texts | None) -> list[str]:
+    """As a list. ValueError if that is no text, or an empty one."""
     stops = [stop] if isinstance(stop, str) else list(() if stop is None else stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop is {stop!r}: pass a text that is not empty, or a list of such")
@@ -351,6 +352,7 @@ def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
         raise ValueError(f"seeds is {seeds!r}: pass a list, one whole number for each prompt")
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: pass one for each")
-    if not all(whole(seed) and -(2**31) <= seed < 2**31 for seed in seeds):
-        raise ValueError(f"seeds are {list(seeds)}: pass whole numbers of 32 bits")
+    for seed in seeds:
+        if not whole(seed) or not -(2**31) <= seed < 2**31:
+            raise ValueError(f"a seed is {seed!r}: pass whole numbers of 32 bits")
     return np.asarray(seeds)
