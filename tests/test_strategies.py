@@ -117,7 +117,7 @@ def test_contradictions(random_checkpoint):
     ]:
         with pytest.raises(ValueError, match=message):
             generate.generate(model, inputs, 8, **wrong)
-    stopping = [lambda early=early: Beam(early_stopping=early) for early in ("always", 1, np.True_)]
+    stopping = [lambda early=early: Beam(early_stopping=early) for early in ("always", 1, np.True_)]  # type: ignore[arg-type]
     for wrong in (lambda: Beam(0), lambda: BestOf(0), *stopping):
         with pytest.raises(ValueError, match="makes no sense"):
             wrong()

@@ -46,9 +46,9 @@ def generate(
     images, prompts = _pair(list(image), list(prompt))
     drawings = _drawings(images, draw) if draw else {}
     opened = {path: load_image(path) for path in image}  # before the model, so that a wrong path is told at once
-    options = decoding.options() | {"seeds": range(decoding.seed, decoding.seed + len(prompts))}
+    options, seeds = decoding.options(), range(decoding.seed, decoding.seed + len(prompts))
     predictor = source.load()
-    answers = predictor.answers([[opened[path] for path in group] for group in images], prompts, max_new_tokens, **options)
+    answers = predictor.answers([[opened[path] for path in group] for group in images], prompts, max_new_tokens, seeds=seeds, **options)
     for shown, asked, answer in zip(images, prompts, answers):
         shown = shown[0] if len(shown) == 1 else shown
         print(dumps({"image": shown, "prompt": asked, "answer": answer.text}) if json else answer.text)
