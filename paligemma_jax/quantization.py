@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -95,7 +96,10 @@ def hold(model: Any, formats: Mapping[str, Format]) -> Any:
 
 
 def quantize(model: Any, how: str | Quantization) -> Any:
-    """`hold` with all that `how` names (`Quantization.of`); what is quantized already stays, and what blocks do not divide, which a warning tells."""
+    """`hold` with all that `how` names (`Quantization.of`), and its cache; what is quantized already stays, and what blocks do not divide, which a
+
+    warning tells.
+    """
     how, formats, whole = Quantization.of(how) if isinstance(how, str) else how, {}, []
 
     def look(path: str, module: Any) -> None:
@@ -108,7 +112,9 @@ def quantize(model: Any, how: str | Quantization) -> Any:
     swap(model, look)
     if whole:
         warnings.warn(undivided(whole), stacklevel=2)
-    return hold(model, formats)
+    model = hold(model, formats)
+    model.config = replace(model.config, cache=how.cache or model.config.cache)
+    return model
 
 
 def formats(model: Any) -> dict[str, Format]:

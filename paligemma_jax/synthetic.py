@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from convert import formats
 from convert.layout import shape
 from convert.match import pieces
 from convert.quantized import matrices, undivided
@@ -48,9 +49,10 @@ def load(name: str, dtype: str, depth: int | None = None, quantize: str | None =
 
 def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
     """`load` with shapes in the place of arrays: whatever its size, it costs nothing."""
-    config = _config(name, dtype, depth) if name in RANDOM else replace(checkpoint.load_config(checkpoint.resolve(name, RANDOM)), dtype=dtype)
-    values = parameters(model := checkpoint.abstract(config))
-    return with_parameters(model, lambda path: jax.ShapeDtypeStruct(values[path].shape, dtype))
+    source = None if name in RANDOM else formats.read(checkpoint.under(checkpoint.resolve(name, RANDOM)))
+    values = parameters(model := checkpoint.abstract(replace(source.config, dtype=dtype) if source else _config(name, dtype, depth)))
+    model = with_parameters(model, lambda path: jax.ShapeDtypeStruct(values[path].shape, dtype))
+    return jax.eval_shape(partial(hold, formats=source.formats), model) if source else model
 
 
 def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
@@ -75,12 +77,12 @@ def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Qua
             return _uniform(next(keys), math.prod(sizes[path][1:]) ** -0.5, shape=shapes[path], dtype=config.dtype)
         return jnp.full(shapes[path], path.startswith("vision") and path.endswith("scale"), config.dtype)
 
-    known, formats, arrays, whole = matrices(config), {}, {}, []
+    known, held, arrays, whole = matrices(config), {}, {}, []
     for path in shapes:
         array, matrix = make(path), known.get(path)
         format = how.at(matrix.where) if matrix else None
         if matrix and format and format.fits(matrix.shape, matrix.looked_up):
-            formats[matrix.where] = format
+            held[matrix.where] = format
             arrays |= {f"{matrix.where}/{name}": part for name, part in encode(format, array, matrix.contracted).items()}
         else:
             arrays[path] = array
@@ -88,7 +90,7 @@ def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Qua
     if whole:
         warnings.warn(undivided(whole), stacklevel=2)
     model.config = replace(config, cache=how.cache)
-    return with_parameters(jax.eval_shape(partial(hold, formats=formats), model), arrays.pop)
+    return with_parameters(jax.eval_shape(partial(hold, formats=held), model), arrays.pop)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))

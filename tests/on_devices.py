@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,16 +116,13 @@ def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any)
 
 def program(config: Any, mesh: Any, rows: int, **options: Any) -> Any:
     """The compiled training step: of shapes, without an array."""
-    import jax
-
     from paligemma_jax.bench_train import shapes
     from paligemma_jax.checkpoint import abstract
     from paligemma_jax.scaling import sharding
     from paligemma_jax.training.config import Finetune
 
     trainer, state, frozen = shapes(abstract(config), Finetune("", "", batch_size=rows, **options))
-    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, sharding.partition(["rows"], a.shape, mesh)))
-    data = jax.tree.map(place, batch(config, rows))
+    data = sharding.row_shapes(batch(config, rows), mesh)
     return trainer.step.lower(sharding.shapes(state, mesh), sharding.shapes(frozen, mesh), data, longest=8).compile()
 
 
@@ -170,6 +169,33 @@ def loaded(directory: str, quantize: str | None = None) -> dict:
     found = parameters(load_model(Path(directory), mesh="data=1,fsdp=2,tensor=4", quantize=quantize))
     other = [path for path, value in found.items() if value.dtype != one[path].dtype or (np.asarray(value) != np.asarray(one[path])).any()]
     return {"other": other, "sliced": [path for path, value in found.items() if not value.sharding.is_fully_replicated]}
+
+
+def said(commands: list[list[str]]) -> list[str]:
+    """What `paligemma-jax` prints when it is run so, or what it says is wrong."""
+    from paligemma_jax.cli import main
+
+    found = []
+    for sys.argv in (["paligemma-jax", *arguments] for arguments in commands):
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), suppress(SystemExit):
+            main()
+        found.append(out.getvalue())
+    return found
+
+
+def predicted(arguments: list[str]) -> list[int]:
+    """`paligemma-jax predict`: the rows of each batch that it asks the model for."""
+    from paligemma_jax.inference import generate
+
+    asked, prefill = [], generate.prefill
+
+    def watched(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        asked.append(len(inputs.tokens))
+        return prefill(model, inputs, *rest, **named)
+
+    generate.prefill = watched  # type: ignore[assignment]
+    said([["predict", *arguments]])
+    return asked
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def killed_while_it_answers(process, pending):
 
 def test_parts_answer_by_themselves(tmp_path):
     """The first ends long before the second has begun, that is killed, and goes on alone: nobody waits, nobody is missed."""
-    rows = [{"image": str(TINY.parent / "digits.jpg"), "prefix": prefix, "id": i} for i, prefix in enumerate(["ocr", "caption en"] * 16)]
+    rows = [{"image": str(TINY.parent / "digits.jpg"), "prefix": prefix, "id": i} for i, prefix in enumerate(["ocr", "caption en"] * 64)]
     (file := tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     begun = lambda i: answering(file, tmp_path / "out", f"localhost:1,2,{i}", PALIGEMMA_JAX_CACHE=str(tmp_path / "cache"))
     first = begun(0)
@@ -138,7 +138,7 @@ def test_parts_answer_by_themselves(tmp_path):
         collect(file, tmp_path / "out")
     second = begun(1)
     assert not second.wait(300), second.communicate()[1]
-    assert [case.row["id"] for case in collect(file, tmp_path / "out")] == list(range(32))
+    assert [case.row["id"] for case in collect(file, tmp_path / "out")] == list(range(128))
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 
 import pytest
 from on_devices import batch, call
 
 from paligemma_jax.bench_train import shapes
+from paligemma_jax.checkpoint import TINY
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.synthetic import abstract
 from paligemma_jax.training.config import Finetune
@@ -32,7 +34,32 @@ def check(cases):
 
 
 def test_eight_devices_compute_what_one_does():
-    check([("pg2", "stack", "all", None, "data=2,fsdp=2,tensor=2"), ("pg1", "list", "lora", "nf4", "fsdp=2,tensor=4")])
+    all_of_it = "nf4-32-double,embedding=int8,vision=int8,cache=int8"
+    check([("pg2", "stack", "all", None, "data=2,fsdp=2,tensor=2"), ("pg1", "list", "lora", all_of_it, "fsdp=2,tensor=4")])
+
+
+def test_predict_on_six_devices(command, tmp_path):
+    """Three of them share out the rows, of batches that are filled for it; the answers are those of one device, which can go on from there."""
+    rows = [{"image": str(TINY.parent / "digits.jpg"), "prefix": prefix} for prefix in ("ocr", "detect 3", "count", "caption en", "ocr")]
+    (data := tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", str(data), "--max-new-tokens=6", "--batch-size=4"]
+    assert call(6, "predicted", [*options, "--output", str(tmp_path / "six"), "--mesh=auto"]) == [6, 3]
+    assert command("predict", *options, "--output", tmp_path / "one")[0] == 0
+    answers = lambda name: (tmp_path / name / "answers.jsonl").read_text()
+    assert answers("six") == answers("one") and answers("one").count('"answer"') == 5
+    assert command("predict", *options, "--output", tmp_path / "six", "--resume")[0] == 0 and answers("six") == answers("one")
+
+
+def test_rows_that_the_mesh_does_not_divide(tmp_path):
+    """Would be computed by every device alike, so they are refused; a plan's own number of rows divides."""
+    row = {"image": str(TINY.parent / "digits.jpg"), "prefix": "ocr", "suffix": "3"}
+    (data := tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    learn = ["finetune", "--data", str(data), "--output", str(tmp_path / "run"), "--mesh=data=3"]
+    plan = ["plan", "--json", "--model=tiny", "--on=h200x3", "--mesh=data=3", "--layers=stack", "--text=8", "--new=4"]
+    *wrong, planned = call(3, "said", [learn, [*learn, "--accumulate=2"], [*plan, "--batch=8"], plan])
+    for told, reason in zip(wrong, ("--batch-size 8", "--batch-size 8 in 2 parts", "--batch 8")):
+        assert f"{reason} does not divide over data x fsdp = 3: give a multiple of {6 if 'parts' in reason else 3}, or another --mesh" in told
+    assert json.loads(planned)["work"]["batch"] == 9 and not (tmp_path / "run").exists()
 
 
 def test_auto():

@@ -30,7 +30,7 @@ def plan(
         search: Try every mesh of the chips, with --batches and every --remat, and name the fastest that fits.
         batches: With --search: rows at a time to try; by default --batch.
         table: Instead, plan the published sizes on four slices, keep every plan in this file, go on with those that it has, and print the tables.
-        json: Print one JSON object a plan.
+        json: Print one JSON object a plan, and after a --search once more the fastest that fits, with "fastest".
     """
     chips.prepare(chips.find(work.on).count)
     if table:
@@ -44,5 +44,7 @@ def plan(
     for one in plan.search(work, batches) if search else [plan.plan(work)]:
         found.append(one)
         print(dumps(asdict(one)) if json else plan_report.line(one) if search else plan_report.text(one), flush=True)
-    if search and not json:
-        print(plan_report.best(found))
+    if search and (best := plan_report.best(found)):
+        print(dumps(asdict(best) | {"fastest": True}) if json else f"fastest: {plan_report.line(best)}")
+    elif search and not json:
+        print("nothing fits")

@@ -19,7 +19,7 @@ from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
 from paligemma_jax.processing.processor import Inputs, Processor, Row
-from paligemma_jax.scaling.sharding import host
+from paligemma_jax.scaling.sharding import host, mesh_of, row_ways
 
 BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
 AHEAD = 2  # batches whose images are opened before their turn
@@ -60,7 +60,7 @@ def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: 
     yield from failed.items()
     if not (good := [i for i in batch if i not in failed]):
         return
-    filled = np.array(good + [good[0]] * (_power(len(good)) - len(good)))  # to a power of two, for few compiled programs
+    filled = np.array(good + [good[0]] * (images.room(len(good)) - len(good)))
     chosen = [rows[i] for i in filled]
     features = images.features([image for row in chosen for image in row.images])
     images.forget([image for i in batch for image in rows[i].images])
@@ -93,14 +93,19 @@ class Images:
         return error
 
     def features(self, images: list[Any]) -> Array:
-        """[M, P, D]; what is new is encoded in one go, filled up to a power of two."""
+        """[M, P, D]; what is new is encoded in one go, filled up to its `room`."""
         keys = [_key(image) for image in images]
         if new := [key for key in dict.fromkeys(keys) if key not in self.encoded]:
             batch = np.stack([self.opened[key].result() for key in new])
-            batch = np.concatenate([batch, np.zeros((_power(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
+            batch = np.concatenate([batch, np.zeros((self.room(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
             found = encode_images(self.model, jnp.asarray(batch))
             self.encoded |= zip(new, found if found.is_fully_addressable else host(found))  # of what lies in other processes there is no part to take
         return _stack([self.encoded[key] for key in keys])
+
+    def room(self, n: int) -> int:
+        """For as many rows or images: a power of two, for few compiled programs, of them for each of the devices that share them out."""
+        ways = row_ways(mesh_of(self.model))
+        return ways << (-(-n // ways) - 1).bit_length()
 
     def forget(self, images: list[Any]) -> None:
         self.waiting.subtract(map(_key, images))
@@ -118,7 +123,3 @@ def _stack(arrays: list[Array]) -> Array:
 def _key(image: Any) -> Any:
     """Equal for what is surely the same image: a path by its name, an image in memory by its identity."""
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()

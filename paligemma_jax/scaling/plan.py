@@ -18,14 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from paligemma_jax.bench_train import shapes
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.batching import round_up
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.quantization import quantize
+from paligemma_jax.quantization import formats, quantize
 from paligemma_jax.scaling import chips, program, sharding
 from paligemma_jax.scaling.workload import Workload
 from paligemma_jax.synthetic import abstract, stacked
@@ -69,12 +69,16 @@ class Plan:
 def plan(work: Workload) -> Plan:
     """Compiles what `work` runs. ValueError if it cannot be asked for; what does not fit is an answer."""
     where = chips.find(work.on)
-    estimate = work.estimate or not where.chip.topology
+    estimate = work.estimate or not where.chip.axes
     model = abstract(work.model, work.dtype)
+    if work.training and not work.lora and formats(model):
+        raise ValueError(f"--model {work.model} is quantized, and codes do not learn: give --lora RANK to adapt it")
     mesh = sharding.find_mesh(work.mesh, model.config, work.training, _devices(where, estimate))
     assert mesh
     if mesh.size < where.count:
         raise ValueError(f"--mesh {work.mesh} is of {mesh.size} chips, {work.on} has {where.count}")
+    work = replace(work, batch=work.batch or round_up(8, work.parts * sharding.row_ways(mesh)))
+    sharding.check_rows("--batch", work.batch, work.parts, mesh)
     done = Plan(work, dict(mesh.shape), estimate, chip_bytes=int(where.chip.memory))
     start, found = time.perf_counter(), {}
     try:
@@ -94,12 +98,13 @@ def plan(work: Workload) -> Plan:
 
 
 def search(work: Workload, batches: tuple[int, ...] = ()) -> Iterator[Plan]:
-    """The plans of `work` on every mesh of all its chips, with every batch and remat, larger batches only while smaller ones fit."""
+    """The plans of `work` on every mesh of all its chips, with every remat and batch that divides over it, larger ones while smaller ones fit."""
     count = chips.find(work.on).count
     ways = [n for n in range(1, count + 1) if count % n == 0]
-    meshes = [f"data={d},fsdp={f},tensor={count // d // f}" for d in ways for f in ways if count % (d * f) == 0]
-    for mesh, remat in product(meshes, ("none", "dots", "full") if work.training else (work.remat,)):
-        for batch in sorted(batches or (work.batch,)):
+    meshes = [(d, f, count // d // f) for d in ways for f in ways if count % (d * f) == 0]
+    for (data, fsdp, tensor), remat in product(meshes, ("none", "dots", "full") if work.training else (work.remat,)):
+        mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
+        for batch in sorted(batch for batch in batches or (work.batch,) if batch % (data * fsdp * work.parts) == 0):
             try:
                 found = plan(replace(work, mesh=mesh, remat=remat, batch=batch))
             except ValueError as error:
@@ -122,7 +127,9 @@ def _training(work: Workload, model: Any, mesh: Mesh) -> Iterator[tuple[str, Pro
     trainer.mesh = mesh
     yield (
         "step",
-        _compiled(trainer.step, sharding.shapes(state, mesh), sharding.shapes(frozen, mesh), _rows(batch, mesh), longest=round_up(work.new))[0],
+        _compiled(
+            trainer.step, sharding.shapes(state, mesh), sharding.shapes(frozen, mesh), sharding.row_shapes(batch, mesh), longest=round_up(work.new)
+        )[0],
     )
 
 
@@ -150,12 +157,6 @@ def _inputs(work: Workload, config: Any, tokens: int) -> tuple[Inputs, Any]:
     S = config.vision.image_size
     inputs = Inputs(jax.ShapeDtypeStruct(yes.shape, jnp.int32), jax.ShapeDtypeStruct((0, S, S, 3), jnp.float32), yes, yes, yes)
     return inputs, jax.ShapeDtypeStruct((work.batch, 1, S, S, 3), jnp.float32)
-
-
-def _rows(tree: Any, mesh: Mesh) -> Any:
-    """As `sharding.spread` puts a batch."""
-    place = lambda a: NamedSharding(mesh, sharding.partition(["rows"], a.shape, mesh))
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place(a)), tree)
 
 
 def _compiled(function: Any, *args: Any, **static: Any) -> tuple[Program, Any]:
@@ -189,7 +190,8 @@ def _devices(where: chips.Slice, estimate: bool) -> list[Any]:
         raise ValueError(f"the compiler for TPUs is not installed: {wanted}")
     from jax.experimental import topologies
 
+    alone: Any = {"chips_per_host_bounds": [1, 1, 1]} if where.count == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=where.name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=where.name, **alone).devices)
     except Exception as error:  # of every kind, for a shape that no slice has
         raise ValueError(f"--on {where.name}: {str(error).splitlines()[0]}") from None

@@ -36,6 +36,6 @@ def text(plan: Plan) -> str:
     return "\n".join([line(plan), *(table if plan.programs else []), *([NOTE] if plan.programs else [])])
 
 
-def best(plans: Sequence[Plan]) -> str:
-    fitting = [plan for plan in plans if plan.fits]
-    return f"fastest: {line(max(fitting, key=lambda plan: plan.rows_s))}" if fitting else "nothing fits"
+def best(plans: Sequence[Plan]) -> Plan | None:
+    """The fastest that fits."""
+    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.rows_s, default=None)

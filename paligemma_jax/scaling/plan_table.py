@@ -29,8 +29,8 @@ MOST = 256  # rows
 Row = dict[str, Any]  # a `Plan`, as JSON keeps it
 
 
-def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row]]:
-    """The plans of every cell (kind, model, slice), smallest batch first. `every`: make those that are missing in `file`; else only read."""
+def cells(file: Path) -> dict[tuple[str, str, str], list[Row]]:
+    """The plans of every cell (kind, model, slice), smallest batch first; those that are missing in `file` are made."""
     known = {_key(row["work"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
 
     def ask(work: Workload) -> Row:
@@ -41,10 +41,8 @@ def cells(file: Path, every: bool = True) -> dict[tuple[str, str, str], list[Row
         return row
 
     found = {}
-    for kind, model, on in tqdm(list(product(KINDS, MODELS, SLICES)), unit="cell", disable=None if every else True):
-        work = replace(KINDS[kind], model=model, on=on)
-        same = _key(asdict(work) | {"batch": 0})
-        plans = climb(work, ask) if every else (row for row in known.values() if _key(row["work"] | {"batch": 0}) == same)
+    for kind, model, on in tqdm(list(product(KINDS, MODELS, SLICES)), unit="cell", disable=None):
+        plans = climb(replace(KINDS[kind], model=model, on=on), ask)
         found[kind, model, on] = sorted(plans, key=lambda row: row["work"]["batch"])
     return found
 

@@ -38,11 +38,6 @@ class Work:
     sent: dict[str, float] = field(default_factory=dict)  # bytes, by kind of collective
 
 
-def collectives(text: str) -> list[Operation]:
-    """All that are in the text of a program, each once."""
-    return [operation for body in _computations(text)[0].values() for operation in body.values() if operation.kind in COLLECTIVES]
-
-
 def work(text: str) -> Work:
     """Of the text of a program, as `compiled.as_text()` gives it. A loop whose turns are not known when it is compiled counts once."""
     bodies, entry = _computations(text)

@@ -38,8 +38,6 @@ ARRAYS = [
     (r"decoder/layers/mlp/down/kernel", "D F"),
     (r"vision/layers/mlp/up/kernel", "F W"),
     (r"vision/layers/mlp/down/kernel", "W F"),
-    (r"cache/[kv]", "rows S K H"),
-    (r"cache/span/\w+", "rows S"),
 ]
 
 # Heads, MLP and vocabulary are split for tensor parallelism; what is left of a matrix for fully sharded data parallelism. Rows of a batch
@@ -90,7 +88,7 @@ def find_mesh(mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool =
 
 def letters(path: str, ndim: int) -> list[str]:
     """The letters of an array's axes, wherever in a tree it is; none for what lies whole on every device."""
-    found = re.search(r"(?:^|/)((?:vision|projector|decoder|cache)/.*)", path)
+    found = re.search(r"(?:^|/)((?:vision|projector|decoder)/.*)", path)
     if not found:
         return []
     plain = re.sub(r"/(?:base|\d+)(?=/|$)", "", found[1])
@@ -99,7 +97,7 @@ def letters(path: str, ndim: int) -> list[str]:
     row = next((row.split() for pattern, row in ARRAYS if any(re.fullmatch(pattern, name) for name in names)), None)
     if row is None:
         return []
-    lead = ["L"] if re.search(r"layers/\D|cache/[kv]$", found[1]) else []
+    lead = ["L"] if re.search(r"layers/\D", found[1]) else []
     own = ndim - len(lead)
     if name == "lora_a":
         return [*lead, "R", *row[len(row) + 1 - own :]]
@@ -120,7 +118,7 @@ def partition(axes: Sequence[str], shape: Sequence[int], mesh: Any) -> Partition
 
 
 def partitions(tree: Any, mesh: Any) -> Any:
-    """The `PartitionSpec` of every array, or shape, of a tree: a model, what learns, an optimizer's state, a cache.
+    """The `PartitionSpec` of every array, or shape, of a tree: a model, what learns, an optimizer's state.
 
     An axis of a kernel that its mesh axis does not divide is whole on every device, and said once.
     """
@@ -171,14 +169,35 @@ def spread(batch: Any, mesh: Mesh | None) -> Any:
     """A batch of arrays of the host, split by rows; of several processes each needs its `own_rows` only."""
     if mesh is None:
         return batch
-    return jax.tree.map(lambda array: _scatter(array, NamedSharding(mesh, partition(["rows"], array.shape, mesh))), batch)
+    return jax.tree.map(lambda array: _scatter(array, _by_rows(array.shape, mesh)), batch)
+
+
+def row_shapes(batch: Any, mesh: Mesh) -> Any:
+    """The shapes of a batch with the shardings that `spread` gives it."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_by_rows(array.shape, mesh)), batch)
+
+
+def _by_rows(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition(["rows"], shape, mesh))
+
+
+def row_ways(mesh: Mesh | None) -> int:
+    """Into how many slices of equal size the rows of a batch are cut; what they do not divide lies whole on every device."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in MESH_AXES["rows"]) if mesh else 1
+
+
+def check_rows(flag: str, rows: int, parts: int, mesh: Mesh | None) -> None:
+    """ValueError where every device would compute all rows of each of a batch's parts."""
+    if rows % (parts * (ways := row_ways(mesh))):
+        each = f" in {parts} parts" if parts > 1 else ""
+        raise ValueError(f"{flag} {rows}{each} does not divide over data x fsdp = {ways}: give a multiple of {parts * ways}, or another --mesh")
 
 
 def own_rows(rows: int, mesh: Mesh | None) -> list[int]:
     """Which rows of a batch the devices of this process hold."""
     if mesh is None:
         return list(range(rows))
-    places = NamedSharding(mesh, partition(["rows"], (rows,), mesh)).addressable_devices_indices_map((rows,))
+    places = _by_rows((rows,), mesh).addressable_devices_indices_map((rows,))
     return sorted({row for index in places.values() if index for row in range(rows)[index[0]]})
 
 

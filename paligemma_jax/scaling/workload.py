@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from paligemma_jax.scaling import chips
+
+Batch = Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 8, or the next number that divides over the mesh)")]
 
 
 @dataclass(frozen=True)
 class Workload:
     model: str = "3b-224"
-    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...) or a checkpoint, of which only the config is read."""
+    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...) or a checkpoint, of which config and formats are read."""
     workload: Literal["generate", "finetune"] = "generate"
     """Answer, or a training step."""
     on: str = "v5e:2x4"
@@ -19,7 +23,7 @@ class Workload:
     'paligemma-jax[plan]' into an environment of its own), or GPUs by their number (h200x8, a100-80gx3), an estimate by the compiler for CPUs."""
     mesh: str = "auto"
     """How the work is spread over them: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto."""
-    batch: int = 8
+    batch: Batch = 0
     """Rows at a time, over all chips."""
     text: int = 64
     """Tokens of text a row, beside those of its image; to train, the answer included."""
@@ -43,7 +47,7 @@ class Workload:
     """By the compiler for CPUs, though that for TPUs may be there."""
 
     def __post_init__(self):
-        if min(self.batch, self.text, self.new - 1) < 1 or self.lora < 0:
+        if min(self.text, self.new - 1) < 1 or min(self.batch, self.lora) < 0:
             raise ValueError("plan counts from 1: --batch and --text are at least 1, --new at least 2, --lora at least 0")
         if self.workload == "generate" and self.lora:
             raise ValueError("--lora is for --workload finetune: an adapter is merged before it answers")
@@ -54,3 +58,8 @@ class Workload:
     @property
     def training(self) -> bool:
         return self.workload == "finetune"
+
+    @property
+    def parts(self) -> int:
+        """In which a batch is computed."""
+        return self.accumulate if self.training else 1

@@ -24,7 +24,7 @@ from paligemma_jax.processing.processor import Processor
 from paligemma_jax.quantization import quantize
 from paligemma_jax.scaling import hosts
 from paligemma_jax.scaling.cost import matrix_rate, training_flops
-from paligemma_jax.scaling.sharding import distribute, find_mesh, own_rows, spread
+from paligemma_jax.scaling.sharding import check_rows, distribute, find_mesh, own_rows, spread
 from paligemma_jax.synthetic import stacked, unstacked
 from paligemma_jax.training import lora
 from paligemma_jax.training.augment import Augment
@@ -54,6 +54,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     several = "auto" if jax.process_count() > 1 else None
     mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True)
+    check_rows("--batch-size", config.batch_size, config.accumulate, mesh)
     if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
     if hosts.first():
