@@ -57,9 +57,12 @@ def abstract(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
 
 def _config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
     config = replace(RANDOM[name], dtype=dtype)
-    if not depth:
-        return config
-    return replace(config, **{tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")})
+    return at_depth(config, depth) if depth else config
+
+
+def at_depth(config: PaliGemmaConfig, layers: int) -> PaliGemmaConfig:
+    """The config with so many layers in each tower."""
+    return replace(config, **{tower: replace(getattr(config, tower), num_hidden_layers=layers) for tower in ("vision", "decoder")})
 
 
 def random_model(config: PaliGemmaConfig, seed: int = 0, how: Quantization = Quantization()) -> PaliGemma:

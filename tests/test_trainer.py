@@ -12,9 +12,10 @@ import pytest
 
 from paligemma_jax.bench_train import answering, shapes
 from paligemma_jax.checkpoint import TINY, load_model
+from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.synthetic import abstract, make_inputs, stacked
+from paligemma_jax.synthetic import abstract, at_depth, make_inputs, random_model, stacked
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.data import Batch
 from paligemma_jax.training.finetune import prepared
@@ -156,7 +157,7 @@ def test_layers_and_remat_change_nothing():
     """One step with stacked layers and with either remat equals the plain one."""
     found = {}
     for form, remat in (("list", "none"), ("stack", "none"), ("stack", "full"), ("list", "dots")):
-        model = load_model(TINY)
+        model = random_model(at_depth(PaliGemmaConfig.preset("tiny"), 2))
         config = Finetune("", "", batch_size=2, warmup=0, learning_rate=1.0, optimizer="sgd", clip=0, beta1=0, remat=remat)
         trainer = Trainer(stacked(model) if form == "stack" else model, config, 1)
         data = Batch(batch(model), np.ones(2, np.float32))
