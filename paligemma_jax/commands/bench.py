@@ -9,12 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Names, Numbers, dumps, placed
+from paligemma_jax.commands.options import Depth, File, Names, Numbers, dumps, placed
 
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: float32 on a CPU, else bfloat16)")]
-Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
 Formats = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT [FORMAT ...]")]
-Chart = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def bench(
@@ -31,7 +29,7 @@ def bench(
     repeats: int = 5,
     train: tuple[Literal["all", "lora", "qlora"], ...] = (),
     remat: Literal["none", "full", "dots"] = "none",
-    chart: Chart = None,
+    chart: File = None,
     json: bool = False,
 ) -> None:
     """Measure speed against what the machine can do, and against transformers.

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from paligemma_jax.commands.options import Loaded, Source, dumps
+from paligemma_jax.commands.options import File, Loaded, Source, dumps, existing
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.cases import Case
 
-File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 Folder = Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the data's name with -evaluation)")]
 Metrics = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
 
@@ -55,7 +54,9 @@ def evaluate(
         resume: Go on with the answers that are in --output.
         json: Print result.json instead of a few lines.
     """
+    from paligemma_jax import checkpoint
     from paligemma_jax.evaluation import cases as read
+    from paligemma_jax.processing.masks_codec import NO_CODEC
 
     names, folder = read.names(metric), Path(output or f"{Path(data).stem}-evaluation")  # first, so that a wrong name is told at once
     path, about = Path(data), {"model": source.model, "data": data}
@@ -66,6 +67,9 @@ def evaluate(
         own, about["model"] = _run(path, Path(answers)), answers
         folder.mkdir(parents=True, exist_ok=True)
     else:
+        existing("--data", data)
+        if "mask_iou" in names and checkpoint.codec_file(checkpoint.resolve(source.model)) is None:
+            raise ValueError(NO_CODEC)
         options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=source.settings())
         own = _answer(source, path, folder, max_new_tokens, beams, options)
     _report(own, others, names, folder, source, about | {"by": by} | ({"against": against} if against else {}), (cases, bootstrap), json)

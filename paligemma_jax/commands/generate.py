@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps, placed
+from paligemma_jax.commands.options import Decoded, Decoding, File, Loaded, Source, dumps, placed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
-Drawing = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def generate(
@@ -27,7 +26,7 @@ def generate(
     source: Loaded = Source(),
     max_new_tokens: int = 128,
     decoding: Decoded = Decoding(),
-    draw: Drawing = None,
+    draw: File = None,
     json: bool = False,
 ) -> None:
     """Answer prompts about images.

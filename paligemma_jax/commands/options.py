@@ -23,6 +23,8 @@ Mesh = Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint="
 Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: off)")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: off)")]
 Stops = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")]
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
+Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
 Hosts = Annotated[str | None, tyro.conf.arg(metavar="WHO", help_behavior_hint="(default: this process alone)")]
 
 
@@ -110,6 +112,12 @@ class Decoding:
 
 
 Decoded = Annotated[Decoding, tyro.conf.arg(name="")]  # as `Loaded`
+
+
+def existing(flag: str, file: str) -> None:
+    """ValueError, before a model is loaded, if there is no file that `flag` names."""
+    if not Path(file).is_file():
+        raise ValueError(f"{flag} {file}: no such file")
 
 
 def placed(flag: str, file: str | None) -> None:

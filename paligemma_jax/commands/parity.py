@@ -7,12 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Name, Numerics, dumps, placed
+from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, placed
 
 Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: embedded)")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: embedded)")]
-Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
-File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def parity(

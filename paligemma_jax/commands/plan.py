@@ -8,11 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Numbers, dumps
+from paligemma_jax.commands.options import File, Numbers, dumps
 from paligemma_jax.scaling import chips
 from paligemma_jax.scaling.workload import Workload
-
-File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps
+from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps, existing
 
 
 def predict(
@@ -33,6 +33,7 @@ def predict(
         resume: Go on with what is in --output: nothing is answered or written twice.
         json: Print what was done as one JSON object instead of a line of text.
     """
+    existing("--data", data)
     from paligemma_jax.inference.predict import predict
 
     options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.part())

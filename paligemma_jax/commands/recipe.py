@@ -7,15 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import dumps
+from paligemma_jax.commands.options import File, dumps
 
 Which = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
 Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: none)")]
 Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: the recipe's)")]
 Split = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")]
 Pixels = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the lowest that was tried)")]
-Rows = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
-Codec = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
 
 
 def recipe(
@@ -24,11 +22,11 @@ def recipe(
     resolution: Pixels = None,
     files: Files = (),
     images: str = ".",
-    output: Rows = None,
+    output: File = None,
     split: Split = None,
     prompt: Text = None,
     every_answer: bool = False,
-    codec: Codec = None,
+    codec: File = None,
     json: bool = False,
 ) -> None:
     """How a data set was learned and measured; with --files, its rows to do it with.

@@ -88,13 +88,19 @@ def _penalty(ours: Counter, other: Counter) -> float:
     return float(np.exp(-((length - wanted) ** 2) / (2 * SIGMA**2)))
 
 
-@partial(Metric, percent=False)
-def bleu(predictions: Texts, references: Rights) -> Scores:
-    """Corpus BLEU as sacrebleu computes it (its tokens, 13a), 0 to 100. ValueError where sacrebleu is missing."""
+def sacrebleu() -> Any:
+    """Its `BLEU`; ValueError where it is missing."""
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
         raise ValueError("BLEU needs sacrebleu: pip install 'paligemma-jax[eval]'") from None
+    return BLEU
+
+
+@partial(Metric, percent=False)
+def bleu(predictions: Texts, references: Rights) -> Scores:
+    """Corpus BLEU as sacrebleu computes it (its tokens, 13a), 0 to 100. ValueError where sacrebleu is missing."""
+    BLEU = sacrebleu()
     sentence = BLEU(effective_order=True)
     found = [sentence.sentence_score(caption, list(rights)) for caption, rights in zip(predictions, references)]
     counts = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found], float)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation import metrics
+from paligemma_jax.evaluation import captions, metrics
 from paligemma_jax.evaluation.scores import Metric, Scores
 from paligemma_jax.inference.parts import files
 from paligemma_jax.processing.locations import Box, Detection, Detections, parse, with_masks
-from paligemma_jax.processing.masks_codec import MaskCodec
+from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _mask(things: Sequence[Detection], size: tuple[int, int], codec: MaskCodec |
     if not things or not things[0].codes:
         return None
     if codec is None:
-        raise ValueError("no mask codec beside the checkpoint: put the published vae-oid.npz (gs://big_vision/paligemma/) into its directory")
+        raise ValueError(NO_CODEC)
     return with_masks(Detections(things[:1]), size, codec)[0].mask
 
 
@@ -155,6 +155,8 @@ def names(asked: Sequence[str]) -> list[str]:
         raise ValueError(f"--metric {strange[0]}: there are {known}")
     if not asked:
         raise ValueError(f"no --metric: there are {known}")
+    if "bleu" in asked:
+        captions.sacrebleu()
     return list(dict.fromkeys(single for name in asked for single in GROUPS.get(name, (name,))))
 
 

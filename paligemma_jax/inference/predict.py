@@ -59,11 +59,14 @@ def predict(
     the text of each of its tokens with the log-probability of that as "pieces", from which boxes get their scores (`processing.locations.parse`).
     errors.jsonl: {"line", "error", "row"} of the rows that cannot be answered. Memory does not grow with the number of rows.
 
-    resume: go on with what is in `output`: of a run that was killed at most one batch is lost, no row is written twice, none left out.
-    part: (n, of), only the n-th of so many runs of rows, into answers-0000n-of-0000m.jsonl: `cat answers-*` has them in order. By default this
-    process's of all those of jax.distributed. Parts share nothing but the folder.
-    settings: what else must be the same to go on, as the name of the model.
-    options: of `Predictor.batches`. The seed of a row is `seed` and the number of its line, so that a sample does not depend on parts or batches.
+    Args:
+        resume: go on with what is in `output`: of a run that was killed at most one batch is lost, no row is written twice, none left out.
+        part: (n, of), only the n-th of so many runs of rows, into answers-0000n-of-0000m.jsonl: `cat answers-*` has them in order. By default
+            this process's of all those of jax.distributed. Parts share nothing but the folder.
+        settings: what else must be the same to go on, as the name of the model.
+        seed: added to the number of its line it is a row's seed, so that a sample does not depend on parts or batches.
+        options: of `Predictor.batches`.
+
     ValueError if the file, the folder or the options cannot be used.
     """
     data, (number, of) = Path(data), part or (jax.process_index(), jax.process_count())

@@ -22,7 +22,7 @@ from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import Source, pixels
 from paligemma_jax.processing.locations import Detections
-from paligemma_jax.processing.masks_codec import MaskCodec, load_codec
+from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec, load_codec
 from paligemma_jax.processing.processor import Images, Inputs, Processor, Row
 from paligemma_jax.processing.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ class Predictor:
     def codec(self) -> MaskCodec:
         """What turns the `<seg>` of an answer into a mask and back. ValueError if none lies beside the checkpoint."""
         if self.codec_file is None:
-            raise ValueError("no mask codec beside the checkpoint: put the published vae-oid.npz (gs://big_vision/paligemma/) into its directory")
+            raise ValueError(NO_CODEC)
         return load_codec(self.codec_file)
 
     def generate(self, images: Images, prompts: Texts, max_new_tokens: int = 128, sampler: Strategy = Greedy(), **options: Any) -> list[str]:
@@ -91,11 +91,19 @@ class Predictor:
     ) -> list[Answer]:
         """An `Answer` to every prompt, in their order. Any number of prompts: they are sorted into length buckets and batched.
 
-        seeds: one integer a prompt, on which `Sample` depends beside the prompt itself; by default 0, 1, 2, ...
-        stop: texts that end an answer, whose text is then what came before, and whose tokens and score go on to where one is complete; BestOf
-        chooses by these scores. Beam does not see them (transformers ends a beam there): they cut what it found.
-        allowed: bool[V], or bool[B, V] for a mask a prompt: the ids that may be said (`processor.tokenizer` knows them).
-        progress: a bar on stderr; by default if there are several batches and somebody is looking.
+        Args:
+            images: paths, PIL images or uint8 arrays [H, W, 3], one a prompt, or a list of them a prompt.
+            prompts: one text or several.
+            max_new_tokens: of each answer at most, end included; an answer ends before them with one of the checkpoint's eos ids.
+            sampler: `Greedy`, `Sample`, `Beam` or `BestOf`.
+            seeds: one integer a prompt, on which `Sample` depends beside the prompt itself; by default 0, 1, 2, ...
+            min_new_tokens: no end before so many.
+            stop: texts that end an answer, whose text is then what came before, and whose tokens and score go on to where one is complete;
+                BestOf chooses by these scores. Beam does not see them (transformers ends a beam there): they cut what it found.
+            allowed: bool[V], or bool[B, V] for a mask a prompt: the ids that may be said (`processor.tokenizer` knows them).
+            batch_size: prompts at a time.
+            progress: a bar on stderr; by default if there are several batches and somebody is looking.
+
         An image given twice (the same path or object) is encoded once. The prefix of several prompts on one image is not shared:
         image tokens see the prompt, so their keys and values differ from prompt to prompt.
         ValueError if the inputs do not fit together, or prompt and answer the context; an image that fails is told in its own Answer.
@@ -298,13 +306,15 @@ def load(
 ) -> Predictor:
     """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, a LoRA adapter, or a hub id.
 
-    dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
-    numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
-    the one that the checkpoint was converted from, or means.
-    mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
-    (`paligemma_jax.scaling.sharding`). Each device gets its slices of the parameters only, and only they are read.
-    quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
-    "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
+        numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
+            the one that the checkpoint was converted from, or means.
+        mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
+            (`paligemma_jax.scaling.sharding`). Each device gets its slices of the parameters only, and only they are read.
+        quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
+            "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
+
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
     devices.check()

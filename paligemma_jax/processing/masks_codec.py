@@ -29,6 +29,7 @@ SIDE = 64  # pixels along the side of a mask
 GRID = 4  # codes along it: each halving is one of 4 convolutions
 CODES = 16  # codes of a mask, row after row
 VOCABULARY = 128
+NO_CODEC = "no mask codec beside the checkpoint: put the published vae-oid.npz (gs://big_vision/paligemma/) into its directory"
 
 
 class Residual(nnx.Module):
