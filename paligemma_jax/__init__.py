@@ -6,7 +6,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paligemma_jax.inference.predictor import Answer, Predictor, load
+    from paligemma_jax.inference.loading import load
+    from paligemma_jax.inference.predictor import Answer, Predictor
     from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
     from paligemma_jax.model.config import PaliGemmaConfig
     from paligemma_jax.processing.processor import Inputs
@@ -22,7 +23,7 @@ _HOMES = {
     "PaliGemmaConfig": "model.config",
     "Predictor": "inference.predictor",
     "Sample": "inference.sampling",
-    "load": "inference.predictor",
+    "load": "inference.loading",
 }
 
 

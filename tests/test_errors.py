@@ -200,14 +200,14 @@ OTHERS = [
 
 @pytest.mark.parametrize("error,code,part", OTHERS, ids=[type(error).__name__ for error, *_ in OTHERS])
 def test_other_exceptions(error, code, part, command, monkeypatch):
-    monkeypatch.setattr("paligemma_jax.inference.predictor.load", lambda *_, **__: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("paligemma_jax.inference.loading.load", lambda *_, **__: (_ for _ in ()).throw(error))
     found, out, err = command("generate", "--image", IMAGE, "--prompt", "a")
     assert (found, out) == (code, "") and err.startswith("paligemma-jax: ") and err.endswith("\n")
     told(err[:-1], [part])
 
 
 def test_our_own_mistakes_keep_their_traceback(command, monkeypatch):
-    monkeypatch.setattr("paligemma_jax.inference.predictor.load", lambda *_, **__: 1 + "1")
+    monkeypatch.setattr("paligemma_jax.inference.loading.load", lambda *_, **__: 1 + "1")
     with pytest.raises(TypeError):
         command("generate", "--image", IMAGE, "--prompt", "a")
 

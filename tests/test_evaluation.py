@@ -1,6 +1,7 @@
 """From answers to a report: intervals that hold, comparisons, and `paligemma-jax evaluate` on digits that the checkpoint never saw."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -224,6 +225,18 @@ def test_masks_are_measured_and_drawn(tmp_path):
 
 
 # ---- The command, on digits that `tiny` never saw
+
+
+def test_what_is_missing_is_told_before_a_model_is_loaded(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("paligemma_jax.inference.loading.load", None)
+    monkeypatch.setattr("paligemma_jax.checkpoint.codec_file", lambda source: None)
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    (data := tmp_path / "data.jsonl").write_text("{}\n")
+    run = lambda *options: command(*options, "--output", tmp_path / "out")[::2]
+    assert run("predict", "--data", "none.jsonl") == (2, "paligemma-jax: --data none.jsonl: no such file\n")
+    assert run("evaluate", "--data", "none.jsonl", "--metric", "anls") == (2, "paligemma-jax: --data none.jsonl: no such file\n")
+    assert "pip install 'paligemma-jax[eval]'" in run("evaluate", "--data", data, "--metric", "bleu")[1]
+    assert "no mask codec" in run("evaluate", "--data", data, "--metric", "mask_iou")[1] and not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

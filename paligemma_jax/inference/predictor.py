@@ -1,8 +1,7 @@
-"""`load`, and what it returns: processor, model and generation in one object."""
+"""What `load` returns: processor, model and generation in one object."""
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from paligemma_jax import checkpoint, devices
 from paligemma_jax.inference import generate, pointing, scoring
 from paligemma_jax.inference.batching import round_up, run_all
 from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Sampler, Strategy, whole
@@ -24,7 +21,6 @@ from paligemma_jax.processing.image import Source, pixels
 from paligemma_jax.processing.locations import Detections
 from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec, load_codec
 from paligemma_jax.processing.processor import Images, Inputs, Processor, Row
-from paligemma_jax.processing.tokenizer import Tokenizer
 
 STREAM = 8  # tokens a dispatch while streaming
 
@@ -294,55 +290,6 @@ def check_stops(stop: Texts | None) -> list[str]:
 def _cut(text: str, stops: list[str]) -> str:
     """`text` up to the first of `stops`."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
-
-
-def load(
-    source: str | Path = "tiny",
-    *,
-    dtype: str | None = None,
-    numerics: str | None = None,
-    mesh: Mesh | str | None = None,
-    quantize: str | None = None,
-) -> Predictor:
-    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, a LoRA adapter, or a hub id.
-
-    Args:
-        dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
-        numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
-            the one that the checkpoint was converted from, or means.
-        mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
-            (`paligemma_jax.scaling.sharding`). Each device gets its slices of the parameters only, and only they are read.
-        quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
-            "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
-
-    Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
-    """
-    devices.check()
-    keep_programs()
-    directory = checkpoint.resolve(source)
-    processor = make_processor(directory)  # before the weights: what is wrong is told at once
-    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh, quantize=quantize), processor, checkpoint.codec_file(directory))
-
-
-def make_processor(directory: Path) -> Processor:
-    """That of a checkpoint which `checkpoint.resolve` found. ValueError if its tokenizer and its config do not go together."""
-    config = checkpoint.load_config(directory)
-    tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)
-    words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
-    if words > config.decoder.vocab_size:
-        raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
-    return Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
-
-
-def keep_programs() -> None:
-    """Turns on JAX's persistent compilation cache, in $PALIGEMMA_JAX_CACHE or ~/.cache/paligemma_jax; PALIGEMMA_JAX_CACHE=off leaves it alone.
-
-    So does a directory that is set already, by JAX_COMPILATION_CACHE_DIR or jax.config.
-    """
-    place = os.environ.get("PALIGEMMA_JAX_CACHE", str(Path.home() / ".cache" / "paligemma_jax"))
-    if place != "off" and not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", place)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:

@@ -17,7 +17,7 @@ from convert.quantized import dense
 from convert.table import HUGGINGFACE
 from convert.tensor import DTYPES, Index, Tensor, loaded
 from paligemma_jax import checkpoint as checkpoints
-from paligemma_jax.inference.predictor import make_processor
+from paligemma_jax.inference.loading import make_processor
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.processing.processor import Inputs, Processor

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from convert import peft
 from paligemma_jax import checkpoint, devices
-from paligemma_jax.inference.predictor import Predictor, keep_programs, make_processor
+from paligemma_jax.inference.loading import keep_programs, make_processor
+from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.layers import parameters, with_parameters
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.quantization import quantize

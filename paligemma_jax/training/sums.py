@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from paligemma_jax.inference.predictor import Predictor, load
+from paligemma_jax.inference.loading import load
+from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.training import digits
 from paligemma_jax.training.config import Finetune
 from paligemma_jax.training.finetune import finetune

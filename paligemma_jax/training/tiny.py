@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from convert import huggingface
 from paligemma_jax import checkpoint
-from paligemma_jax.inference.predictor import Predictor, load
+from paligemma_jax.inference.loading import load
+from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.layers import Einsum, parameters
 from paligemma_jax.model.paligemma import PaliGemma
