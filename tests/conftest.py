@@ -47,6 +47,14 @@ def forget_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Without LLVM's optimizations programs take half the time to compile: for modules whose programs run a few times only."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
     """(kind, seed, **changes) -> (transformers model, directory in released layout, our model): see tests/hf_models.py."""

@@ -29,6 +29,8 @@ from paligemma_jax.training.data import read
 from paligemma_jax.training.finetune import _loaded, finetune
 from paligemma_jax.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

@@ -27,6 +27,8 @@ from paligemma_jax.training.data import Batch
 from paligemma_jax.training.finetune import finetune, prepared
 from paligemma_jax.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 RANKS = {"decoder": 2, "vision": 3}
 
 

@@ -23,6 +23,8 @@ from paligemma_jax.training.losses import answer_loss, token_loss
 from paligemma_jax.training.optimizers import make_optimizer, make_schedule
 from paligemma_jax.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 TOY = Finetune("", "", optimizer="sgd", beta1=0.0, learning_rate=0.1, warmup=0, schedule="constant", clip=0)
 
 
