@@ -1,8 +1,9 @@
-"""Whether jax finds the devices that are there, and what to do where it does not."""
+"""Whether jax finds the devices that are there, what to do where it does not, and how much of their memory was used."""
 
 from __future__ import annotations
 
 import os
+import resource
 import warnings
 from pathlib import Path
 
@@ -28,3 +29,9 @@ def check() -> None:
     if found == "cpu" and not asked and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         for kind in (kind for kind, signs in SIGNS.items() if any(Path(sign).exists() for sign in signs)):
             warnings.warn(f"there is a {kind.upper()} device, but jax computes on the CPU: {EXTRAS[kind]}", stacklevel=3)
+
+
+def peak_bytes() -> int:
+    """The most that was in use so far: on the device where it counts that, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -143,11 +143,11 @@ def collectives(mesh: str, rows: int, **options: Any) -> list[list]:
     return found
 
 
-def auto(cases: list[list]) -> list[dict]:
-    """The mesh that "auto" is for (kind, training?)."""
+def auto(cases: list[tuple]) -> list[dict]:
+    """The mesh that "auto" is for (kind, training?, rows)."""
     from paligemma_jax.scaling import sharding
 
-    return [dict(sharding.find_mesh("auto", small(kind), training).shape) for kind, training in cases]
+    return [dict(sharding.find_mesh("auto", small(kind), training, rows=rows).shape) for kind, training, rows in cases]
 
 
 def flops(meshes: list[tuple[str, int]]) -> list[float]:

@@ -113,6 +113,7 @@ def test_rounding_errors(kind):
 def test_products(kind, monkeypatch):
     """In strips and at once, of one row and of several, forward and backward: those with the dense matrix."""
     monkeypatch.setattr(codes, "STRIP", 4 * 128 * 10)
+    monkeypatch.setattr(codes, "ROWS", 10)
     kernel, format = weight((48, 128)), Format.of(kind)
     parts = encode(format, jnp.asarray(kernel), 1)
     dense, scale = decode(format, parts, kernel.shape), scales(parts)

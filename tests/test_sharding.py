@@ -51,21 +51,25 @@ def test_predict_on_six_devices(command, tmp_path):
 
 
 def test_rows_that_the_mesh_does_not_divide(tmp_path):
-    """Would be computed by every device alike, so they are refused; a plan's own number of rows divides."""
+    """Would be computed by every device alike: refused to train; to answer, a batch is filled up."""
     row = {"image": str(TINY.parent / "digits.jpg"), "prefix": "ocr", "suffix": "3"}
     (data := tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
     learn = ["finetune", "--data", str(data), "--output", str(tmp_path / "run"), "--mesh=data=3"]
     plan = ["plan", "--json", "--model=tiny", "--on=h200x3", "--mesh=data=3", "--layers=stack", "--text=8", "--new=4"]
-    *wrong, planned = call(3, "said", [learn, [*learn, "--accumulate=2"], [*plan, "--batch=8"], plan])
+    *wrong, planned = call(3, "said", [learn, [*learn, "--accumulate=2"], [*plan, "--batch=8", "--workload=finetune"], [*plan, "--batch=4"]])
     for told, reason in zip(wrong, ("--batch-size 8", "--batch-size 8 in 2 parts", "--batch 8")):
         assert f"{reason} does not divide over data x fsdp = 3: give a multiple of {6 if 'parts' in reason else 3}, or another --mesh" in told
-    assert json.loads(planned)["work"]["batch"] == 9 and not (tmp_path / "run").exists()
+    assert json.loads(planned)["work"]["batch"] == 6 and not (tmp_path / "run").exists()
 
 
 def test_auto():
-    """To answer: no more tensor than the 4 key heads of Gemma 2 divide over, else the cache is whole on every device; one key head is small."""
-    two, one, training = call(8, "auto", [("pg2", False), ("pg1", False), ("pg2", True)])
-    assert two == {"data": 2, "fsdp": 1, "tensor": 4} and one == {"data": 1, "fsdp": 1, "tensor": 8} and training["fsdp"] == 8
+    """To answer: no more tensor than the 4 key heads of Gemma 2 divide over, else the cache is whole on every device; one key head is small.
+
+    To train: no more fsdp than the rows divide over.
+    """
+    two, one, training, few = call(8, "auto", [("pg2", False, 0), ("pg1", False, 0), ("pg2", True, 16), ("pg2", True, 6)])
+    assert two == {"data": 2, "fsdp": 1, "tensor": 4} and one == {"data": 1, "fsdp": 1, "tensor": 8}
+    assert training["fsdp"] == 8 and few == {"data": 1, "fsdp": 2, "tensor": 4}
 
 
 def test_what_travels():

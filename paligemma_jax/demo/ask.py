@@ -12,10 +12,10 @@ import jax
 from PIL import Image
 
 from paligemma_jax.demo.limits import Limits
-from paligemma_jax.inference.batching import round_up
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.inference.sampling import Beam, Greedy, Sample
 from paligemma_jax.processing.locations import Detections, parse
+from paligemma_jax.processing.processor import round_up
 
 PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
 EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4", "segment 3")  # about it

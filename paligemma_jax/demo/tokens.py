@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from paligemma_jax.inference import scoring
-from paligemma_jax.inference.batching import round_up
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.processing.image import pixels
-from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.processing.processor import Inputs, round_up
 
 COUNT = 3  # alternatives
 

@@ -18,17 +18,12 @@ from tqdm import tqdm
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import pixels
-from paligemma_jax.processing.processor import Inputs, Processor, Row
-from paligemma_jax.scaling.sharding import host, mesh_of, row_ways
+from paligemma_jax.processing.processor import Inputs, Processor, Row, round_up
+from paligemma_jax.scaling.sharding import host, mesh_of, room
 
-BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
 AHEAD = 2  # batches whose images are opened before their turn
 
 Run = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]  # (inputs without images, features, which rows of all) -> arrays [B, ...]
-
-
-def round_up(n: int, step: int = BUCKET) -> int:
-    return -(-n // step) * step
 
 
 def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
@@ -103,9 +98,8 @@ class Images:
         return _stack([self.encoded[key] for key in keys])
 
     def room(self, n: int) -> int:
-        """For as many rows or images: a power of two, for few compiled programs, of them for each of the devices that share them out."""
-        ways = row_ways(mesh_of(self.model))
-        return ways << (-(-n // ways) - 1).bit_length()
+        """For as many rows or images."""
+        return room(n, mesh_of(self.model))
 
     def forget(self, images: list[Any]) -> None:
         self.waiting.subtract(map(_key, images))

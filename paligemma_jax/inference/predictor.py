@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from paligemma_jax.inference import generate, pointing, scoring
-from paligemma_jax.inference.batching import round_up, run_all
+from paligemma_jax.inference.batching import run_all
 from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Sampler, Strategy, whole
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import Source, pixels
 from paligemma_jax.processing.locations import Detections
 from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec, load_codec
-from paligemma_jax.processing.processor import Images, Inputs, Processor, Row
+from paligemma_jax.processing.processor import Images, Inputs, Processor, Row, round_up
 
 STREAM = 8  # tokens a dispatch while streaming
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from paligemma_jax.inference.batching import round_up
 from paligemma_jax.inference.generate import encode
 from paligemma_jax.model.layers import collect
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.processing.processor import Inputs, round_up
 from paligemma_jax.scaling.sharding import compiled, host
 
 

@@ -16,6 +16,12 @@ from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 Array = Any  # numpy from the Processor, jax inside a compiled function
 Images = Source | Sequence[Source | Sequence[Source]]
 
+BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
+
+
+def round_up(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from jax.sharding import Mesh
 
 from paligemma_jax.bench_train import shapes
 from paligemma_jax.inference import generate
-from paligemma_jax.inference.batching import round_up
 from paligemma_jax.inference.sampling import Greedy
-from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.processing.processor import Inputs, round_up
 from paligemma_jax.quantization import formats, quantize
 from paligemma_jax.scaling import chips, program, sharding
 from paligemma_jax.scaling.workload import Workload
@@ -73,12 +72,16 @@ def plan(work: Workload) -> Plan:
     model = abstract(work.model, work.dtype)
     if work.training and not work.lora and formats(model):
         raise ValueError(f"--model {work.model} is quantized, and codes do not learn: give --lora RANK to adapt it")
-    mesh = sharding.find_mesh(work.mesh, model.config, work.training, _devices(where, estimate))
+    mesh = sharding.find_mesh(work.mesh, model.config, work.training, _devices(where, estimate), work.batch // work.parts)
     assert mesh
     if mesh.size < where.count:
         raise ValueError(f"--mesh {work.mesh} is of {mesh.size} chips, {work.on} has {where.count}")
-    work = replace(work, batch=work.batch or round_up(8, work.parts * sharding.row_ways(mesh)))
-    sharding.check_rows("--batch", work.batch, work.parts, mesh)
+    if work.training:
+        each = work.parts * sharding.row_ways(mesh)
+        work = replace(work, batch=work.batch or -(-8 // each) * each)
+        sharding.check_rows("--batch", work.batch, work.parts, mesh)
+    else:
+        work = replace(work, batch=sharding.room(work.batch or 8, mesh))
     done = Plan(work, dict(mesh.shape), estimate, chip_bytes=int(where.chip.memory))
     start, found = time.perf_counter(), {}
     try:

@@ -58,11 +58,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[A
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
-def find_mesh(mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool = False, devices: Sequence[Any] | None = None) -> Mesh | None:
+def find_mesh(
+    mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool = False, devices: Sequence[Any] | None = None, rows: int = 0
+) -> Mesh | None:
     """The mesh that "data=2,fsdp=4,tensor=2" names (what is left out is 1), or "auto"; a `Mesh` with axes of these names is taken as it is.
 
-    auto: to train, all devices are fsdp; to answer, as many are tensor as divide the key heads, so that no weight travels and each holds its own
-    heads' part of the cache, and the rest data. A single key head (PaliGemma 1) lies whole on each, and the query heads are divided.
+    auto: to train, all devices are fsdp, or as many as divide the `rows` of a batch, and the rest tensor; to answer, as many are tensor as divide
+    the key heads, so that no weight travels and each holds its own heads' part of the cache, and the rest data. A single key head (PaliGemma 1)
+    lies whole on each, and the query heads are divided.
     devices: by default, to train, those of all processes; to answer, this one's: each process then answers by itself.
     """
     if isinstance(mesh, Mesh):
@@ -76,7 +79,9 @@ def find_mesh(mesh: str | Mesh | None, config: PaliGemmaConfig, training: bool =
     if mesh == "auto":
         decoder = config.decoder
         heads = math.gcd(have, decoder.num_key_value_heads if decoder.num_key_value_heads > 1 else decoder.num_attention_heads)
-        return make_mesh(fsdp=have, devices=devices) if training else make_mesh(data=have // heads, tensor=heads, devices=devices)
+        if training:
+            return make_mesh(fsdp=math.gcd(have, rows), tensor=have // math.gcd(have, rows), devices=devices)
+        return make_mesh(data=have // heads, tensor=heads, devices=devices)
     sizes = {}
     for part in mesh.split(","):
         name, _, size = part.strip().partition("=")
@@ -184,6 +189,12 @@ def _by_rows(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 def row_ways(mesh: Mesh | None) -> int:
     """Into how many slices of equal size the rows of a batch are cut; what they do not divide lies whole on every device."""
     return math.prod(mesh.shape.get(axis, 1) for axis in MESH_AXES["rows"]) if mesh else 1
+
+
+def room(rows: int, mesh: Mesh | None) -> int:
+    """Rows of the batch in which so many are answered: a power of two, for few compiled programs, for each of the slices."""
+    ways = row_ways(mesh)
+    return ways << (-(-rows // ways) - 1).bit_length()
 
 
 def check_rows(flag: str, rows: int, parts: int, mesh: Mesh | None) -> None:

@@ -21,9 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from paligemma_jax.processing.image import Source, pixels
-from paligemma_jax.processing.processor import Inputs, Processor, Row
-
-BUCKET = 32  # rows are padded to a multiple of so many tokens, and their answers too, so that few programs are compiled
+from paligemma_jax.processing.processor import Inputs, Processor, Row, round_up
 
 
 class Rows(Protocol):
@@ -93,7 +91,7 @@ def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True
     if not images or not all(isinstance(image, Source) for image in images):
         raise ValueError(f"image is {'missing' if 'image' not in row else 'not a path or a list of paths'}")
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
         raise ValueError(f"weight is {weight!r}, not a number from 0 on")
     images = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
     return Example(images, row["prefix"], row["suffix"] if learns else "", float(weight), line)
@@ -171,7 +169,7 @@ def batch(
     features: Callable[[list], Any] | None = None,
     own: Sequence[int] | None = None,
 ) -> Batch:
-    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next multiple of BUCKET; missing rows weigh 0.
+    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next bucket; missing rows weigh 0.
 
     parts: so many will be computed one after the other: ValueError if they have not as many images each.
     features: of image files, in the place of their pixels.
@@ -190,7 +188,7 @@ def batch(
     if len(own) < size and not even:
         raise ValueError(f"rows {[e.line for e in examples]} have {images} images: several processes ask for as many in every row of a batch")
     longest = max(len(row.prompt) + len(row.suffix) for row in rows)
-    padded = processor.pad(rows, "right", length or min(-(-longest // BUCKET) * BUCKET, processor.context))
+    padded = processor.pad(rows, "right", length or min(round_up(longest), processor.context))
     weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
     seen = features([image for n in own for image in rows[n].images]) if features else np.concatenate(pictures)
     if even:

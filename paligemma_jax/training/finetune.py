@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from paligemma_jax import checkpoint, devices
 from paligemma_jax.inference.loading import keep_programs, make_processor
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.layers import parameters, with_parameters
-from paligemma_jax.processing.processor import Processor
+from paligemma_jax.processing.processor import Processor, round_up
 from paligemma_jax.quantization import quantize
 from paligemma_jax.scaling import hosts
 from paligemma_jax.scaling.cost import matrix_rate, training_flops
@@ -30,7 +29,7 @@ from paligemma_jax.synthetic import stacked, unstacked
 from paligemma_jax.training import lora
 from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import BUCKET, Batch, Rows, ahead, batch, counted, example_at, naming, order, read, tokenized
+from paligemma_jax.training.data import Batch, Rows, ahead, batch, counted, example_at, naming, order, read, tokenized
 from paligemma_jax.training.features import Features
 from paligemma_jax.training.runs import Run, check
 from paligemma_jax.training.trainer import State, Trainer
@@ -54,7 +53,7 @@ def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None
     train, held_out = _rows(config, processor, data, validation)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     several = "auto" if jax.process_count() > 1 else None
-    mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True)
+    mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True, rows=config.batch_size // config.accumulate)
     check_rows("--batch-size", config.batch_size, config.accumulate, mesh)
     if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
@@ -138,7 +137,7 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, lesson: Any, mak
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
             work = training_flops(trainer.model.config, data.inputs, trainer.names, encodes=data.features is None)
-            line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": memory_bytes()}
+            line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": devices.peak_bytes()}
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 raise ValueError(run.bad(line, data))
             if len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0)):
@@ -229,13 +228,7 @@ def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
 
 
 def longest(data: Batch) -> int:
-    return -(-int(data.inputs.targets.sum(axis=1).max()) // BUCKET) * BUCKET
-
-
-def memory_bytes() -> int:
-    """The most that was in use so far: on the device where it counts that, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round_up(int(data.inputs.targets.sum(axis=1).max()))
 
 
 class _sigterm:
