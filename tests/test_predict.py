@@ -203,6 +203,7 @@ def test_wrong_requests(command, data, tmp_path):
     (nothing := tmp_path / "nothing.jsonl").write_text(json.dumps({"image": "none.png", "prefix": "ocr"}) + "\n")
     assert f"no row could be answered: {tmp_path / 'none' / 'errors.jsonl'} says why" in run("--data", nothing, output="none")
     assert "min_new_tokens is 2" in run("--min-new-tokens", 2, output="other") and "stop is ('',)" in run("--stop", "", output="other")
+    assert f"a seed is {2**40}:" in run("--data", small, "--seed", 2**40, output="seeds") and not (tmp_path / "seeds").exists()
     assert "at least 1" in run("--batch-size", 0, output="other") and not (tmp_path / "other").exists()
 
 

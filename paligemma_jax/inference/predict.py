@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from paligemma_jax.inference import generate, pointing
 from paligemma_jax.inference.parts import Part
-from paligemma_jax.inference.predictor import Answer, Predictor, check_stops
+from paligemma_jax.inference.predictor import Answer, Predictor, check_seeds, check_stops
 from paligemma_jax.inference.sampling import Greedy, Strategy
 from paligemma_jax.processing.processor import Row
 from paligemma_jax.training.data import make_example
@@ -77,6 +77,7 @@ def predict(
     generate.check(0, max_new_tokens, options.get("min_new_tokens", 0), max_new_tokens)  # here, before anything is written
     check_stops(options.get("stop"))
     files, rows = Part(Path(output), number, of), sum(1 for _ in _rows(data))
+    check_seeds([seed, seed + rows], 2)
     own = range(rows * number // of, rows * (number + 1) // of)
     about = {"data": str(data.resolve()), "rows": rows, "parts": of, "max_new_tokens": max_new_tokens, "score": score, "pieces": pieces, "seed": seed}
     files.begin({**settings, **about, "sampler": repr(sampler), "options": repr(options)}, resume)

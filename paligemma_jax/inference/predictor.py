@@ -126,7 +126,7 @@ class Predictor:
         self._check_room(rows, max_new_tokens, batch_size)
         if not isinstance(sampler, Strategy):
             raise ValueError(f"sampler is {sampler!r}: pass Greedy(), Sample(...), Beam(...) or BestOf(...)")
-        chosen, sayable = _seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
+        chosen, sayable = check_seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
         stops = check_stops(stop)
         ends: generate.Ends | None = (lambda tokens: np.array([self._end(row, stops) for row in tokens.tolist()])) if stops else None
         new = round_up(max_new_tokens)
@@ -184,7 +184,7 @@ class Predictor:
         self._check_room(rows, max_new_tokens, 1)
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler is {sampler!r}: what is streamed is final, so pass Greedy() or Sample(...)")
-        seeds, stops = _seeds([seed], 1), check_stops(stop)
+        seeds, stops = check_seeds([seed], 1), check_stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
         inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
         slots = length + round_up(max_new_tokens)
@@ -270,7 +270,8 @@ class Predictor:
     def _end(self, tokens: list[int], stops: list[str]) -> int:
         """How many of `tokens` are up to and with eos, or the one that completes a stop text; one more than all if nothing ends them."""
         end = next((n for n, token in enumerate(tokens, 1) if token in self.config.eos_token_ids), len(tokens) + 1)
-        return bisect_left(range(end), True, key=lambda n: any(stop in self.processor.decode(tokens[:n]) for stop in stops))
+        stopped = lambda n: _cut(text := self.processor.decode(tokens[:n]), stops) != text
+        return bisect_left(range(end), True, key=stopped) if stops else end
 
     def _answer(self, found: tuple[np.ndarray, np.ndarray], stops: list[str], sampler: Strategy) -> Answer:
         end = self._end(found[0].tolist(), stops)
@@ -302,7 +303,8 @@ def _check(inputs: Inputs, config: PaliGemmaConfig) -> None:
         raise ValueError(f"{image.sum()} image tokens for {len(inputs.images)} images of {config.vision.num_patches} each")
 
 
-def _seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
+def check_seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
+    """One for each row, by default 0, 1, 2, ... ValueError for what is no whole number of 32 bits, or of another count."""
     if seeds is None:
         return np.arange(rows)
     if np.ndim(seeds) != 1:
