@@ -50,10 +50,10 @@ class Quantized(nnx.Module):
             dense = lambda x: product(x, self.dense(x.dtype), self.contracted, jnp.float32)
             return biased(jax.checkpoint(dense)(x), self.bias).astype(x.dtype)
         # Checkpointed: or else the backward pass would hold the whole kernel of every layer.
-        y = jax.checkpoint(self.multiply)(x.reshape(*x.shape[: x.ndim - len(ins)], -1), self.codes[...], scales(self.parts))
+        y = jax.checkpoint(self.times)(x.reshape(*x.shape[: x.ndim - len(ins)], -1), self.codes[...], scales(self.parts))
         return biased(y.reshape(*y.shape[:-1], *outs), self.bias).astype(x.dtype)  # rounded once, as in `Einsum`
 
-    def multiply(self, x: Array, codes: Array, scale: Array) -> Array:
+    def times(self, x: Array, codes: Array, scale: Array) -> Array:
         """x [..., I] times codes [out..., in...] (or as many of them) and their float32 scales -> float32 [..., O].
 
         What is split along D or W is made whole first: between the devices of a fully sharded model go codes, not the numbers that they stand for.
@@ -74,7 +74,7 @@ class QuantizedEmbedder(Quantized, Embedder):
     def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
         held = (self.codes[...], scales(self.parts))
         codes, scale = (a if parts == 1 else a.reshape(-1, parts, *a.shape[1:])[:, part] for a in held)
-        return jax.checkpoint(self.multiply)(x, codes, scale)
+        return jax.checkpoint(self.times)(x, codes, scale)
 
 
 def hold(model: Any, formats: Mapping[str, Format]) -> Any:
@@ -96,9 +96,9 @@ def hold(model: Any, formats: Mapping[str, Format]) -> Any:
 
 
 def quantize(model: Any, how: str | Quantization) -> Any:
-    """`hold` with all that `how` names (`Quantization.of`), and its cache; what is quantized already stays, and what blocks do not divide, which a
+    """`hold` with all that `how` names (`Quantization.of`), and its cache. What is quantized already stays.
 
-    warning tells.
+    So does what blocks do not divide, which a warning tells.
     """
     how, formats, whole = Quantization.of(how) if isinstance(how, str) else how, {}, []
 

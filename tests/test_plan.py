@@ -204,6 +204,7 @@ def test_wrong_requests(plan):
         (["--on", "v9:2x2"], "name a chip"),
         (["--mesh", "rows=2", "--on", "h200"], "data=2,fsdp=4"),
         (["--batch", "-1"], "counts from 1"),
+        (["--batch", "0"], "counts from 1"),
         (["--lora", "4"], "--lora is for --workload finetune"),
         (["--workload", "finetune", "--quantize", "nf4"], "give --lora"),
         (["--on", "h200x64"], "XLA_FLAGS"),

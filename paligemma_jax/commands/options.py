@@ -48,7 +48,7 @@ class Source:
     def load(self) -> Predictor:
         from paligemma_jax import load
 
-        self.part()
+        self.part()  # by auto all meet, before jax looks for devices
         return load(self.model, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize)
 
     def part(self) -> tuple[int, int]:

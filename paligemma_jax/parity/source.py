@@ -21,7 +21,7 @@ from paligemma_jax.inference.loading import make_processor
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
 from paligemma_jax.model.layers import parameters
 from paligemma_jax.processing.processor import Inputs, Processor
-from paligemma_jax.synthetic import make_inputs
+from paligemma_jax.synthetic import at_depth, make_inputs
 
 DIGITS = str(Path(__file__).parents[1] / "assets" / "digits.jpg")
 TEXTS = {"caption en": "four digits: 4, 3, 2 and 3", "detect 4": "<loc0722><loc0219><loc1023><loc0448> 4"}  # what to say of DIGITS, of two lengths
@@ -84,8 +84,7 @@ def load_case(
         if images or prompts or suffixes:
             raise ValueError(f"{model} has random weights and no tokenizer, so it takes no --image, --prompt and --suffix")
         config = replace(PRESETS[model], numerics=numerics or "transformers")
-        towers = {tower: replace(getattr(config, tower), num_hidden_layers=depth) for tower in ("vision", "decoder")} if depth else {}
-        return random_case(replace(config, **towers), 16, 8)
+        return random_case(at_depth(config, depth) if depth else config, 16, 8)
     source = checkpoints.resolve(model, (name for name in PRESETS if name != "tiny"))
     if depth:
         raise ValueError(f"--depth is for the random weights of a preset; {model} is a checkpoint")

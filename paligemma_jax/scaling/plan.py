@@ -72,16 +72,16 @@ def plan(work: Workload) -> Plan:
     model = abstract(work.model, work.dtype)
     if work.training and not work.lora and formats(model):
         raise ValueError(f"--model {work.model} is quantized, and codes do not learn: give --lora RANK to adapt it")
-    mesh = sharding.find_mesh(work.mesh, model.config, work.training, _devices(where, estimate), work.batch // work.parts)
+    mesh = sharding.find_mesh(work.mesh, model.config, work.training, _devices(where, estimate), (work.batch or 0) // work.parts)
     assert mesh
     if mesh.size < where.count:
         raise ValueError(f"--mesh {work.mesh} is of {mesh.size} chips, {work.on} has {where.count}")
     if work.training:
         each = work.parts * sharding.row_ways(mesh)
-        work = replace(work, batch=work.batch or -(-8 // each) * each)
-        sharding.check_rows("--batch", work.batch, work.parts, mesh)
+        work = replace(work, batch=work.batch or -(-work.rows // each) * each)
+        sharding.check_rows("--batch", work.rows, work.parts, mesh)
     else:
-        work = replace(work, batch=sharding.room(work.batch or 8, mesh))
+        work = replace(work, batch=sharding.room(work.rows, mesh))
     done = Plan(work, dict(mesh.shape), estimate, chip_bytes=int(where.chip.memory))
     start, found = time.perf_counter(), {}
     try:
@@ -95,7 +95,7 @@ def plan(work: Workload) -> Plan:
         return replace(done, programs=found, bytes_per_chip=needed, compile_seconds=time.perf_counter() - start)
     step, needed = found.get("step") or found["prefill"], max(one.memory_bytes for one in found.values())
     seconds = step.seconds if work.training else found["encode"].seconds + step.seconds + (work.new - 1) * found["decode"].seconds
-    done = replace(done, programs=found, fits=needed <= done.chip_bytes, bytes_per_chip=needed, seconds=seconds, rows_s=work.batch / seconds)
+    done = replace(done, programs=found, fits=needed <= done.chip_bytes, bytes_per_chip=needed, seconds=seconds, rows_s=work.rows / seconds)
     total = lambda name: sum(getattr(one, name) for one in found.values())
     return replace(done, compile_seconds=total("compile_seconds"), flops=total("flops"), bytes=total("bytes"))
 
@@ -107,7 +107,9 @@ def search(work: Workload, batches: tuple[int, ...] = ()) -> Iterator[Plan]:
     meshes = [(d, f, count // d // f) for d in ways for f in ways if count % (d * f) == 0]
     for (data, fsdp, tensor), remat in product(meshes, ("none", "dots", "full") if work.training else (work.remat,)):
         mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
-        for batch in sorted(batch for batch in batches or (work.batch,) if batch % (data * fsdp * work.parts) == 0):
+        for batch in sorted(batches) or [work.batch]:
+            if batch and batch % (data * fsdp * work.parts):
+                continue
             try:
                 found = plan(replace(work, mesh=mesh, remat=remat, batch=batch))
             except ValueError as error:
@@ -121,7 +123,7 @@ def search(work: Workload, batches: tuple[int, ...] = ()) -> Iterator[Plan]:
 def _training(work: Workload, model: Any, mesh: Mesh) -> Iterator[tuple[str, Program]]:
     """The step of `training/trainer.py`."""
     config = Finetune(
-        "", "", train="lora" if work.lora else "all", lora_rank=work.lora or 16, quantize=work.quantize, batch_size=work.batch, remat=work.remat,
+        "", "", train="lora" if work.lora else "all", lora_rank=work.lora or 16, quantize=work.quantize, batch_size=work.rows, remat=work.remat,
         accumulate=work.accumulate, optimizer=work.optimizer, dtype=work.dtype, layers=work.layers or "stack",
     )  # fmt: skip
     trainer, state, frozen = shapes(model, config)
@@ -143,7 +145,7 @@ def _generation(work: Workload, model: Any, mesh: Mesh) -> Iterator[tuple[str, P
     model = sharding.shapes(model, mesh)
     inputs, images = _inputs(work, model.config, round_up(model.config.vision.num_patches + work.text))
     images = jax.ShapeDtypeStruct((work.batch, *images.shape[2:]), images.dtype)
-    request = jax.eval_shape(partial(generate.make_request, model, work.batch))
+    request = jax.eval_shape(partial(generate.make_request, model, work.rows))
     one, encode = _compiled(generate.encode_images, model, images)
     yield "encode", one
     features = jax.ShapeDtypeStruct((work.batch, 1, *encode.out_info.shape[1:]), encode.out_info.dtype)

@@ -77,10 +77,11 @@ def find_mesh(
     devices = devices or (jax.devices() if training else jax.local_devices())
     have = len(devices)
     if mesh == "auto":
+        if training:
+            fsdp = math.gcd(have, rows)  # with 0 rows all
+            return make_mesh(fsdp=fsdp, tensor=have // fsdp, devices=devices)
         decoder = config.decoder
         heads = math.gcd(have, decoder.num_key_value_heads if decoder.num_key_value_heads > 1 else decoder.num_attention_heads)
-        if training:
-            return make_mesh(fsdp=math.gcd(have, rows), tensor=have // math.gcd(have, rows), devices=devices)
         return make_mesh(data=have // heads, tensor=heads, devices=devices)
     sizes = {}
     for part in mesh.split(","):

@@ -9,7 +9,7 @@ import tyro
 
 from paligemma_jax.scaling import chips
 
-Batch = Annotated[int, tyro.conf.arg(help_behavior_hint="(default: 8, or the next number that divides over the mesh)")]
+Batch = Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 8, or the next number that divides over the mesh)")]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Workload:
     'paligemma-jax[plan]' into an environment of its own), or GPUs by their number (h200x8, a100-80gx3), an estimate by the compiler for CPUs."""
     mesh: str = "auto"
     """How the work is spread over them: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto."""
-    batch: Batch = 0
+    batch: Batch = None
     """Rows at a time, over all chips."""
     text: int = 64
     """Tokens of text a row, beside those of its image; to train, the answer included."""
@@ -47,7 +47,7 @@ class Workload:
     """By the compiler for CPUs, though that for TPUs may be there."""
 
     def __post_init__(self):
-        if min(self.text, self.new - 1) < 1 or min(self.batch, self.lora) < 0:
+        if min(1 if self.batch is None else self.batch, self.text, self.new - 1) < 1 or self.lora < 0:
             raise ValueError("plan counts from 1: --batch and --text are at least 1, --new at least 2, --lora at least 0")
         if self.workload == "generate" and self.lora:
             raise ValueError("--lora is for --workload finetune: an adapter is merged before it answers")
@@ -58,6 +58,10 @@ class Workload:
     @property
     def training(self) -> bool:
         return self.workload == "finetune"
+
+    @property
+    def rows(self) -> int:
+        return self.batch or 8
 
     @property
     def parts(self) -> int:
