@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from convert.formats import changed, convert, opened, table
+    from convert.formats import convert, opened, table, with_changes
 
     if options.dry_run:
         checkpoint = opened(Path(options.source).expanduser(), options.config)
-        checkpoint = changed(checkpoint, options.to, **{name: getattr(options, name) for name in CHANGES})
+        checkpoint = with_changes(checkpoint, options.to, **{name: getattr(options, name) for name in CHANGES})
         rows = table(checkpoint)
         width, middle = max(len(path) for path, *_ in rows), max(len(shape) for _, shape, *_ in rows)
         for path, shape, dtype, nbytes in rows:

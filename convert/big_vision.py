@@ -16,7 +16,7 @@ import numpy as np
 from convert.checkpoint import Checkpoint
 from convert.config import check_config
 from convert.match import Entry, foreign, match, pieces, shapes
-from convert.table import BIG_VISION, BIG_VISION_IGNORED, BIG_VISION_QKV, Row
+from convert.table import BIG_VISION, BIG_VISION_IGNORED, BIG_VISION_QKV, WeightRow
 from convert.tensor import BLOCK, DTYPES, Progress, blocks, named, stored, with_rows
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, VisionConfig
 
@@ -110,7 +110,7 @@ def infer_config(shapes: dict[str, tuple[int, ...]], file: Path) -> PaliGemmaCon
     raise ValueError(f"{file}: no published PaliGemma has a {kind} decoder with {described}; give its config.json with --config")
 
 
-def _table(config: PaliGemmaConfig) -> list[Row]:
+def _table(config: PaliGemmaConfig) -> list[WeightRow]:
     """big_vision fuses q with k and v where there are as many of them."""
     rows = BIG_VISION[config.decoder.model_type]
     if config.decoder.num_key_value_heads < config.decoder.num_attention_heads:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.match import Entry, Piece
-from convert.quantized import matrices, part_shapes
+from convert.quantized import part_shapes, quantizable_matrices
 from convert.tensor import INTEGERS, Index, Tensor
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.model.precision import Format
+from paligemma_jax.model.precision import WeightFormat
 
 STATE = ".quant_state.bitsandbytes__"
 
@@ -25,7 +25,7 @@ STATE = ".quant_state.bitsandbytes__"
 class Packed(NamedTuple):
     """A matrix as bitsandbytes holds it: its parts, in the order of memory, under the names of `paligemma_jax/model/codes.py`."""
 
-    format: Format
+    format: WeightFormat
     shape: tuple[int, ...]
     parts: dict[str, Callable[[], np.ndarray]]
 
@@ -53,9 +53,9 @@ def unpack(entries: Mapping[str, Entry], where: object) -> tuple[dict[str, Entry
     return {key: whole.get(key, entry) for key, entry in entries.items() if key not in beside}, found
 
 
-def put(tensors: dict[str, Tensor], found: Iterable[Piece], packed: Mapping[str, Packed], config: PaliGemmaConfig) -> dict[str, Format]:
+def put(tensors: dict[str, Tensor], found: Iterable[Piece], packed: Mapping[str, Packed], config: PaliGemmaConfig) -> dict[str, WeightFormat]:
     """Puts the parts of each packed matrix in its place among `tensors`; returns the formats by path. Our axes are torch's [out, in], split."""
-    known, formats = matrices(config), {}
+    known, formats = quantizable_matrices(config), {}
     for piece in found:
         if piece.key not in packed:
             continue
@@ -70,13 +70,13 @@ def put(tensors: dict[str, Tensor], found: Iterable[Piece], packed: Mapping[str,
 
 
 def _four_bits(weight: str, state: dict[str, Any], entries: Mapping[str, Entry]) -> Packed:
-    from paligemma_jax.model.codes import NEST, NF4, dynamic
+    from paligemma_jax.model.codes import NESTED_BLOCK, NF4, dynamic_map
 
     shape, double = tuple(map(int, state["shape"])), "nested_offset" in state
-    format = Format(str(state["quant_type"]), int(state["blocksize"]), double=double)
+    format = WeightFormat(str(state["quant_type"]), int(state["blocksize"]), double=double)
     blocks, numbers = math.prod(shape) // format.block, math.prod(shape)
     wanted = {"": ("U8", numbers // 2), ".absmax": ("U8" if double else "F32", blocks), ".quant_map": ("F32", 16)}
-    wanted |= {".nested_absmax": ("F32", -(-blocks // NEST)), ".nested_quant_map": ("F32", 256)} if double else {}
+    wanted |= {".nested_absmax": ("F32", -(-blocks // NESTED_BLOCK)), ".nested_quant_map": ("F32", 256)} if double else {}
     if numbers % format.block:
         raise ValueError(f"blocks of {format.block} do not divide {list(shape)}")
     for name, (dtype, size) in wanted.items():
@@ -86,7 +86,7 @@ def _four_bits(weight: str, state: dict[str, Any], entries: Mapping[str, Entry])
     of = lambda name: _array(entries, weight + name).reshape(-1)
     if format.kind != "nf4" or (of(".quant_map") != NF4).any():
         raise ValueError("its 16 values are not those of nf4")
-    if double and (int(state["nested_blocksize"]) != NEST or (of(".nested_quant_map") != dynamic()).any()):
+    if double and (int(state["nested_blocksize"]) != NESTED_BLOCK or (of(".nested_quant_map") != dynamic_map()).any()):
         raise ValueError("the values of its scales are not bitsandbytes' own")
     parts = {"codes": lambda: of(""), "scale": lambda: of(".absmax")}
     parts |= {"nested": lambda: np.append(np.float32(state["nested_offset"]), of(".nested_absmax"))} if double else {}
@@ -99,7 +99,7 @@ def _int8(weight: str, key: str, entries: Mapping[str, Entry]) -> Packed:
         raise ValueError(f"{codes.dtype} {list(codes.shape)} by {largest.dtype} {list(largest.shape)}; int8 has one F32 for each row of I8")
     if weight + "_format" in entries and _array(entries, weight + "_format").any():
         raise ValueError("its rows are not in their order (weight_format)")
-    return Packed(Format("int8"), codes.shape, {"codes": lambda: _array(entries, weight), "scale": lambda: _array(entries, key) / np.float32(127)})
+    return Packed(WeightFormat("int8"), codes.shape, {"codes": lambda: _array(entries, weight), "scale": lambda: _array(entries, key) / np.float32(127)})
 
 
 def _array(entries: Mapping[str, Entry], key: str) -> np.ndarray:

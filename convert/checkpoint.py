@@ -13,7 +13,7 @@ import numpy as np
 from convert.files import json_bytes
 from convert.tensor import DTYPES, Tensor
 from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig, with_resolution
-from paligemma_jax.model.precision import Format
+from paligemma_jax.model.precision import WeightFormat
 
 CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")  # these speak of dtype and resolution
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -32,7 +32,7 @@ class Checkpoint:
     files: dict[str, Path | bytes] = field(default_factory=dict)  # what comes along: config.json, tokenizer, processor, generation
     shards: dict[str, list[str]] = field(default_factory=dict)  # safetensors file -> its keys as spelled, in order: to write the same again
     notes: tuple[str, ...] = ()  # what is odd about it
-    formats: dict[str, Format] = field(default_factory=dict)  # of what is quantized: "decoder/layers/0/mlp/down", whose parts are tensors then
+    formats: dict[str, WeightFormat] = field(default_factory=dict)  # of what is quantized: "decoder/layers/0/mlp/down", whose parts are tensors then
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from convert import big_vision, huggingface, orbax
 from convert.checkpoint import Checkpoint, contents
 from convert.files import companions, output
-from convert.quantized import dense, quantized
+from convert.quantized import dequantize_checkpoint, quantize_checkpoint
 from convert.tensor import Progress, Tensor, equal, with_rows
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, with_resolution
 from paligemma_jax.model.precision import Quantization
@@ -100,7 +100,7 @@ def convert(
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{destination} is the source itself, or holds it; give another name")
-    checkpoint = changed(opened(source, config), to, dtype=dtype, resolution=resolution, numerics=numerics, quantize=quantize)
+    checkpoint = with_changes(opened(source, config), to, dtype=dtype, resolution=resolution, numerics=numerics, quantize=quantize)
     stage = progress or (lambda name, nbytes: nullcontext(QUIET))
     with stage("writing", checkpoint.nbytes) as advance:
         write(checkpoint, destination, to, force=force, max_shard=max_shard, progress=advance)
@@ -110,14 +110,14 @@ def convert(
     return checkpoint
 
 
-def changed(
+def with_changes(
     checkpoint: Checkpoint, to: str, dtype: str | None = None, resolution: int | None = None, numerics: str | None = None, quantize: str | None = None
 ) -> Checkpoint:
     """The checkpoint as it is to be written (see `convert`)."""
     if quantize and to != "jax":
         raise ValueError(f"{to} checkpoints hold no quantized weights: write --to jax")
-    checkpoint = quantized(checkpoint.with_dtype(dtype).with_resolution(resolution).with_numerics(numerics), Quantization.of(quantize))
-    return checkpoint if to == "jax" else dense(checkpoint)
+    checkpoint = quantize_checkpoint(checkpoint.with_dtype(dtype).with_resolution(resolution).with_numerics(numerics), Quantization.parse(quantize))
+    return checkpoint if to == "jax" else dequantize_checkpoint(checkpoint)
 
 
 def opened(source: Path, config: str | Path | None) -> Checkpoint:
@@ -165,7 +165,7 @@ def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, A
         "decoder": checkpoint.config.decoder.model_type,
         "resolution": checkpoint.config.vision.image_size,
         "numerics": checkpoint.config.numerics,
-        "parameters": sum(size(tensor) for tensor in dense(checkpoint).tensors.values()),
+        "parameters": sum(size(tensor) for tensor in dequantize_checkpoint(checkpoint).tensors.values()),
         "bytes": checkpoint.nbytes,
         "dtypes": dict(dtypes),
         **({"quantized": dict(Counter(map(str, checkpoint.formats.values())))} if checkpoint.formats else {}),

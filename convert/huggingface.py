@@ -17,8 +17,7 @@ from convert.files import companions, json_bytes, read_json, write_files, write_
 from convert.match import Entry, match, pieces, shapes
 from convert.safetensors import NAMES, make_header, read_header
 from convert.table import HUGGINGFACE, HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
-from convert.tensor import Job, Progress, equal, loaded
-from convert.tensor import write as write_tensors
+from convert.tensor import Job, Progress, equal, from_array, write_tensors
 from paligemma_jax.model.config import PaliGemmaConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -58,17 +57,17 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     found, files = pieces(HUGGINGFACE[config.decoder.model_type], config), companions(directory)
     _check_method(directory, files)
     entries, packed = bitsandbytes.unpack(entries, directory)
-    tensors = match(entries, found, NAMES, directory, "config.json", canonical, HUGGINGFACE_IGNORED)
+    tensors = match(entries, found, NAMES, directory, "config.json", canonical_name, HUGGINGFACE_IGNORED)
     kept, notes = set(shapes(found)), []
-    if head := next((entry for key, entry in entries.items() if canonical(key) == HEAD), None):
+    if head := next((entry for key, entry in entries.items() if canonical_name(key) == HEAD), None):
         if head.dtype in NAMES and equal(head.tensor(), tensors["decoder/embedder/table"]):
             kept.add(HEAD)
         else:
             notes.append("its lm_head differs from the embedding table, to which it is tied: the table is taken for both")
-    if dropped := [key for key in entries if canonical(key) not in kept]:
+    if dropped := [key for key in entries if canonical_name(key) not in kept]:
         notes.append(f"{len(dropped)} tensors that no PaliGemma uses are left out: {', '.join(dropped[:3])}{', ...' * (len(dropped) > 3)}")
-    shards = {file.name: [key for key in header if canonical(key) in kept] for file, header in headers.items()}
-    formats = bitsandbytes.put(tensors, found, {canonical(key): one for key, one in packed.items()}, config)
+    shards = {file.name: [key for key in header if canonical_name(key) in kept] for file, header in headers.items()}
+    formats = bitsandbytes.put(tensors, found, {canonical_name(key): one for key, one in packed.items()}, config)
     checkpoint = Checkpoint("huggingface", config, tensors, files, shards, tuple(notes), formats)
     largest = max((tensor for path, tensor in tensors.items() if path not in checkpoint.parts), key=lambda tensor: tensor.nbytes)
     return replace(checkpoint, config=replace(config, dtype=largest.dtype.name))
@@ -88,14 +87,14 @@ def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n
     shards = checkpoint.shards if checkpoint.shards and not max_shard else _cut(checkpoint, sizes, max_shard or MAX_SHARD)
     jobs = []
     for name, keys in shards.items():
-        parts = {key: named[canonical(key)] for key in keys}
+        parts = {key: named[canonical_name(key)] for key in keys}
         head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
         (directory / name).write_bytes(head)
         jobs += [Job(path, tensor, directory / name, offsets[key]) for key, (path, tensor) in parts.items()]
     write_tensors(jobs, progress)
     write_files(directory, {name: file for name, file in checkpoint.files.items() if name not in (INDEX, "config.json")})
     if len(shards) > 1 or INDEX in checkpoint.files:
-        _write_index(directory, checkpoint, shards, sum(sizes[canonical(key)] for keys in shards.values() for key in keys))
+        _write_index(directory, checkpoint, shards, sum(sizes[canonical_name(key)] for keys in shards.values() for key in keys))
     if "generation_config.json" not in checkpoint.files and len(checkpoint.config.eos_token_ids) > 1:
         write_json(directory / "generation_config.json", {"eos_token_id": list(checkpoint.config.eos_token_ids)})
     write_files(directory, {"config.json": _config_json(checkpoint)})
@@ -103,7 +102,7 @@ def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n
 
 def save(directory: Path, config: PaliGemmaConfig, parameters: Mapping[str, np.ndarray]) -> None:
     """Writes model.safetensors and config.json from parameters by path, beside what else is in the directory; their dtype is the file's."""
-    tensors = {path: loaded(array) for path, array in parameters.items()}
+    tensors = {path: from_array(array) for path, array in parameters.items()}
     found = pieces(HUGGINGFACE[config.decoder.model_type], config)
     parts = {piece.key: (piece.path, piece.there(tensors[piece.path])) for piece in found}
     head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
@@ -126,7 +125,7 @@ def _check_method(directory: Path, files: Mapping[str, Path | bytes]) -> None:
         )
 
 
-def canonical(key: str) -> str:
+def canonical_name(key: str) -> str:
     """The released spelling of a key of any transformers release."""
     for pattern, replacement in HUGGINGFACE_SPELLINGS:
         key = re.sub(pattern, replacement, key)
@@ -155,7 +154,7 @@ def _cut(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[s
     keys = [key for shard in checkpoint.shards.values() for key in shard] or sorted((key for key in sizes if key != HEAD), key=_natural)
     shards: list[list[str]] = [[]]
     for key in keys:
-        if shards[-1] and sum(sizes[canonical(other)] for other in shards[-1]) + sizes[canonical(key)] > limit:
+        if shards[-1] and sum(sizes[canonical_name(other)] for other in shards[-1]) + sizes[canonical_name(key)] > limit:
             shards.append([])
         shards[-1].append(key)
     if len(shards) == 1:

@@ -10,7 +10,7 @@ import numpy as np
 from paligemma_jax.model.config import PaliGemmaConfig
 
 
-def shape(layout: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def layout_shape(layout: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape that `layout` has with these axis sizes: shape("NH D", ...) == (N * H, D)."""
     return tuple(math.prod(sizes[letter] for letter in axis if letter != "1") for axis in layout.split())
 
@@ -21,7 +21,7 @@ def reorder(array: np.ndarray, source: str, target: str, sizes: Mapping[str, int
         return array
     letters, wanted = ([letter for letter in layout if letter not in " 1"] for layout in (source, target))
     split = array.reshape([sizes[letter] for letter in letters])
-    return split.transpose([letters.index(letter) for letter in wanted]).reshape(shape(target, sizes))
+    return split.transpose([letters.index(letter) for letter in wanted]).reshape(layout_shape(target, sizes))
 
 
 def axis_sizes(config: PaliGemmaConfig, path: str) -> dict[str, int]:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from convert.layout import axis_sizes, shape
-from convert.table import Row
+from convert.layout import axis_sizes, layout_shape
+from convert.table import WeightRow
 from convert.tensor import Tensor, part, relayout
 from paligemma_jax.model.config import PaliGemmaConfig
 
@@ -39,7 +39,7 @@ class Piece(NamedTuple):
         return relayout(tensor, self.target, self.layout, self.sizes)
 
 
-def pieces(table: Iterable[Row], config: PaliGemmaConfig) -> list[Piece]:
+def pieces(table: Iterable[WeightRow], config: PaliGemmaConfig) -> list[Piece]:
     """The rows of a table for a model of this config, layer by layer: "kv_einsum/w[*,0]" has key "kv_einsum/w", position (layer, 0)."""
     found = []
     for name, layout, path, target in table:
@@ -56,7 +56,7 @@ def shapes(found: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
     """key -> the shape of the whole tensor in the file."""
     result: dict[str, tuple[int, ...]] = {}
     for piece in found:
-        whole = (*(i + 1 for i in piece.position), *shape(piece.layout, piece.sizes))
+        whole = (*(i + 1 for i in piece.position), *layout_shape(piece.layout, piece.sizes))
         result[piece.key] = tuple(map(max, whole, result.get(piece.key, whole)))
     return result
 

@@ -25,10 +25,9 @@ from convert.files import companions, read_json, write_files, write_json
 from convert.match import Entry, Piece, match, pieces
 from convert.quantized import in_parts
 from convert.table import JAX
-from convert.tensor import DTYPES, INTEGERS, Job, Progress, Tensor, stored
-from convert.tensor import write as write_tensors
+from convert.tensor import DTYPES, INTEGERS, Job, Progress, Tensor, stored, write_tensors
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.model.precision import Format
+from paligemma_jax.model.precision import WeightFormat
 
 CONFIG, PARAMS, FILES = "paligemma.json", "params", "huggingface"
 VERSION = 1
@@ -60,13 +59,13 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     return Checkpoint("jax", replace(config, dtype=largest.dtype.name), tensors, files, shards, formats=formats)
 
 
-def _parts(file: Path, named: Any, config: PaliGemmaConfig) -> tuple[list[Piece], dict[str, Format], dict[str, str]]:
+def _parts(file: Path, named: Any, config: PaliGemmaConfig) -> tuple[list[Piece], dict[str, WeightFormat], dict[str, str]]:
     """The pieces to look for, the formats that paligemma.json names, and the dtypes of their parts."""
     found = pieces(JAX[config.decoder.model_type], config)
     if not named:
         return found, {}, {}
     try:
-        formats = {str(where): Format.of(str(name)) for where, name in named.items()}
+        formats = {str(where): WeightFormat.parse(str(name)) for where, name in named.items()}
         found, dtypes = in_parts(found, formats, config)
         return found, formats, dtypes
     except (ValueError, AttributeError) as error:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from convert.files import json_bytes, output, read_json
-from convert.huggingface import canonical
-from convert.layout import reorder, shape
+from convert.huggingface import canonical_name
+from convert.layout import layout_shape, reorder
 from convert.match import Piece, pieces
 from convert.safetensors import NAMES, make_header, read_header
 from convert.table import HUGGINGFACE
@@ -49,7 +49,7 @@ def is_adapter(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
-def base(directory: Path) -> str:
+def base_checkpoint(directory: Path) -> str:
     """The checkpoint that an adapter is for, as its config names it. ValueError if it names none."""
     found = read_json(directory / CONFIG).get("base_model_name_or_path")
     if not isinstance(found, str) or not found:
@@ -57,7 +57,7 @@ def base(directory: Path) -> str:
     return found
 
 
-def read(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]:
+def read_adapter(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]:
     """An adapter by the path of each product ("decoder/layers/3/attention/q").
 
     ValueError for an adapter of another model, or of another kind than LoRA on linear layers; all tensors that do not fit are told at once.
@@ -72,7 +72,7 @@ def read(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]:
     of, found, wrong = {_module(piece): piece for piece in _linear(config)}, {}, []
     for key, entry in entries.items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(\.default)?\.weight", key)
-        piece = of.get(canonical(match[1] + ".weight").removesuffix(".weight")) if match else None
+        piece = of.get(canonical_name(match[1] + ".weight").removesuffix(".weight")) if match else None
         if match is None or piece is None:
             wrong.append(f"unknown key {key}")
             continue
@@ -80,7 +80,7 @@ def read(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]:
         rank = entry.shape[0 if match[2] == "A" else -1] if len(entry.shape) == 2 else 0
         there, here = _layouts(piece)[match[2]]
         sizes = piece.sizes | {"R": rank}
-        if not rank or entry.shape != shape(there, sizes) or entry.dtype not in NAMES:
+        if not rank or entry.shape != layout_shape(there, sizes) or entry.dtype not in NAMES:
             wrong.append(f"{key} is {entry.dtype}{list(entry.shape)}, which does not fit {path}")
         else:
             sides[match[2]] = reorder(entry.tensor().load().astype(np.float32), there, here, sizes)
@@ -94,7 +94,7 @@ def read(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]:
     return {path: Factors(sides["A"], sides["B"], _scale(about, names[path], len(sides["A"]))) for path, sides in whole.items()}
 
 
-def write(directory: Path, factors: Mapping[str, Factors], config: PaliGemmaConfig, base: str) -> None:
+def write_adapter(directory: Path, factors: Mapping[str, Factors], config: PaliGemmaConfig, base: str) -> None:
     """Writes an adapter that peft loads onto transformers' model of `config`; it appears when it is complete."""
     names = {piece.path.removesuffix("/kernel"): piece for piece in _linear(config)}
     tensors, modules = {}, {}
@@ -144,7 +144,7 @@ def _scale(about: Mapping[str, Any], module: str, rank: int) -> float:
 
     def setting(name: str, default: Any) -> Any:
         for key, value in (about.get(f"{name}_pattern") or {}).items():
-            spelled = [canonical(key.strip("^$").replace("\\", "") + ".weight").removesuffix(".weight"), key]
+            spelled = [canonical_name(key.strip("^$").replace("\\", "") + ".weight").removesuffix(".weight"), key]
             if any(re.fullmatch(rf"(.*\.)?({one})", module) for one in spelled):
                 return value
         return default

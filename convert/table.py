@@ -5,7 +5,7 @@ A name that ends in [*], or [*,1], is that part of a tensor which stacks the lay
 
 from __future__ import annotations
 
-Row = tuple[str, str, str, str]
+WeightRow = tuple[str, str, str, str]
 
 # Axis letters: paligemma_jax/model/layers.py; C colour, h and w the pixels of a patch. Letters written together are one merged axis.
 # The names are those of the released checkpoints, which every transformers release reads.

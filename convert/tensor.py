@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from convert.layout import reorder, shape
+from convert.layout import layout_shape, reorder
 
 DTYPES = {name: np.dtype(name) for name in ("float32", "float16")} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8")}  # of codes (`convert.quantized`)
@@ -71,7 +71,7 @@ def stored(file: Path | IO[bytes], offset: int, dtype: np.dtype, shape: tuple[in
     return Tensor(shape, dtype, raw, columns=order == "F" and len(shape) == 2)
 
 
-def loaded(array: Any, at: tuple[int, ...] = ()) -> Tensor:
+def from_array(array: Any, at: tuple[int, ...] = ()) -> Tensor:
     """array[at], in memory, as a Tensor (numpy's, or jax's: of which only the slices that are read come to the host)."""
     return Tensor(tuple(array.shape[len(at) :]), np.dtype(array.dtype), lambda index: np.asarray(array[(*at, *index)]))
 
@@ -86,7 +86,7 @@ def relayout(tensor: Tensor, source: str, target: str, sizes: dict[str, int]) ->
     if source == target:
         return tensor
     columns = len(target.split()) == 2 and target.split() == source.split()[::-1] and not tensor.columns
-    return replace(tensor, shape=shape(target, sizes), columns=columns, raw=lambda index: reorder(tensor.raw(()), source, target, sizes)[index])
+    return replace(tensor, shape=layout_shape(target, sizes), columns=columns, raw=lambda index: reorder(tensor.raw(()), source, target, sizes)[index])
 
 
 def with_rows(tensor: Tensor, rows: int) -> Tensor:
@@ -138,7 +138,7 @@ class Job(NamedTuple):
     columns: bool = False
 
 
-def write(jobs: Iterable[Job], progress: Progress) -> None:
+def write_tensors(jobs: Iterable[Job], progress: Progress) -> None:
     """Does all jobs, several files at once, each in order (two threads in one file only wait for each other).
 
     One block a thread is all that is in memory.

@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paligemma_jax.inference.answer import Answer
     from paligemma_jax.inference.loading import load
-    from paligemma_jax.inference.predictor import Answer, Predictor
+    from paligemma_jax.inference.predictor import Predictor
     from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
     from paligemma_jax.model.config import PaliGemmaConfig
     from paligemma_jax.processing.processor import Inputs

@@ -17,20 +17,21 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.paths import GOLDEN, TESTS
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-HERE = Path(__file__).parent
 WITHOUT_TORCH = importlib.util.find_spec("torch") is None
 
 
 def _needs_torch(file: Path) -> bool:
-    """Does it import torch or transformers at its top, itself or through another file of this directory?"""
-    names = re.findall(r"^(?:import|from) (\w+)", file.read_text(), re.MULTILINE)
-    return any(name in ("torch", "transformers") or ((HERE / f"{name}.py").exists() and _needs_torch(HERE / f"{name}.py")) for name in names)
+    """Whether it imports torch or transformers at its top, itself or through tests/support."""
+    names = re.findall(r"^(?:import|from) (support\.\w+|\w+)", file.read_text(), re.MULTILINE)
+    helpers = [TESTS / f"{name.replace('.', '/')}.py" for name in names if name.startswith("support.")]
+    return bool({"torch", "transformers"} & {*names}) or any(map(_needs_torch, helpers))
 
 
-collect_ignore = [file.name for file in HERE.glob("test_*.py") if WITHOUT_TORCH and _needs_torch(file)]
+collect_ignore = [str(file.relative_to(TESTS)) for file in TESTS.rglob("test_*.py") if WITHOUT_TORCH and _needs_torch(file)]
 
 
 def pytest_report_header() -> str:
@@ -41,7 +42,7 @@ def pytest_report_header() -> str:
 def forget_compiled():
     """Every program of XLA's on the CPU holds memory maps, and Linux gives a process 65,530: past them it dies of a segmentation fault.
 
-    tests/test_generation.py alone takes 19,000.
+    tests/inference/test_generation.py alone takes 19,000.
     """
     yield
     jax.clear_caches()
@@ -57,10 +58,10 @@ def quick_to_compile():
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
-    """(kind, seed, **changes) -> (transformers model, directory in released layout, our model): see tests/hf_models.py."""
-    import hf_models
+    """(kind, seed, **changes) -> (transformers model, directory in released layout, our model): see tests/support/hf_models.py."""
+    from support import hf_models
 
-    from paligemma_jax.checkpoint import load_model
+    from paligemma_jax.checkpoints.load import load_model
 
     @functools.cache
     def make(kind: str = "pg2", seed: int = 0, numerics: str = "transformers", **changes):
@@ -74,8 +75,8 @@ def random_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def random_directory(tmp_path):
-    """kind -> a fresh copy of a whole random checkpoint of test_golden.py, tokenizer.model included, to load or to break."""
-    return lambda kind="pg2": Path(shutil.copytree(HERE / "golden" / kind, tmp_path / kind))
+    """kind -> a fresh copy of a whole random checkpoint of tests/model/test_golden.py, tokenizer.model included, to load or to break."""
+    return lambda kind="pg2": Path(shutil.copytree(GOLDEN / kind, tmp_path / kind))
 
 
 @pytest.fixture

@@ -59,11 +59,12 @@ def bench(
     if chart and (train or Path(chart).suffix not in (".png", ".svg", ".pdf")):
         raise ValueError(f"--chart {chart}: {'it shows answering alone, leave out --train' if train else 'name it .png, .svg or .pdf'}")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part of a GPU
-    from paligemma_jax import bench_report, bench_train
-    from paligemma_jax.bench import Plan, run
+    from paligemma_jax.bench import report as reports
+    from paligemma_jax.bench import training
+    from paligemma_jax.bench.generation import BenchConfig, run
 
-    plan = Plan(model, batch, prompt, new, layers, cached, against, dtype, quantize, depth, repeats, train, remat)
-    report = bench_train.run(plan) if train else run(plan)
-    print(dumps(report) if json else bench_report.table(report))
+    plan = BenchConfig(model, batch, prompt, new, layers, cached, against, dtype, quantize, depth, repeats, train, remat)
+    report = training.run(plan) if train else run(plan)
+    print(dumps(report) if json else reports.table(report))
     if chart:
-        bench_report.chart(report, chart)
+        reports.chart(report, chart)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Dtype, Mesh, Names, Numerics, Quantize, Source
+from paligemma_jax.commands.options import Dtype, Mesh, ModelOptions, Names, Numerics, Quantize
 from paligemma_jax.demo.limits import Limits
 
 
@@ -51,7 +51,7 @@ def demo(
     from paligemma_jax.demo.ask import PICTURE
     from paligemma_jax.demo.server import served
 
-    predictors = {one: Source(one, dtype, numerics, quantize, mesh).load() for one in model}
+    predictors = {one: ModelOptions(one, dtype, numerics, quantize, mesh).load() for one in model}
     for predictor in predictors.values():
         next(predictor.stream(PICTURE, "caption en"), None)  # compiles, so that the first visitor need not wait
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes then too

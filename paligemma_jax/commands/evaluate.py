@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from paligemma_jax.commands.options import File, Loaded, Source, dumps, existing
+from paligemma_jax.commands.options import File, Loaded, ModelOptions, dumps, existing
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.cases import Case
@@ -20,7 +20,7 @@ def evaluate(
     data: str,
     metric: Metrics,
     output: Folder = None,
-    source: Loaded = Source(),
+    source: Loaded = ModelOptions(),
     max_new_tokens: int = 128,
     batch_size: int = 16,
     beams: int = 1,
@@ -54,11 +54,11 @@ def evaluate(
         resume: Go on with the answers that are in --output.
         json: Print result.json instead of a few lines.
     """
-    from paligemma_jax import checkpoint
+    from paligemma_jax.checkpoints import source
     from paligemma_jax.evaluation import cases as read
-    from paligemma_jax.processing.masks_codec import NO_CODEC
+    from paligemma_jax.processing.mask_codec import NO_CODEC
 
-    names, folder = read.names(metric), Path(output or f"{Path(data).stem}-evaluation")  # first, so that a wrong name is told at once
+    names, folder = read.metric_names(metric), Path(output or f"{Path(data).stem}-evaluation")  # first, so that a wrong name is told at once
     path, about = Path(data), {"model": source.model, "data": data}
     if cases < 0 or bootstrap < 1 or beams < 1:
         raise ValueError(f"--cases {cases}, --bootstrap {bootstrap}, --beams {beams}: --cases is at least 0, the others 1")
@@ -68,16 +68,18 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     else:
         existing("--data", data)
-        if "mask_iou" in names and checkpoint.codec_file(checkpoint.resolve(source.model)) is None:
+        from paligemma_jax.checkpoints.source import codec_file, resolve
+
+        if "mask_iou" in names and codec_file(resolve(source.model)) is None:
             raise ValueError(NO_CODEC)
         options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=source.settings())
         own = _answer(source, path, folder, max_new_tokens, beams, options)
     _report(own, others, names, folder, source, about | {"by": by} | ({"against": against} if against else {}), (cases, bootstrap), json)
 
 
-def _answer(source: Source, data: Path, folder: Path, new: int, beams: int, options: dict[str, Any]) -> list[Case]:
+def _answer(source: ModelOptions, data: Path, folder: Path, new: int, beams: int, options: dict[str, Any]) -> list[Case]:
     from paligemma_jax.evaluation.cases import collect
-    from paligemma_jax.inference.predict import predict
+    from paligemma_jax.inference.offline import predict
     from paligemma_jax.inference.sampling import Beam, Greedy
 
     if (of := source.part()[1]) > 1:
@@ -94,14 +96,14 @@ def _run(data: Path, other: Path) -> list[Case]:
 
 
 def _report(
-    own: list[Case], others: list[Case], names: list[str], folder: Path, source: Source, about: dict[str, str], shown: tuple[int, int], json: bool
+    own: list[Case], others: list[Case], names: list[str], folder: Path, source: ModelOptions, about: dict[str, str], shown: tuple[int, int], json: bool
 ) -> None:
-    from paligemma_jax import checkpoint
+    from paligemma_jax.checkpoints.source import codec_file, resolve
     from paligemma_jax.evaluation import report
     from paligemma_jax.evaluation.evaluate import evaluate
-    from paligemma_jax.processing.masks_codec import load_codec
+    from paligemma_jax.processing.mask_codec import load_codec
 
-    file = checkpoint.codec_file(checkpoint.resolve(source.model)) if "mask_iou" in names else None
+    file = codec_file(resolve(source.model)) if "mask_iou" in names else None
     found = evaluate(own, names, by=about["by"], samples=shown[1], codec=load_codec(file) if file else None, against=others, about=about)
     found.save(folder)
     report.save(found, folder, shown[0])

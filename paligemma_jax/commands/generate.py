@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Decoded, Decoding, File, Loaded, Source, dumps, placed
+from paligemma_jax.commands.options import (
+    Decoded,
+    DecodingFlags,
+    File,
+    Loaded,
+    ModelOptions,
+    dumps,
+    placed,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,9 +31,9 @@ Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 def generate(
     image: Images,
     prompt: Texts,
-    source: Loaded = Source(),
+    source: Loaded = ModelOptions(),
     max_new_tokens: int = 128,
-    decoding: Decoded = Decoding(),
+    decoding: Decoded = DecodingFlags(),
     draw: File = None,
     json: bool = False,
 ) -> None:

@@ -29,7 +29,7 @@ Hosts = Annotated[str | None, tyro.conf.arg(metavar="WHO", help_behavior_hint="(
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelOptions:
     """Which model, and how it is held: the flags of every subcommand that loads one."""
 
     model: Name = "tiny"
@@ -53,20 +53,20 @@ class Source:
 
     def part(self) -> tuple[int, int]:
         """(I, N): this process answers as the I-th of N."""
-        from paligemma_jax.scaling import hosts
+        from paligemma_jax.sharding import hosts
 
-        return hosts.part(self.hosts)
+        return hosts.process_part(self.hosts)
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same to go on with answers; devices and processes may be others."""
         return {name: value for name, value in asdict(self).items() if name not in ("mesh", "hosts")}
 
 
-Loaded = Annotated[Source, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
+Loaded = Annotated[ModelOptions, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingFlags:
     """How an answer is chosen, greedily unless a flag says otherwise, and when it ends."""
 
     temperature: Number = None
@@ -111,7 +111,7 @@ class Decoding:
         return Greedy() if width is None and not drawn else Sample(**drawn) if width is None else BestOf(width, Sample(**drawn))
 
 
-Decoded = Annotated[Decoding, tyro.conf.arg(name="")]  # as `Loaded`
+Decoded = Annotated[DecodingFlags, tyro.conf.arg(name="")]  # as `Loaded`
 
 
 def existing(flag: str, file: str) -> None:

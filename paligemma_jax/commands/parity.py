@@ -48,12 +48,12 @@ def parity(
     placed("--html", html)
     from paligemma_jax.parity import html as pages
     from paligemma_jax.parity import report as text
-    from paligemma_jax.parity.run import Plan, run
+    from paligemma_jax.parity.run import ParityConfig, run
 
-    report = run(Plan(model, dtype, numerics, image, prompt, suffix, new, gradients, depth))
+    report = run(ParityConfig(model, dtype, numerics, image, prompt, suffix, new, gradients, depth))
     print(dumps(text.as_dict(report)) if json else text.table(report))
     if html:
-        pages.write(report, html)
+        pages.write_html(report, html)
     if report.first is not None:
         print(f"paligemma-jax: {text.verdict(report).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(1)

@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 
 from paligemma_jax.commands.options import File, Numbers, dumps
-from paligemma_jax.scaling import chips
-from paligemma_jax.scaling.workload import Workload
+from paligemma_jax.planning import chips
+from paligemma_jax.planning.config import PlanConfig
 
 
 def plan(
-    work: Annotated[Workload, tyro.conf.arg(name="")] = Workload(),
+    work: Annotated[PlanConfig, tyro.conf.arg(name="")] = PlanConfig(),
     search: bool = False,
     batches: Numbers = (),
     table: File = None,
@@ -30,19 +30,19 @@ def plan(
         table: Instead, plan the published sizes on four slices, keep every plan in this file, go on with those that it has, and print the tables.
         json: Print one JSON object a plan, and after a --search once more the fastest that fits, with "fastest".
     """
-    chips.prepare(chips.find(work.on).count)
+    chips.prepare(chips.find_slice(work.on).count)
     if table:
-        from paligemma_jax.scaling import plan_table
+        from paligemma_jax.planning import table
 
-        print(plan_table.markdown(plan_table.cells(Path(table))))
+        print(table.markdown(table.cells(Path(table))))
         return
-    from paligemma_jax.scaling import plan, plan_report
+    from paligemma_jax.planning import plan, report
 
     found = []
     for one in plan.search(work, batches) if search else [plan.plan(work)]:
         found.append(one)
-        print(dumps(asdict(one)) if json else plan_report.line(one) if search else plan_report.text(one), flush=True)
-    if search and (best := plan_report.best(found)):
-        print(dumps(asdict(best) | {"fastest": True}) if json else f"fastest: {plan_report.line(best)}")
+        print(dumps(asdict(one)) if json else report.line(one) if search else report.text(one), flush=True)
+    if search and (best := report.best(found)):
+        print(dumps(asdict(best) | {"fastest": True}) if json else f"fastest: {report.line(best)}")
     elif search and not json:
         print("nothing fits")

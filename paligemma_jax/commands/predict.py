@@ -5,15 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from paligemma_jax.commands.options import Decoded, Decoding, Loaded, Source, dumps, existing
+from paligemma_jax.commands.options import (
+    Decoded,
+    DecodingFlags,
+    Loaded,
+    ModelOptions,
+    dumps,
+    existing,
+)
 
 
 def predict(
     data: str,
     output: str,
-    source: Loaded = Source(),
+    source: Loaded = ModelOptions(),
     max_new_tokens: int = 128,
-    decoding: Decoded = Decoding(),
+    decoding: Decoded = DecodingFlags(),
     batch_size: int = 16,
     score: bool = False,
     resume: bool = False,
@@ -34,7 +41,7 @@ def predict(
         json: Print what was done as one JSON object instead of a line of text.
     """
     existing("--data", data)
-    from paligemma_jax.inference.predict import predict
+    from paligemma_jax.inference.offline import predict
 
     options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.part())
     options |= decoding.options() | {"seed": decoding.seed}

@@ -47,13 +47,13 @@ def recipe(
         codec: vae-oid.npz, with which refcoco-segment says masks to learn.
         json: Print the recipe as one JSON object.
     """
-    from paligemma_jax.evaluation.recipes import RECIPES
+    from paligemma_jax.data.recipes import RECIPES
 
     if name not in RECIPES:
         raise ValueError(f"no recipe {name}: there are {', '.join(RECIPES)}")
     found = RECIPES[name]
     if files:
-        from paligemma_jax.evaluation.datasets import convert
+        from paligemma_jax.data.datasets import convert
 
         if output is None:
             raise ValueError("no --output: give the JSONL to write")

@@ -14,7 +14,7 @@ from PIL import Image
 from paligemma_jax.demo.limits import Limits
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.inference.sampling import Beam, Greedy, Sample
-from paligemma_jax.processing.locations import Detections, parse
+from paligemma_jax.processing.locations import Detections, parse_detections
 from paligemma_jax.processing.processor import round_up
 
 PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
@@ -98,7 +98,7 @@ def _next(predictor: Predictor, stream: Iterator[str], shown: Shown, picture: Im
         piece = next(stream, None)
         if piece is not None:
             text = shown.text + piece
-            return replace(shown, text=text, found=parse(text, picture.size))
+            return replace(shown, text=text, found=parse_detections(text, picture.size))
         masked = any(thing.codes for thing in shown.found)
         return replace(shown, done=True, found=predictor.detections(shown.text, picture) if masked else shown.found)
     except Exception as error:

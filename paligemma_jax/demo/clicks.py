@@ -9,7 +9,16 @@ from typing import Any
 import gradio as gr
 
 from paligemma_jax.demo import html
-from paligemma_jax.demo.ask import EXAMPLES, PICTURE, TASKS, Settings, Shown, ask, sentence, with_task
+from paligemma_jax.demo.ask import (
+    EXAMPLES,
+    PICTURE,
+    TASKS,
+    Settings,
+    Shown,
+    ask,
+    sentence,
+    with_task,
+)
 from paligemma_jax.demo.limits import Limits
 from paligemma_jax.demo.tokens import probabilities
 from paligemma_jax.inference.predictor import Predictor

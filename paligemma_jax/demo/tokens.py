@@ -9,7 +9,7 @@ import numpy as np
 
 from paligemma_jax.inference import scoring
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.processing.image import pixels
+from paligemma_jax.processing.image import pixel_values
 from paligemma_jax.processing.processor import Inputs, round_up
 
 COUNT = 3  # alternatives
@@ -29,7 +29,7 @@ def probabilities(predictor: Predictor, images: list[Any], prompt: str, text: st
     processor = predictor.processor
     (row,) = processor.rows([images], [prompt], [text])
     length = min(round_up(len(row.prompt) + len(row.suffix)), processor.context)
-    inputs = Inputs(images=pixels(images, processor.image_size), **processor.pad([row], length=length))
+    inputs = Inputs(images=pixel_values(images, processor.image_size), **processor.pad([row], length=length))
     own, tokens, others = scoring.alternatives(predictor.model, inputs, COUNT + 1)
     word = lambda i: None if i == processor.tokenizer.eos_id else processor.decode([i])
     instead = [tuple((word(i), p) for i, p in zip(*pair) if i != said)[:COUNT] for said, *pair in zip(row.suffix, tokens, np.exp(others).tolist())]

@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation import captions, metrics
-from paligemma_jax.evaluation.scores import Metric, Scores
-from paligemma_jax.inference.parts import files
-from paligemma_jax.processing.locations import Box, Detection, Detections, parse, with_masks
-from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec
+from paligemma_jax.inference.offline_files import output_files
+from paligemma_jax.metrics import captions, registry
+from paligemma_jax.metrics.scores import Metric, Scores
+from paligemma_jax.processing.locations import (
+    Box,
+    Detection,
+    Detections,
+    parse_detections,
+    with_masks,
+)
+from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,13 @@ class Case:
     @cached_property
     def found(self) -> Detections:
         """What the answer points at, with scores where "pieces" tells the log-probabilities of its tokens."""
-        return parse([(piece, value) for piece, value in self.row["pieces"]] if self.row.get("pieces") else self.answer, self.size)
+        return parse_detections([(piece, value) for piece, value in self.row["pieces"]] if self.row.get("pieces") else self.answer, self.size)
 
     @cached_property
     def wanted(self) -> list[Detection]:
         if "boxes" not in self.row:
             only_a_mask = "mask" in self.row and not {"answers", "suffix"} & self.row.keys()
-            return [] if only_a_mask else parse(self.right[0], self.size)
+            return [] if only_a_mask else parse_detections(self.right[0], self.size)
         boxes = self.row["boxes"]
         return [Detection(label, tuple(box)) for label, box in zip(self.row.get("labels", [""] * len(boxes)), boxes, strict=True)]
 
@@ -143,12 +149,12 @@ READERS: dict[str, Callable[[Sequence[Case], MaskCodec | None], Sides]] = {
     **dict.fromkeys(("box_accuracy", "box_iou"), _boxes),
     "mask_iou": _masks,
 }
-METRICS: dict[str, Metric] = {name: one for name in metrics.__all__ if isinstance(one := getattr(metrics, name), Metric) and name != "non_entailment"}
+METRICS: dict[str, Metric] = {name: one for name in registry.__all__ if isinstance(one := getattr(registry, name), Metric) and name != "non_entailment"}
 GROUPS = {"pope": tuple(name for name in METRICS if name.startswith("pope_")), "coco": ("average_precision", "ap50", "ap75")}
 POINTING = frozenset(READERS)  # metrics of what is drawn
 
 
-def names(asked: Sequence[str]) -> list[str]:
+def metric_names(asked: Sequence[str]) -> list[str]:
     """Metrics by name, groups of them taken apart, each once. ValueError for one that there is not."""
     known = ", ".join([*METRICS, *GROUPS])
     if strange := [name for name in asked if name not in METRICS and name not in GROUPS]:
@@ -160,7 +166,7 @@ def names(asked: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(single for name in asked for single in GROUPS.get(name, (name,))))
 
 
-def score(name: str, cases: Sequence[Case], codec: MaskCodec | None = None) -> Scores:
+def score_cases(name: str, cases: Sequence[Case], codec: MaskCodec | None = None) -> Scores:
     predictions, references = READERS.get(name, _texts)(cases, codec)
     return METRICS[name].scores(predictions, references)
 
@@ -173,8 +179,8 @@ def collect(data: Path, folder: Path) -> list[Case]:
 
     ValueError if the run is not finished.
     """
-    failed = {record["line"]: record["error"] for file in files(folder, "errors") for record in _lines(file)}
-    answered = (row for file in files(folder, "answers") for row in _lines(file))
+    failed = {record["line"]: record["error"] for file in output_files(folder, "errors") for record in _lines(file)}
+    answered = (row for file in output_files(folder, "answers") for row in _lines(file))
     cases = []
     with data.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from paligemma_jax.evaluation.bootstrap import Difference, Interval, difference, interval
-from paligemma_jax.evaluation.cases import METRICS, Case, names, same_rows, score
-from paligemma_jax.processing.masks_codec import MaskCodec
+from paligemma_jax.evaluation.cases import METRICS, Case, metric_names, same_rows, score_cases
+from paligemma_jax.metrics.bootstrap import Difference, Interval, difference, interval
+from paligemma_jax.processing.mask_codec import MaskCodec
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def evaluate(
 
     against: the same rows answered by another run. ValueError if rows lack what a metric compares with, or are others.
     """
-    wanted = names(metrics)
+    wanted = metric_names(metrics)
     if against:
         same_rows(cases, against, "--against")
-    scores = {name: score(name, cases, codec) for name in wanted}
+    scores = {name: score_cases(name, cases, codec) for name in wanted}
     kinds: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         if case.row.get(by) is not None:
@@ -78,7 +78,7 @@ def evaluate(
         if len(kinds) > 1:
             types[name] = {kind: interval(scores[name], samples, members=members) for kind, members in sorted(kinds.items())}
         if against:
-            theirs = score(name, against, codec)
+            theirs = score_cases(name, against, codec)
             differences[name], changes[name] = difference(scores[name], theirs, samples), scores[name].each - theirs.each
     each = {name: one.each for name, one in scores.items()}
     return Evaluation(about or {}, cases, figures, each, types, differences, against, changes, codec)

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation.bootstrap import Interval
 from paligemma_jax.evaluation.cases import METRICS, POINTING, Case, enlarged
 from paligemma_jax.evaluation.evaluate import Evaluation
 from paligemma_jax.evaluation.style import PAGE
+from paligemma_jax.metrics.bootstrap import Interval
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.processing.locations import draw
-from paligemma_jax.processing.masks_codec import MaskCodec
+from paligemma_jax.processing.mask_codec import MaskCodec
 
 SIDE = 360  # pixels along the longer side of a picture
 BINS = 20

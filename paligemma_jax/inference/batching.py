@@ -17,28 +17,29 @@ from tqdm import tqdm
 
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import pixels
-from paligemma_jax.processing.processor import Inputs, Processor, Row, round_up
-from paligemma_jax.scaling.sharding import host, mesh_of, room
+from paligemma_jax.processing.image import pixel_values
+from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
+from paligemma_jax.sharding.arrays import to_host
+from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
 
 AHEAD = 2  # batches whose images are opened before their turn
 
 Run = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]  # (inputs without images, features, which rows of all) -> arrays [B, ...]
 
 
-def run_all(model: PaliGemma, processor: Processor, rows: list[Row], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
+def run_batches(model: PaliGemma, processor: Processor, rows: list[EncodedPrompt], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
     """What `run` finds, batch by batch: by number of row its part of each array, or its error if its image fails."""
     batches = _batches(rows, batch_size)
     shown = progress if progress is not None else len(batches) > 1 and sys.stderr.isatty()
     with ThreadPoolExecutor(4) as threads, tqdm(total=len(rows), disable=not shown, unit="prompt") as bar:
-        images = Images(model, processor.image_size, threads, Counter(key for row in rows for key in map(_key, row.images)))
+        images = ImageCache(model, processor.image_size, threads, Counter(key for row in rows for key in map(_key, row.images)))
         for number, batch in enumerate(batches):
             images.open([image for ahead in batches[number : number + 1 + AHEAD] for i in ahead for image in rows[i].images])
             yield dict(_run_batch(processor, rows, batch, images, run))
             bar.update(len(batch))
 
 
-def _batches(rows: Sequence[Row], size: int) -> list[list[int]]:
+def _batches(rows: Sequence[EncodedPrompt], size: int) -> list[list[int]]:
     """Row numbers in batches of equal bucket and number of images, longest first so that memory runs out at once if it does."""
     kind = lambda i: (round_up(len(rows[i].prompt) + len(rows[i].suffix)), len(rows[i].images))
     batches: list[list[int]] = []
@@ -50,7 +51,7 @@ def _batches(rows: Sequence[Row], size: int) -> list[list[int]]:
     return batches
 
 
-def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: Images, run: Run) -> Iterator[tuple[int, Any]]:
+def _run_batch(processor: Processor, rows: list[EncodedPrompt], batch: list[int], images: ImageCache, run: Run) -> Iterator[tuple[int, Any]]:
     failed = {i: error for i in batch for image in rows[i].images if (error := images.error(image))}
     yield from failed.items()
     if not (good := [i for i in batch if i not in failed]):
@@ -66,7 +67,7 @@ def _run_batch(processor: Processor, rows: list[Row], batch: list[int], images: 
 
 
 @dataclass
-class Images:
+class ImageCache:
     """Opened images and their features, each kept from its first prompt to its last."""
 
     model: PaliGemma
@@ -79,7 +80,7 @@ class Images:
     def open(self, images: list[Any]) -> None:
         for image in images:
             if _key(image) not in self.opened:
-                self.opened[_key(image)] = self.threads.submit(lambda image=image: pixels([image], self.size)[0])
+                self.opened[_key(image)] = self.threads.submit(lambda image=image: pixel_values([image], self.size)[0])
 
     def error(self, image: Any) -> ValueError | None:
         error = self.opened[_key(image)].exception()
@@ -94,12 +95,12 @@ class Images:
             batch = np.stack([self.opened[key].result() for key in new])
             batch = np.concatenate([batch, np.zeros((self.room(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
             found = encode_images(self.model, jnp.asarray(batch))
-            self.encoded |= zip(new, found if found.is_fully_addressable else host(found))  # of what lies in other processes there is no part to take
+            self.encoded |= zip(new, found if found.is_fully_addressable else to_host(found))  # of what lies in other processes there is no part to take
         return _stack([self.encoded[key] for key in keys])
 
-    def room(self, n: int) -> int:
+    def padded_batch_size(self, n: int) -> int:
         """For as many rows or images."""
-        return room(n, mesh_of(self.model))
+        return padded_batch_size(n, mesh_of(self.model))
 
     def forget(self, images: list[Any]) -> None:
         self.waiting.subtract(map(_key, images))

@@ -15,10 +15,11 @@ from paligemma_jax.inference.sampling import Beam
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.scaling.sharding import compiled, host
+from paligemma_jax.sharding.arrays import to_host
+from paligemma_jax.sharding.compiled import mesh_jit
 
 if TYPE_CHECKING:
-    from paligemma_jax.inference.generate import Request
+    from paligemma_jax.inference.request import Request
 
 NEVER = -1.0e9  # the score of what is not there: finite, so that sums of it stay ordered (transformers uses the same)
 
@@ -44,7 +45,7 @@ class Beams:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class BeamState:
     step: Array  # int32: tokens per running answer
     running: Beams
     finished: Beams
@@ -60,10 +61,10 @@ def search(
     """Tokens int32[B, limit], their log-probabilities, and scores float32[B] of the best answer to every row."""
     size = slots - inputs.tokens.shape[1]
     best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
-    return host(best.tokens)[:, 0, :limit], host(best.log_probabilities)[:, 0, :limit], host(best.scores)[:, 0]
+    return to_host(best.tokens)[:, 0, :limit], to_host(best.log_probabilities)[:, 0, :limit], to_host(best.scores)[:, 0]
 
 
-@partial(compiled, static_argnames=("slots", "size", "beam"))
+@partial(mesh_jit, static_argnames=("slots", "size", "beam"))
 def _search(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, limit: Array, slots: int, size: int, beam: Beam) -> Beams:
     B, W = len(inputs.tokens), beam.width
     logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
@@ -71,22 +72,22 @@ def _search(model: PaliGemma, inputs: Inputs, features: Array | None, request: R
     empty = Beams(jnp.full((B, W, size), model.config.pad_token_id, jnp.int32), jnp.zeros((B, W, size)), jnp.full((B, W), NEVER))
     first = Beams(empty.tokens, empty.log_probabilities, empty.scores.at[:, 0].set(0))  # all beams are alike yet: one counts
     no = jnp.zeros((B, W), bool)
-    state = State(jnp.int32(0), first, empty, no, jnp.ones(B, bool), logits[order], cache.rows(order))
+    state = BeamState(jnp.int32(0), first, empty, no, jnp.ones(B, bool), logits[order], cache.take_rows(order))
 
-    def proceed(state: State) -> Array:
+    def proceed(state: BeamState) -> Array:
         some_open = state.open.any() & ~(state.full.all() & (beam.early_stopping is True))
         return (state.step < limit) & some_open
 
-    def one(state: State) -> State:
+    def one(state: BeamState) -> BeamState:
         state, token, parent = _advance(model, state, request, limit, beam)
-        cache = state.cache.rows((jnp.arange(B)[:, None] * W + parent).reshape(-1))
+        cache = state.cache.take_rows((jnp.arange(B)[:, None] * W + parent).reshape(-1))
         logits, cache = model.decode_step(token.reshape(-1), cache)
-        return State(state.step, state.running, state.finished, state.full, state.open, logits, cache)
+        return BeamState(state.step, state.running, state.finished, state.full, state.open, logits, cache)
 
     return jax.lax.while_loop(proceed, one, state).finished
 
 
-def _advance(model: PaliGemma, state: State, request: Request, limit: Array, beam: Beam) -> tuple[State, Array, Array]:
+def _advance(model: PaliGemma, state: BeamState, request: Request, limit: Array, beam: Beam) -> tuple[BeamState, Array, Array]:
     """One token more: the state but for logits and cache, the token int32[B, W] of every running answer and the one it continues."""
     W, eos = beam.width, jnp.array(model.config.eos_token_ids)
     candidates, parent, token = _continuations(model, state, request, eos, beam)
@@ -107,10 +108,10 @@ def _advance(model: PaliGemma, state: State, request: Request, limit: Array, bea
     hope = running.scores[:, 0] / longest.astype(jnp.float32) ** beam.length_penalty
     worst = jnp.where(full, finished.scores.min(axis=1, keepdims=True), NEVER)
     still = state.open & (hope[:, None] > worst).any(axis=1)
-    return State(state.step + 1, running, finished, full, still, state.logits, state.cache), token, parent
+    return BeamState(state.step + 1, running, finished, full, still, state.logits, state.cache), token, parent
 
 
-def _continuations(model: PaliGemma, state: State, request: Request, eos: Array, beam: Beam) -> tuple[Beams, Array, Array]:
+def _continuations(model: PaliGemma, state: BeamState, request: Request, eos: Array, beam: Beam) -> tuple[Beams, Array, Array]:
     """The best continuations of each row, more than W so that W go on even if the best W end; what they continue, and with which token."""
     B, W = state.running.scores.shape
     plain = jax.nn.log_softmax(state.logits)

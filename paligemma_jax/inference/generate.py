@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,54 +12,25 @@ import numpy as np
 from jax import Array
 
 from paligemma_jax.inference import beam
-from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Strategy, whole
+from paligemma_jax.inference.request import Ends, Generated, Request, make_request
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sampler, Strategy, is_integer
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.scaling.sharding import compiled, host
+from paligemma_jax.sharding.arrays import to_host
+from paligemma_jax.sharding.compiled import mesh_jit
 
 CHUNK = 16  # tokens decoded between two looks of the host, where it has to look
 
-Ends = Callable[[np.ndarray], np.ndarray]  # tokens int32[B, N] so far -> how many of each row make its answer int[B]; more than N: it goes on
 
 
-@dataclass(frozen=True)
-class Generated:
-    """What B rows were answered."""
 
-    tokens: np.ndarray  # int32[B, N]: up to and with eos, then pads
-    log_probabilities: np.ndarray  # float32[B, N]: of each token under the model, before any filter; 0 on pads
-    scores: np.ndarray  # float32[B]: their sum; for Beam divided by length ** length_penalty, as transformers' sequences_scores
+
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Request:
-    """What a call asks for; another value compiles nothing."""
-
-    seeds: Array | np.ndarray  # int32[B]
-    copies: Array | np.ndarray  # int32[B]: which of several answers to its prompt a row is
-    allowed: Array | np.ndarray  # bool[V] or bool[B, V], False for ids that are never emitted
-    min_new_tokens: Array | np.int32  # int32: no eos before that many tokens
-
-    def mask(self, logits: Array, step: Array | int, eos: Array) -> Array:
-        """float32[B, V] with -inf where the token number `step` may not be."""
-        ends = jnp.isin(jnp.arange(logits.shape[1]), eos)
-        return jnp.where(self.allowed & ~(ends & (step < self.min_new_tokens)), logits, -jnp.inf)
-
-    def keys(self, step: Array | int) -> Array:
-        """One random key a row [B] for the token number `step`."""
-
-        def one(seed: Any, copy: Any) -> Array:
-            key = jax.random.key(seed)
-            return jax.random.fold_in(jnp.where(copy, jax.random.fold_in(key, copy), key), step)  # the first copy is as if it were alone
-
-        return jax.vmap(one)(self.seeds, self.copies)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
+class DecodeState:
     """Where decoding stands between two dispatches."""
 
     step: Array  # int32: tokens chosen so far
@@ -95,16 +65,16 @@ def generate(
     """
     rows, tokens = inputs.tokens.shape
     slots = slots or tokens + max_new_tokens
-    check(tokens, max_new_tokens, min_new_tokens, slots)
+    check_lengths(tokens, max_new_tokens, min_new_tokens, slots)
     copies = sampler.width if isinstance(sampler, Beam | BestOf) else 1
     request = make_request(model, rows, seeds, allowed, min_new_tokens, copies)
-    features = encode(model, inputs) if features is None else features
+    features = encode_inputs(model, inputs) if features is None else features
     if isinstance(sampler, Beam):
         return Generated(*beam.search(model, inputs, features, request, max_new_tokens, slots, sampler))
     chooser = sampler.sampler if isinstance(sampler, BestOf) else sampler
     state = prefill(model, inputs, features, request, slots, chooser, copies)
     size = CHUNK if ends else slots - tokens
-    tokens, log_probabilities = _fixed(model, decoded(model, state, request, max_new_tokens, size, chooser, ends), max_new_tokens)
+    tokens, log_probabilities = _fixed(model, decode_chunks(model, state, request, max_new_tokens, size, chooser, ends), max_new_tokens)
     if ends:  # what was decoded past them counts for nothing
         kept = np.arange(max_new_tokens) < ends(tokens)[:, None]
         tokens, log_probabilities = np.where(kept, tokens, model.config.pad_token_id), np.where(kept, log_probabilities, 0)
@@ -113,20 +83,20 @@ def generate(
     return Generated(tokens[best], log_probabilities[best], scores[best])
 
 
-def decoded(
-    model: PaliGemma, state: State, request: Request, limit: int, size: int, sampler: Sampler, ends: Ends | None = None
+def decode_chunks(
+    model: PaliGemma, state: DecodeState, request: Request, limit: int, size: int, sampler: Sampler, ends: Ends | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """From a prefill's state the answers piece by piece, tokens int32[B, n] and their log-probabilities: one, then `size` a dispatch."""
-    so_far = host(state.token)[:, None]
-    yield so_far, host(state.log_probability)[:, None]
+    so_far = to_host(state.token)[:, None]
+    yield so_far, to_host(state.log_probability)[:, None]
     while so_far.shape[1] < limit:
         if ends:
             state = replace(state, done=state.done | (ends(so_far) <= so_far.shape[1]))
-        if host(state.done).all():
+        if to_host(state.done).all():
             return
         tokens, log_probabilities, state = decode(model, state, request, jnp.int32(limit), size, sampler)
         more = min(size, limit - so_far.shape[1])
-        tokens, log_probabilities = host(tokens)[:, :more], host(log_probabilities)[:, :more]
+        tokens, log_probabilities = to_host(tokens)[:, :more], to_host(log_probabilities)[:, :more]
         so_far = np.concatenate([so_far, tokens], axis=1)
         yield tokens, log_probabilities
 
@@ -138,43 +108,32 @@ def _fixed(model: PaliGemma, pieces: Iterator[tuple[np.ndarray, np.ndarray]], le
     return np.pad(tokens, rest, constant_values=model.config.pad_token_id), np.pad(log_probabilities, rest)
 
 
-def make_request(model: PaliGemma, rows: int, seeds=None, allowed=None, min_new_tokens: int = 0, copies: int = 1) -> Request:
-    """A `Request` for `copies` answers to each of `rows` prompts, of arrays of the host; ValueError if nothing is allowed."""
-    seeds = np.asarray(np.arange(rows) if seeds is None else seeds, np.int32)
-    allowed = np.ones(model.config.decoder.vocab_size, bool) if allowed is None else np.asarray(allowed)
-    kept = allowed.copy()
-    if min_new_tokens:
-        kept[..., list(model.config.eos_token_ids)] = False
-    if not kept.any(axis=-1).all():
-        raise ValueError("allowed allows no token" + (" but eos, and min_new_tokens forbids that" if allowed.any() else ""))
-    allowed = allowed if allowed.ndim == 1 else np.repeat(allowed, copies, axis=0)
-    return Request(np.repeat(seeds, copies), np.tile(np.arange(copies, dtype=np.int32), rows), allowed, np.int32(min_new_tokens))
 
 
-def encode(model: PaliGemma, inputs: Inputs) -> Array | None:
+def encode_inputs(model: PaliGemma, inputs: Inputs) -> Array | None:
     """Image features [M, P, D], or None if there are no images."""
     return encode_images(model, inputs.images) if len(inputs.images) else None
 
 
-@compiled
+@mesh_jit
 def encode_images(model: PaliGemma, images: Array) -> Array:
     """float32[M, S, S, 3] -> [M, P, D]"""
     return model.encode_images(images)
 
 
-@partial(compiled, static_argnames=("slots", "sampler", "copies"))
-def prefill(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, slots: int, sampler: Sampler, copies: int = 1) -> State:
+@partial(mesh_jit, static_argnames=("slots", "sampler", "copies"))
+def prefill(model: PaliGemma, inputs: Inputs, features: Array | None, request: Request, slots: int, sampler: Sampler, copies: int = 1) -> DecodeState:
     """The state after the first token of every row; with `copies`, of that many answers to each prompt, one after the other."""
     logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
     seen = seen_ids(model, inputs) if sampler.needs_seen else None
     if copies > 1:
         order = jnp.repeat(jnp.arange(len(logits)), copies)
-        logits, cache, seen = logits[order], cache.rows(order), None if seen is None else seen[order]
-    return _choose(model, logits, State(jnp.int32(0), None, None, jnp.zeros(len(logits), bool), seen, cache), request, sampler)  # type: ignore
+        logits, cache, seen = logits[order], cache.take_rows(order), None if seen is None else seen[order]
+    return _choose(model, logits, DecodeState(jnp.int32(0), None, None, jnp.zeros(len(logits), bool), seen, cache), request, sampler)  # type: ignore
 
 
-@partial(compiled, static_argnames=("size", "sampler"), donate_argnames="state")
-def decode(model: PaliGemma, state: State, request: Request, limit: Array, size: int, sampler: Sampler) -> tuple[Array, Array, State]:
+@partial(mesh_jit, static_argnames=("size", "sampler"), donate_argnames="state")
+def decode(model: PaliGemma, state: DecodeState, request: Request, limit: Array, size: int, sampler: Sampler) -> tuple[Array, Array, DecodeState]:
     """Up to `size` more tokens int32[B, size] and their log-probabilities, until all rows have said eos or hold `limit` tokens.
 
     The state is donated; it comes back because XLA updates a cache in place only where it is both input and output.
@@ -198,14 +157,14 @@ def decode(model: PaliGemma, state: State, request: Request, limit: Array, size:
     return tokens, log_probabilities, state
 
 
-def _choose(model: PaliGemma, logits: Array, state: State, request: Request, sampler: Sampler) -> State:
+def _choose(model: PaliGemma, logits: Array, state: DecodeState, request: Request, sampler: Sampler) -> DecodeState:
     """The next token of every row; rows that are done say pad."""
     eos = jnp.array(model.config.eos_token_ids)
     token = sampler(request.mask(logits, state.step, eos), state.seen, request.keys(state.step))
     picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
     token, picked = jnp.where(state.done, model.config.pad_token_id, token), jnp.where(state.done, 0, picked)
     seen = state.seen if state.seen is None else state.seen.at[jnp.arange(len(token)), token].set(True)
-    return State(state.step + 1, token, picked, state.done | jnp.isin(token, eos), seen, state.cache)
+    return DecodeState(state.step + 1, token, picked, state.done | jnp.isin(token, eos), seen, state.cache)
 
 
 def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
@@ -214,11 +173,11 @@ def seen_ids(model: PaliGemma, inputs: Inputs) -> Array:
     return jnp.zeros((len(inputs.tokens), model.config.decoder.vocab_size), bool).at[rows, inputs.tokens].max(inputs.valid)
 
 
-def check(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
+def check_lengths(tokens: int, max_new_tokens: int, min_new_tokens: int, slots: int) -> None:
     """ValueError for what cannot be asked for."""
-    if not whole(max_new_tokens) or max_new_tokens < 1:
+    if not is_integer(max_new_tokens) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens!r}; ask for at least 1")
-    if not whole(min_new_tokens) or not 0 <= min_new_tokens <= max_new_tokens:
+    if not is_integer(min_new_tokens) or not 0 <= min_new_tokens <= max_new_tokens:
         raise ValueError(f"min_new_tokens is {min_new_tokens!r}; it can be 0 to max_new_tokens, {max_new_tokens}")
     if tokens + max_new_tokens > slots:
         raise ValueError(f"{tokens} prompt tokens and {max_new_tokens} new ones do not fit a cache of {slots}")

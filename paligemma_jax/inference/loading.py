@@ -8,10 +8,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from paligemma_jax import checkpoint, devices
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.source import codec_file, files, load_config, resolve
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.sharding import devices
 
 
 def load(
@@ -29,30 +31,30 @@ def load(
         numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
             the one that the checkpoint was converted from, or means.
         mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
-            (`paligemma_jax.scaling.sharding`). Each device gets its slices of the parameters only, and only they are read.
+            (`paligemma_jax.sharding.mesh`). Each device gets its slices of the parameters only, and only they are read.
         quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
             "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
 
     Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
     """
-    devices.check()
-    keep_programs()
-    directory = checkpoint.resolve(source)
+    devices.check_devices()
+    enable_compilation_cache()
+    directory = resolve(source)
     processor = make_processor(directory)  # before the weights: what is wrong is told at once
-    return Predictor(checkpoint.load_model(directory, dtype, numerics, mesh, quantize=quantize), processor, checkpoint.codec_file(directory))
+    return Predictor(load_model(directory, dtype, numerics, mesh, quantize=quantize), processor, codec_file(directory))
 
 
 def make_processor(directory: Path) -> Processor:
     """That of a checkpoint which `checkpoint.resolve` found. ValueError if its tokenizer and its config do not go together."""
-    config = checkpoint.load_config(directory)
-    tokenizer = Tokenizer(checkpoint.files(directory) / "tokenizer.model", config.image_token_id)
+    config = load_config(directory)
+    tokenizer = Tokenizer(files(directory) / "tokenizer.model", config.image_token_id)
     words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
     if words > config.decoder.vocab_size:
         raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
     return Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
 
 
-def keep_programs() -> None:
+def enable_compilation_cache() -> None:
     """Turns on JAX's persistent compilation cache, in $PALIGEMMA_JAX_CACHE or ~/.cache/paligemma_jax; PALIGEMMA_JAX_CACHE=off leaves it alone.
 
     So does a directory that is set already, by JAX_COMPILATION_CACHE_DIR or jax.config.

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from paligemma_jax.processing.image import Source, load_image
-from paligemma_jax.processing.locations import Detections, parse, with_masks
+from paligemma_jax.processing.image import ImageSource, load_image
+from paligemma_jax.processing.locations import Detections, parse_detections, with_masks
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from paligemma_jax.inference.predictor import Answer, Predictor
+    from paligemma_jax.inference.answer import Answer
+    from paligemma_jax.inference.predictor import Predictor
 
 
-def detections(predictor: Predictor, answer: Answer | str, image: Source) -> Detections:
+def detections(predictor: Predictor, answer: Answer | str, image: ImageSource) -> Detections:
     """See `Predictor.detections`."""
     size = load_image(image).size
-    found = parse(answer if isinstance(answer, str) else list(pieces(predictor.processor.tokenizer, answer)), size)
+    found = parse_detections(answer if isinstance(answer, str) else list(pieces(predictor.processor.tokenizer, answer)), size)
     return with_masks(found, size, predictor.codec) if any(thing.codes for thing in found) else found
 
 

@@ -13,29 +13,28 @@ import jax
 import numpy as np
 
 from paligemma_jax.inference import generate, pointing, scoring
-from paligemma_jax.inference.batching import run_all
-from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Sampler, Strategy, whole
+from paligemma_jax.inference.answer import Answer
+from paligemma_jax.inference.batching import run_batches
+from paligemma_jax.inference.request import Ends, make_request
+from paligemma_jax.inference.sampling import Beam, Greedy, Sample, Sampler, Strategy, is_integer
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import Source, pixels
+from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.locations import Detections
-from paligemma_jax.processing.masks_codec import NO_CODEC, MaskCodec, load_codec
-from paligemma_jax.processing.processor import Images, Inputs, Processor, Row, round_up
+from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec, load_codec
+from paligemma_jax.processing.processor import (
+    EncodedPrompt,
+    ImageInputs,
+    Inputs,
+    Processor,
+    round_up,
+)
 
 STREAM = 8  # tokens a dispatch while streaming
 
 Texts = str | Sequence[str]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What one prompt was answered."""
-
-    text: str
-    tokens: list[int]  # up to and with eos, or the one that completes a stop text
-    log_probabilities: list[float]  # of each token under the model, before any filter
-    score: float  # their sum; for Beam divided by length ** length_penalty
-    error: str | None = None  # why there is no answer: its image could not be read
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Predictor:
             raise ValueError(NO_CODEC)
         return load_codec(self.codec_file)
 
-    def generate(self, images: Images, prompts: Texts, max_new_tokens: int = 128, sampler: Strategy = Greedy(), **options: Any) -> list[str]:
+    def generate(self, images: ImageInputs, prompts: Texts, max_new_tokens: int = 128, sampler: Strategy = Greedy(), **options: Any) -> list[str]:
         """The answer to every prompt, as text without special tokens. Arguments, options and errors are those of `answers`;
 
         the first row that fails raises its error, after all others are done. `answers(...)` tells which rows failed and keeps the rest.
@@ -73,7 +72,7 @@ class Predictor:
 
     def answers(
         self,
-        images: Images,
+        images: ImageInputs,
         prompts: Texts,
         max_new_tokens: int = 128,
         sampler: Strategy = Greedy(),
@@ -111,7 +110,7 @@ class Predictor:
 
     def batches(
         self,
-        rows: list[Row],
+        rows: list[EncodedPrompt],
         max_new_tokens: int = 128,
         sampler: Strategy = Greedy(),
         *,
@@ -128,7 +127,7 @@ class Predictor:
             raise ValueError(f"sampler is {sampler!r}: pass Greedy(), Sample(...), Beam(...) or BestOf(...)")
         chosen, sayable = check_seeds(seeds, len(rows)), self._allowed(allowed, len(rows))
         stops = check_stops(stop)
-        ends: generate.Ends | None = (lambda tokens: np.array([self._end(row, stops) for row in tokens.tolist()])) if stops else None
+        ends: Ends | None = (lambda tokens: np.array([self._end(row, stops) for row in tokens.tolist()])) if stops else None
         new = round_up(max_new_tokens)
 
         def run(inputs: Inputs, features: jax.Array, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,28 +136,28 @@ class Predictor:
             found = generate.generate(self.model, inputs, max_new_tokens, sampler=sampler, slots=inputs.tokens.shape[1] + new, **options)
             return found.tokens, found.log_probabilities
 
-        for found in run_all(self.model, self.processor, rows, run, batch_size, progress):
+        for found in run_batches(self.model, self.processor, rows, run, batch_size, progress):
             yield {
                 i: Answer("", [], [], 0.0, str(one)) if isinstance(one, ValueError) else self._answer(one, stops, sampler) for i, one in found.items()
             }
 
-    def detect(self, image: Source, label: str, **options: Any) -> Detections:
+    def detect(self, image: ImageSource, label: str, **options: Any) -> Detections:
         """Where a thing ("cat"; "cat ; dog") is on an image: its `Detection`s, boxes in pixels, with scores. Options are those of `answers`."""
         return self._pointed(image, f"detect {label}", options)
 
-    def segment(self, image: Source, label: str, **options: Any) -> Detections:
+    def segment(self, image: ImageSource, label: str, **options: Any) -> Detections:
         """As `detect`, with the masks too. ValueError if the checkpoint has no mask codec."""
         _ = self.codec  # told at once
         return self._pointed(image, f"segment {label}", options)
 
-    def detections(self, answer: Answer | str, image: Source) -> Detections:
+    def detections(self, answer: Answer | str, image: ImageSource) -> Detections:
         """What an answer points at, in pixels of the image that it is about: `processing.locations.Detections`.
 
         They have scores if `answer` is an `Answer`, and masks where it says any, for which a codec is needed: ValueError if there is none.
         """
         return pointing.detections(self, answer, image)
 
-    def _pointed(self, image: Source, prompt: str, options: dict[str, Any]) -> Detections:
+    def _pointed(self, image: ImageSource, prompt: str, options: dict[str, Any]) -> Detections:
         (answer,) = self.answers(image, prompt, **options)
         if answer.error:
             raise ValueError(answer.error)
@@ -186,13 +185,13 @@ class Predictor:
             raise ValueError(f"sampler is {sampler!r}: what is streamed is final, so pass Greedy() or Sample(...)")
         seeds, stops = check_seeds([seed], 1), check_stops(stop)
         length = min(round_up(len(rows[0].prompt)), self.processor.context)
-        inputs = Inputs(images=pixels(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
+        inputs = Inputs(images=pixel_values(list(rows[0].images), self.processor.image_size), **self.processor.pad(rows, length=length))
         slots = length + round_up(max_new_tokens)
-        generate.check(length, max_new_tokens, min_new_tokens, slots)
-        request = generate.make_request(self.model, 1, seeds, self._allowed(allowed, 1), min_new_tokens)
-        state = generate.prefill(self.model, inputs, generate.encode(self.model, inputs), request, slots, sampler)
+        generate.check_lengths(length, max_new_tokens, min_new_tokens, slots)
+        request = make_request(self.model, 1, seeds, self._allowed(allowed, 1), min_new_tokens)
+        state = generate.prefill(self.model, inputs, generate.encode_inputs(self.model, inputs), request, slots, sampler)
         ids, told = [], 0
-        for tokens, _ in generate.decoded(self.model, state, request, max_new_tokens, STREAM, sampler):
+        for tokens, _ in generate.decode_chunks(self.model, state, request, max_new_tokens, STREAM, sampler):
             ids += tokens[0].tolist()
             ended = len(ids) >= max_new_tokens or any(i in self.config.eos_token_ids for i in ids)
             text = self.processor.decode(ids if ended else ids[: self.processor.tokenizer.settled(ids)])
@@ -204,26 +203,26 @@ class Predictor:
             if ended or len(cut) < len(text):
                 return
 
-    def score(self, images: Images, prompts: Texts, suffixes: Texts, *, batch_size: int = 16, progress: bool | None = None) -> np.ndarray:
+    def score(self, images: ImageInputs, prompts: Texts, suffixes: Texts, *, batch_size: int = 16, progress: bool | None = None) -> np.ndarray:
         """float32[B]: the log-probability of every suffix and its eos, given image and prompt. Any number of them, batched as in `answers`."""
         if suffixes is None:
             raise ValueError("no suffixes: pass the text to score, one for each prompt")
         rows = self.processor.rows(images, prompts, suffixes)
         self._check_rows(rows, batch_size)
         run = lambda inputs, features, numbers: (scoring.score(self.model, inputs, features),)
-        found = {i: one for batch in run_all(self.model, self.processor, rows, run, batch_size, progress) for i, one in batch.items()}
+        found = {i: one for batch in run_batches(self.model, self.processor, rows, run, batch_size, progress) for i, one in batch.items()}
         for i in sorted(found):
             if isinstance(found[i], ValueError):
                 raise found[i]
         return np.concatenate([found[i] for i in range(len(rows))])
 
-    def logits(self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None) -> tuple[np.ndarray, Inputs]:
+    def logits(self, images: ImageInputs | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None) -> tuple[np.ndarray, Inputs]:
         """Teacher-forced logits float32[B, T, V] (those at t are for the token at t + 1) and the `Inputs` they belong to. Also `logits(inputs)`."""
         inputs = self._inputs(images, prompts, suffixes)
         return np.asarray(scoring.forward(self.model, inputs)), inputs
 
     def stages(
-        self, images: Images | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None, attention: bool = False
+        self, images: ImageInputs | Inputs, prompts: Texts | None = None, suffixes: Texts | None = None, attention: bool = False
     ) -> dict[str, np.ndarray]:
         """Every stage's output by name, in the order of computation, as one teacher-forced pass goes by:
 
@@ -231,7 +230,7 @@ class Predictor:
         decoder/norm, logits; with `attention` also vision/layers/0/attention/weights [M, N, P, P], ... and decoder/layers/0/attention/weights
         [B, N, T, T], ... (much memory at 896 pixels: no query chunks then).
         """
-        found = scoring.stages(self.model, self._inputs(images, prompts, suffixes), attention)
+        found = scoring.forward_stages(self.model, self._inputs(images, prompts, suffixes), attention)
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _inputs(self, images: Any, prompts: Texts | None, suffixes: Texts | None) -> Inputs:
@@ -242,16 +241,16 @@ class Predictor:
             raise ValueError("no prompts: pass images and prompts, or Inputs")
         return self.processor(images, prompts, suffixes)
 
-    def _check_room(self, rows: list[Row], max_new_tokens: int, batch_size: int) -> None:
+    def _check_room(self, rows: list[EncodedPrompt], max_new_tokens: int, batch_size: int) -> None:
         self._check_rows(rows, batch_size)
         tokens, limit = max(len(row.prompt) for row in rows), self.processor.context
-        if not whole(max_new_tokens) or not 1 <= max_new_tokens <= limit - tokens:
+        if not is_integer(max_new_tokens) or not 1 <= max_new_tokens <= limit - tokens:
             raise ValueError(f"max_new_tokens is {max_new_tokens!r}: with a prompt of {tokens} tokens it can be 1 to {limit - tokens}")
 
-    def _check_rows(self, rows: list[Row], batch_size: int) -> None:
+    def _check_rows(self, rows: list[EncodedPrompt], batch_size: int) -> None:
         if max(len(row.prompt) + len(row.suffix) for row in rows) > self.processor.context:
             self.processor.pad(rows)  # says which row is too long
-        if not whole(batch_size) or batch_size < 1:
+        if not is_integer(batch_size) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}: it can be 1 or more")
 
     def _allowed(self, allowed: np.ndarray | None, rows: int) -> np.ndarray:
@@ -312,6 +311,6 @@ def check_seeds(seeds: Sequence[int] | None, rows: int) -> np.ndarray:
     if len(seeds) != rows:
         raise ValueError(f"{len(seeds)} seeds for {rows} prompts: pass one for each")
     for seed in seeds:
-        if not whole(seed) or not -(2**31) <= seed < 2**31:
+        if not is_integer(seed) or not -(2**31) <= seed < 2**31:
             raise ValueError(f"a seed is {seed!r}: pass whole numbers of 32 bits")
     return np.asarray(seeds)

@@ -11,13 +11,13 @@ import numpy as np
 from jax import Array
 
 
-def whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Is it an integer, Python's or numpy's, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> bool:
-    return whole(value) or isinstance(value, float | np.floating)
+    return is_integer(value) or isinstance(value, float | np.floating)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sample:
     def __post_init__(self):
         rules = {
             "temperature": _number(self.temperature) and 1e-6 <= self.temperature < np.inf,  # beyond, float32 logits overflow or vanish
-            "top_k": self.top_k is None or (whole(self.top_k) and self.top_k >= 1),
+            "top_k": self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
             "top_p": self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1),
             "min_p": self.min_p is None or (_number(self.min_p) and 0 <= self.min_p <= 1),
             "repetition_penalty": _number(self.repetition_penalty) and 0 < self.repetition_penalty < np.inf,
@@ -101,7 +101,7 @@ class Beam:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self):
-        if not whole(self.width) or self.width < 1:
+        if not is_integer(self.width) or self.width < 1:
             raise ValueError(f"Beam(width={self.width!r}) makes no sense; for the likeliest token use Greedy()")
         if not _number(self.length_penalty) or not np.isfinite(self.length_penalty):
             raise ValueError(f"Beam(length_penalty={self.length_penalty!r}) makes no sense; pass a number, 0 for the plain sum")
@@ -117,7 +117,7 @@ class BestOf:
     sampler: Sample = Sample()
 
     def __post_init__(self):
-        if not whole(self.width) or self.width < 1:
+        if not is_integer(self.width) or self.width < 1:
             raise ValueError(f"BestOf(width={self.width!r}) makes no sense")
         if not isinstance(self.sampler, Sample):
             raise ValueError(f"BestOf(sampler={self.sampler!r}) makes no sense; it chooses among samples: pass a Sample(...)")

@@ -9,23 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from paligemma_jax.inference.generate import encode
-from paligemma_jax.model.layers import collect
+from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.stages import collect_stages
 from paligemma_jax.processing.processor import Inputs, round_up
-from paligemma_jax.scaling.sharding import compiled, host
+from paligemma_jax.sharding.arrays import to_host
+from paligemma_jax.sharding.compiled import mesh_jit
 
 
-@compiled
+@mesh_jit
 def forward(model: PaliGemma, inputs: Inputs) -> Array:
     """Teacher-forced logits float32[B, T, V]."""
     return model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
 
 
-@partial(compiled, static_argnames="attention")
-def stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
+@partial(mesh_jit, static_argnames="attention")
+def forward_stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
     """Every stage's output of a teacher-forced pass, in order of computation."""
-    with collect(attention) as found:
+    with collect_stages(attention) as found:
         model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
     return found
 
@@ -36,12 +37,12 @@ def score(model: PaliGemma, inputs: Inputs, features: Array | None = None) -> np
     features: of the images, if they are encoded already. One program is compiled for every B, T and 32 targets.
     """
     longest = min(round_up(int(inputs.targets.sum(axis=1).max())), inputs.targets.shape[1])
-    return host(_score(model, inputs, encode(model, inputs) if features is None else features, longest))
+    return to_host(_score(model, inputs, encode_inputs(model, inputs) if features is None else features, longest))
 
 
-@partial(compiled, static_argnames="longest")
+@partial(mesh_jit, static_argnames="longest")
 def _score(model: PaliGemma, inputs: Inputs, features: Array | None, longest: int) -> Array:
-    x = model.answer(inputs.tokens, features, inputs.valid, inputs.prefix)
+    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=features)
     places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
     tokens, wanted = (jnp.take_along_axis(jnp.asarray(a), places, axis=1) for a in (inputs.tokens, inputs.targets))
@@ -55,11 +56,11 @@ def alternatives(model: PaliGemma, inputs: Inputs, count: int) -> tuple[np.ndarr
     """
     targets = int(inputs.targets.sum())
     found = _alternatives(model, inputs, min(round_up(targets), inputs.targets.shape[1]), count)
-    own, tokens, others = (host(one)[:targets] for one in found)
+    own, tokens, others = (to_host(one)[:targets] for one in found)
     return own, tokens, others
 
 
-@partial(compiled, static_argnames=("longest", "count"))
+@partial(mesh_jit, static_argnames=("longest", "count"))
 def _alternatives(model: PaliGemma, inputs: Inputs, longest: int, count: int) -> tuple[Array, Array, Array]:
     x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)[0]
     places = jnp.argsort(~inputs.targets[0], stable=True)[:longest]

@@ -1,16 +1,23 @@
-"""Matrices as codes and scales: what they are made of, what they say, and products with them. Arrays in, arrays out.
+"""Matrices as codes and scales: their parts, their values, and products with them.
 
-    int8   one scale for each output: code * scale, |code| <= 127 (the weights of LLM.int8, arXiv:2208.07339, in bitsandbytes)
-    int4   one for each block of numbers in the order of memory: code * scale, -8 <= code <= 7, scale = largest / 7.5 (as in qwix)
-    nf4    the same blocks, each divided by its largest magnitude and rounded to the nearest of 16 values (QLoRA, arXiv:2305.14314; bitsandbytes)
+    int8   code * scale, one scale per output, |code| <= 127 (the weights of LLM.int8,
+           arXiv:2208.07339, in bitsandbytes)
+    int4   code * scale, one scale per block of numbers in memory order, -8 <= code <= 7,
+           scale = largest / 7.5 (as in qwix)
+    nf4    the same blocks, divided by their largest magnitude and rounded to the nearest of 16
+           values (QLoRA, arXiv:2305.14314; bitsandbytes)
 
-Two 4-bit codes to the byte, the first in the high bits. The parts of a matrix [out..., in...] whose last axis is X, by name:
+Two 4-bit codes share a byte, the first in the high bits. The parts of a matrix [out..., in...]
+whose last axis has size X, by name:
 
     codes    int8 [out..., in...], or uint8 [..., X/2]
-    scale    float32 or bfloat16 [out...], or [..., X/block], but flat [blocks] where the block does not divide X; uint8 if it is quantized too
-    nested   only then, float32 [1 + blocks/256]: the mean of the scales, and the largest distance from it in every 256 of them (QLoRA)
+    scale    float32 or bfloat16 [out...], or [..., X/block], but flat [blocks] where the block does
+             not divide X; uint8 if scales are quantized too
+    nested   only then, float32 [1 + blocks/256]: the mean of the scales, and their largest distance
+             from it in every 256 of them (QLoRA)
 
-So codes and scales keep the matrix's axes, and can be spread over devices as it is. A stack's leading axes come first in each part.
+Codes and scales keep the matrix's axes, so they are sharded as the matrix would be. The leading
+axes of a stack come first in each part.
 """
 
 from __future__ import annotations
@@ -24,61 +31,88 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from paligemma_jax.model.precision import Format
+from paligemma_jax.model.precision import WeightFormat
 
-NEST = 256  # scales to a scale of theirs
-STRIP = 2**22  # bytes of rows that a CPU makes wide at once, so that they are multiplied before they leave its cache
-ROWS = 128  # of 4-bit codes for a single x, which is sooner done with them: nf4 in 2.9 ms for 3.7, int4 in 1.6 for 2.1 (docs/quantization.md)
+NESTED_BLOCK = 256  # scales per scale of scales
+STRIP_BYTES = 2**22  # of rows that a CPU widens at a time: they stay in its cache until multiplied
+# Rows of 4-bit codes in a strip for a single x, which takes less time with small ones: nf4 2.9 ms
+# instead of 3.7, int4 1.6 instead of 2.1 (docs/quantization.md).
+STRIP_ROWS = 128
 
 # Quantiles of N(0, 1), scaled to [-1, 1], with an exact 0 (bitsandbytes `get_4bit_type`).
 NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-     0.7229568362236023, 1.0], np.float32,
-)  # fmt: skip
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
 
 
 @cache
-def dynamic() -> np.ndarray:
-    """float32[256]: what the codes of quantized scales say, bitsandbytes' `create_dynamic_map` (arXiv:1511.04561) to the bit.
+def dynamic_map() -> np.ndarray:
+    """float32[256]: the values of quantized scales' codes, bitsandbytes' `create_dynamic_map`
+    (arXiv:1511.04561) to the bit.
 
-    Seven decades of both signs, each twice as fine as the one below. In float64: torch's `linspace` multiplies and adds in one rounding.
+    Seven decades of both signs, each twice as fine as the one below. Computed in float64, because
+    torch's `linspace` multiplies and adds with one rounding.
     """
     values = [np.array([0, 1], np.float32)]
     for decade in range(7):
         n = 2**decade
-        low, step, k = float(np.float32(0.1)), float((np.float32(1) - np.float32(0.1)) / np.float32(n)), np.arange(n + 1)
+        low, step = float(np.float32(0.1)), float((np.float32(1) - np.float32(0.1)) / np.float32(n))
+        k = np.arange(n + 1)
         edges = np.where(k < (n + 1) // 2, low + step * k, 1 - step * (n - k)).astype(np.float32)
         middle = (edges[:-1] + edges[1:]) / 2 * np.float32(10.0 ** (decade - 6))
         values += [middle, -middle]
     return np.sort(np.concatenate(values))
 
 
-def between(values: np.ndarray) -> np.ndarray:
-    """Where a number begins to be nearer to the next of the sorted `values`."""
+def midpoints(values: np.ndarray) -> np.ndarray:
+    """float32[n-1]: halfway between neighbors of sorted float32[n] `values`."""
     return ((values[1:].astype(np.float64) + values[:-1]) / 2).astype(np.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def encode(format: Format, matrix: Array, contracted: int) -> dict[str, Array]:
-    """The parts of a matrix [out..., in...] of any float dtype, of whose axes the last `contracted` are `in`."""
-    wide = matrix.astype(jnp.float32)
+def encode(format: WeightFormat, matrix: Array, contracted: int) -> dict[str, Array]:
+    """The parts of a float matrix [out..., in...] whose last `contracted` axes are inputs."""
+    values = matrix.astype(jnp.float32)
     if format.kind == "int8":
         ins = tuple(range(matrix.ndim - contracted, matrix.ndim))
-        scale = (jnp.max(jnp.abs(wide), axis=ins) / 127).astype(format.scale)
-        return {"codes": jnp.round(wide / _divisor(jnp.expand_dims(scale, ins))).astype(jnp.int8), "scale": scale}
-    blocks = wide.reshape(-1, format.block)
-    scale = (jnp.max(jnp.abs(blocks), axis=1) / (7.5 if format.kind == "int4" else 1)).astype(format.scale)
-    part = blocks / _divisor(scale)[:, None]
+        scale = (jnp.max(jnp.abs(values), axis=ins) / 127).astype(format.scale)
+        codes = jnp.round(values / _divisor(jnp.expand_dims(scale, ins)))
+        return {"codes": codes.astype(jnp.int8), "scale": scale}
+    blocks = values.reshape(-1, format.block)
+    largest = jnp.max(jnp.abs(blocks), axis=1)
+    scale = (largest / (7.5 if format.kind == "int4" else 1)).astype(format.scale)
+    normalized = blocks / _divisor(scale)[:, None]
     if format.kind == "int4":
-        codes = (jnp.clip(jnp.round(part), -8, 7) + 8).astype(jnp.uint8)
+        codes = (jnp.clip(jnp.round(normalized), -8, 7) + 8).astype(jnp.uint8)
     else:
-        codes = sum((part > edge).astype(jnp.uint8) for edge in between(NF4))
-    codes = codes.reshape(-1, 2)  # type: ignore[union-attr]
+        codes = jnp.zeros(normalized.shape, jnp.uint8)
+        for edge in midpoints(NF4):
+            codes += (normalized > edge).astype(jnp.uint8)
+    codes = codes.reshape(-1, 2)
     axes, X = matrix.shape[:-1], matrix.shape[-1]
     parts = {"codes": (codes[:, 0] << 4 | codes[:, 1]).reshape(*axes, X // 2)}
-    parts |= nest(scale) if format.double else {"scale": scale}
-    return parts | ({"scale": parts["scale"].reshape(*axes, -1)} if X % format.block == 0 else {})
+    parts |= quantize_scales(scale) if format.double else {"scale": scale}
+    if X % format.block == 0:
+        parts["scale"] = parts["scale"].reshape(*axes, -1)
+    return parts
 
 
 def _divisor(scale: Array) -> Array:
@@ -86,12 +120,13 @@ def _divisor(scale: Array) -> Array:
 
 
 @jax.jit
-def nest(scale: Array) -> dict[str, Array]:
-    """Scales float32[n] as the parts `scale` and `nested`."""
+def quantize_scales(scale: Array) -> dict[str, Array]:
+    """float32[n] scales as the parts `scale` and `nested`."""
     mean = jnp.mean(scale)
-    away = jnp.pad(scale - mean, (0, -len(scale) % NEST)).reshape(-1, NEST)
-    largest = jnp.max(jnp.abs(away), axis=1)
-    codes = jnp.searchsorted(between(dynamic()), (away / _divisor(largest)[:, None]).reshape(-1)[: len(scale)])
+    offset = jnp.pad(scale - mean, (0, -len(scale) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    largest = jnp.max(jnp.abs(offset), axis=1)
+    normalized = (offset / _divisor(largest)[:, None]).reshape(-1)[: len(scale)]
+    codes = jnp.searchsorted(midpoints(dynamic_map()), normalized)
     return {"scale": codes.astype(jnp.uint8), "nested": jnp.concatenate([mean[None], largest])}
 
 
@@ -100,73 +135,91 @@ def scales(parts: Mapping[str, Array]) -> Array:
     scale, nested = parts["scale"], parts.get("nested")
     if nested is None:
         return scale.astype(jnp.float32)
-    lead = nested.shape[:-1]
-    flat = scale.reshape(*lead, -1)
-    away = jnp.asarray(dynamic())[flat] * jnp.repeat(nested[..., 1:], NEST, axis=-1)[..., : flat.shape[-1]]
-    away = jnp.minimum(away, 3e38)  # which it is: but without a step between, XLA on a CPU multiplies and adds in one rounding
-    return (away + nested[..., :1]).reshape(scale.shape)
+    flat = scale.reshape(*nested.shape[:-1], -1)
+    largest = jnp.repeat(nested[..., 1:], NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
+    offset = jnp.asarray(dynamic_map())[flat] * largest
+    # Always true; without a step in between XLA on a CPU multiplies and adds with one rounding.
+    offset = jnp.minimum(offset, 3e38)
+    return (offset + nested[..., :1]).reshape(scale.shape)
 
 
-def decode(format: Format, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
-    """float32 [*lead, *shape] of what `encode` made of a matrix of this shape."""
+def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """float32[*lead, *shape]: the inverse of `encode` for a matrix of this shape."""
     codes, scale = parts["codes"], scales(parts)
     if format.kind == "int8":
         return codes * scale.reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     lead = codes.shape[: codes.ndim - len(shape)]
-    values = _values(format, jnp.stack([codes >> 4, codes & 15], axis=-1)).reshape(*lead, -1, format.block)
-    return (values * scale.reshape(*lead, -1, 1)).reshape(*lead, *shape)
+    values = _values(format, jnp.stack([codes >> 4, codes & 15], axis=-1))
+    values = values.reshape(*lead, -1, format.block) * scale.reshape(*lead, -1, 1)
+    return values.reshape(*lead, *shape)
 
 
-def _values(format: Format, codes: Array) -> Array:
-    """What codes 0..15 say, in units of their scale. nf4 by 15 selections, not by a table: a CPU makes vectors of them, others one fused product."""
+def _values(format: WeightFormat, codes: Array) -> Array:
+    """Values of the codes 0..15 in units of their scale. nf4 takes 15 selections instead of a table:
+    a CPU vectorizes them, and other compilers fuse them into the product."""
     if format.kind == "int4":
         return codes.astype(jnp.int8).astype(jnp.float32) - 8
     values: list = list(NF4)
     for bit in range(4):
         odd = (codes >> bit & 1).astype(bool)
-        values = [jnp.where(odd, high, low) for low, high in zip(values[::2], values[1::2])]
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(odd, high, low) for low, high in pairs]
     return values[0]
 
 
-def multiply(format: Format, x: Array, codes: Array, scale: Array) -> Array:
-    """x [..., I] times a matrix of codes and float32 scales, [O, I] or [O, I/2] and [O] or [O, I/block] -> float32 [..., O].
+def multiply(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:
+    """x [..., I] times a matrix of codes [O, I] or [O, I/2] and float32 scales [O] or [O, I/block]
+    -> float32[..., O], with operands in x's dtype and sums in float32.
 
-    In x's dtype, summed in float32. Where devices compute it (`jax.lax.platform_dependent`):
-    a CPU makes wide as many rows as stay in its cache and multiplies by them before the next (the whole matrix: 11 times slower);
-    others do all at once, a single x as one fused sum, which reads a 4-bit matrix once.
+    The platform chooses (`jax.lax.platform_dependent`): a CPU widens as many rows as stay in its
+    cache and multiplies by them before the next (the whole matrix at once: 11 times slower); others
+    widen all at once, and multiply a single x as one fused sum, which reads a 4-bit matrix once.
     """
-    return jax.lax.platform_dependent(x, codes, scale, cpu=partial(_in_strips, format), default=partial(_at_once, format))
+    return jax.lax.platform_dependent(
+        x, codes, scale, cpu=partial(_in_strips, format), default=partial(_at_once, format)
+    )
 
 
-def _at_once(format: Format, x: Array, codes: Array, scale: Array) -> Array:
+def _at_once(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:
     single = math.prod(x.shape[:-1]) == 1
-    return _rows(format, _summed if single else _product, x, codes, scale)
+    return _multiply_rows(format, _sum_products if single else _product, x, codes, scale)
 
 
-def _in_strips(format: Format, x: Array, codes: Array, scale: Array) -> Array:
+def _in_strips(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:
     O, single = len(codes), math.prod(x.shape[:-1]) == 1
-    size = ROWS if single and format.kind != "int8" else max(1, STRIP // (4 * x.shape[-1]))
-    one = jax.checkpoint(partial(_rows, format, _product, x))  # else a gradient keeps the wide rows
+    small = single and format.kind != "int8"
+    size = STRIP_ROWS if small else max(1, STRIP_BYTES // (4 * x.shape[-1]))
+    # Checkpointed: otherwise a gradient keeps the widened rows.
+    strip = jax.checkpoint(partial(_multiply_rows, format, _product, x))
     if size >= O:
-        return one(codes, scale)
+        return strip(codes, scale)
     cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
-    strips = jax.lax.map(lambda i: one(cut(codes, i * size), cut(scale, i * size)), jnp.arange(O // size))
+    starts = size * jnp.arange(O // size)
+    strips = jax.lax.map(lambda start: strip(cut(codes, start), cut(scale, start)), starts)
     y = jnp.moveaxis(strips, 0, -2).reshape(*x.shape[:-1], -1)
     rest = O // size * size
-    return y if rest == O else jnp.concatenate([y, one(codes[rest:], scale[rest:])], axis=-1)
+    return y if rest == O else jnp.concatenate([y, strip(codes[rest:], scale[rest:])], axis=-1)
 
 
-def _rows(format: Format, product: Callable, x: Array, codes: Array, scale: Array) -> Array:
-    """By 4-bit codes as two products, of every second number: to interleave the two nibbles would cost more than both."""
+def _multiply_rows(
+    format: WeightFormat, product: Callable, x: Array, codes: Array, scale: Array
+) -> Array:
+    """4-bit codes as two products, of even and of odd columns: interleaving the nibbles would take
+    longer than both."""
     if format.kind == "int8":
         return product(x, codes.astype(x.dtype)) * scale
-    wide = lambda codes: (_values(format, codes).reshape(*scale.shape, -1) * scale[..., None]).reshape(codes.shape).astype(x.dtype)
-    return product(x[..., ::2], wide(codes >> 4)) + product(x[..., 1::2], wide(codes & 15))
+
+    def widen(nibbles: Array) -> Array:
+        values = _values(format, nibbles).reshape(*scale.shape, -1) * scale[..., None]
+        return values.reshape(nibbles.shape).astype(x.dtype)
+
+    return product(x[..., ::2], widen(codes >> 4)) + product(x[..., 1::2], widen(codes & 15))
 
 
 def _product(x: Array, matrix: Array) -> Array:
     return jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=jnp.float32)
 
 
-def _summed(x: Array, matrix: Array) -> Array:
-    return jnp.sum(matrix.astype(jnp.float32) * x.reshape(-1).astype(jnp.float32), axis=-1).reshape(*x.shape[:-1], -1)
+def _sum_products(x: Array, matrix: Array) -> Array:
+    products = matrix.astype(jnp.float32) * x.reshape(-1).astype(jnp.float32)
+    return jnp.sum(products, axis=-1).reshape(*x.shape[:-1], -1)

@@ -1,16 +1,18 @@
-"""Architecture: frozen dataclasses whose fields bear the names of Hugging Face's config.json, with the published presets."""
+"""Architecture: frozen dataclasses with the field names of Hugging Face's config.json, and the
+published presets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-GLOBAL = 2**30  # the "window" of a layer that has none: more tokens than any sequence holds
+NO_WINDOW = 2**30  # the window of a global layer: longer than any sequence
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP image encoder; the defaults are So400m/14 at 224 pixels (arXiv:2303.15343, big_vision `models/vit.py`)."""
+    """The SigLIP image encoder; defaults are So400m/14 at 224 pixels (arXiv:2303.15343, big_vision
+    `models/vit.py`)."""
 
     hidden_size: int = 1152
     num_hidden_layers: int = 27
@@ -31,7 +33,8 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Gemma 1 (`model_type="gemma"`) or Gemma 2 (`"gemma2"`) decoder; the defaults are Gemma 2 2B (arXiv:2408.00118)."""
+    """A Gemma 1 ("gemma") or Gemma 2 ("gemma2") decoder; defaults are Gemma 2 2B
+    (arXiv:2408.00118)."""
 
     model_type: Literal["gemma", "gemma2"] = "gemma2"
     hidden_size: int = 2304
@@ -50,51 +53,64 @@ class DecoderConfig:
 
     @property
     def post_norms(self) -> bool:
-        """Gemma 2 also normalises what attention and MLP put out, before the residual is added."""
+        """Gemma 2 also normalizes the outputs of attention and MLP, before the residual is added."""
         return self.model_type == "gemma2"
 
     def windows(self, numerics: Numerics) -> tuple[int, ...]:
-        """The number of keys (itself included) that a causal query sees in each layer: local layers are 0, 2, 4, ..."""
-        local = self.sliding_window if numerics.sliding_window and self.sliding_window else GLOBAL
-        return tuple(local if layer % 2 == 0 else GLOBAL for layer in range(self.num_hidden_layers))
+        """For each layer, how many keys (itself included) a causal query attends to. Layers 0, 2,
+        4, ... are local."""
+        local = self.sliding_window if numerics.sliding_window and self.sliding_window else NO_WINDOW
+        return tuple(local if i % 2 == 0 else NO_WINDOW for i in range(self.num_hidden_layers))
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """Where transformers 5.23 and big_vision compute different numbers from the same weights: one field a difference.
+    """Where transformers 5.23 and big_vision compute different numbers from the same weights.
 
-    Sources: transformers `models/gemma2/modeling_gemma2.py`, `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
+    Sources: transformers `models/gemma2/modeling_gemma2.py` and
+    `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
     """
 
-    sliding_window: bool  # big_vision has none; differs beyond 4,096 tokens (896 pixels)
-    capped_prefill: bool  # is the final softcap applied to teacher-forced logits and to the first generated token's
-    capped_decode: bool  # and to those of the later tokens (big_vision caps there, if the config says so)
+    sliding_window: bool  # big_vision has none; matters beyond 4,096 tokens (896 pixels)
+    capped_prefill: bool  # final softcap on teacher-forced logits and the first generated token's
+    capped_decode: bool  # and on later tokens' (big_vision caps there if the config says so)
     first_position: int  # RoPE position of the first token; equal in exact arithmetic
     scale_query: bool  # scale the query (big_vision) or the scores
     float32_activations: bool  # big_vision computes in float32 whatever the weights are
 
 
 NUMERICS = {
-    "transformers": Numerics(True, True, True, 1, False, False),
-    "big_vision": Numerics(False, False, True, 0, True, True),
+    "transformers": Numerics(
+        sliding_window=True,
+        capped_prefill=True,
+        capped_decode=True,
+        first_position=1,
+        scale_query=False,
+        float32_activations=False,
+    ),
+    "big_vision": Numerics(
+        sliding_window=False,
+        capped_prefill=False,
+        capped_decode=True,
+        first_position=0,
+        scale_query=True,
+        float32_activations=True,
+    ),
 }
 
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole PaliGemma. `numerics` names a profile of `NUMERICS`; `dtype` is the dtype of the activations ("float32", "bfloat16", "float16")
-
-    and of the KV cache, unless `cache` says otherwise.
-    """
+    """A whole PaliGemma."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     image_token_id: int = 257152
     eos_token_ids: tuple[int, ...] = (1,)  # any of them ends an answer
     pad_token_id: int = 0
-    numerics: Literal["transformers", "big_vision"] = "transformers"
-    dtype: str = "float32"
-    cache: Literal["int8"] | None = None
+    numerics: Literal["transformers", "big_vision"] = "transformers"  # a key of NUMERICS
+    dtype: str = "float32"  # of activations and KV cache: "float32", "bfloat16" or "float16"
+    cache: Literal["int8"] | None = None  # dtype of the KV cache, if not `dtype`
 
     @property
     def profile(self) -> Numerics:
@@ -106,20 +122,28 @@ class PaliGemmaConfig:
 
     @property
     def max_context(self) -> int:
-        """Tokens that the published models were made for, image tokens included (Gemma's `max_position_embeddings`)."""
+        """Tokens that the published models support, image tokens included (Gemma's
+        `max_position_embeddings`)."""
         return 8192
 
     @classmethod
     def preset(cls, name: str) -> PaliGemmaConfig:
-        """The config called "3b-224", "10b-448", "28b-896", ..., "pg1-3b-224" (PaliGemma 1), or "tiny" (the embedded default)."""
+        """The config called "3b-224", "10b-448", "28b-896", "pg1-3b-224" (PaliGemma 1), "tiny" (the
+        embedded default), ... (`PRESETS`)."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
         return PRESETS[name]
 
 
 _DECODERS = {
     "3b": DecoderConfig(),
-    "10b": DecoderConfig(hidden_size=3584, num_hidden_layers=42, num_attention_heads=16, num_key_value_heads=8, intermediate_size=14336),
+    "10b": DecoderConfig(
+        hidden_size=3584,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+    ),
     "28b": DecoderConfig(
         hidden_size=4608,
         num_hidden_layers=46,
@@ -141,8 +165,14 @@ _DECODERS = {
     ),
 }
 _TINY = PaliGemmaConfig(
-    VisionConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=344, image_size=112),
-    DecoderConfig(
+    vision=VisionConfig(
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=344,
+        image_size=112,
+    ),
+    decoder=DecoderConfig(
         hidden_size=160,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -156,7 +186,9 @@ _TINY = PaliGemmaConfig(
     image_token_id=1600,
 )
 PRESETS = {
-    f"{name}-{size}": PaliGemmaConfig(VisionConfig(image_size=size), decoder) for name, decoder in _DECODERS.items() for size in (224, 448, 896)
+    f"{name}-{size}": PaliGemmaConfig(VisionConfig(image_size=size), decoder)
+    for name, decoder in _DECODERS.items()
+    for size in (224, 448, 896)
 } | {"tiny": _TINY}
 
 

@@ -1,149 +1,225 @@
-"""Gemma 1 and 2 (transformers `modeling_gemma.py`, `modeling_gemma2.py`; big_vision `models/ppp/gemma.py`)."""
+"""The Gemma 1 and 2 decoder (transformers `modeling_gemma.py`, `modeling_gemma2.py`; big_vision
+`models/ppp/gemma.py`)."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int
 
-from paligemma_jax.model.attention import attend, attend_cached
-from paligemma_jax.model.cache import KVCache
+from paligemma_jax.model.attention import attend
+from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
 from paligemma_jax.model.config import DecoderConfig, Numerics
-from paligemma_jax.model.layers import Einsum, RMSNorm, fold, joined, parted, place, rope, scope, stage
-from paligemma_jax.model.masks import Span
+from paligemma_jax.model.constrain import constrain, over_all_tokens
+from paligemma_jax.model.decode_attention import attend_cached
+from paligemma_jax.model.layers import Linear, RMSNorm, identity, rope
+from paligemma_jax.model.masks import TokenSpan
+from paligemma_jax.model.stack import scan_layers
+from paligemma_jax.model.stages import branch, stage
+
+KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
+LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, keys, the new token's slot
 
 
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
-        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q = Einsum("BTD,NHD->BTNH", (N, H, D), rngs=rngs)
-        self.k = Einsum("BTD,KHD->BTKH", (K, H, D), rngs=rngs)
-        self.v = Einsum("BTD,KHD->BTKH", (K, H, D), rngs=rngs)
-        self.o = Einsum("BTNH,DNH->BTD", (D, N, H), rngs=rngs)
+        D, H = config.hidden_size, config.head_dim
+        N, K = config.num_attention_heads, config.num_key_value_heads
+        self.q = Linear("NHD", (N, H, D), rngs=rngs)
+        self.k = Linear("KHD", (K, H, D), rngs=rngs)
+        self.v = Linear("KHD", (K, H, D), rngs=rngs)
+        self.o = Linear("DNH", (D, N, H), contracted=2, rngs=rngs)
 
-    def __call__(self, x: Array, queries: Span, window: Array | int, cache: tuple | None) -> tuple[Array, tuple[Array, Array]]:
-        """x [B, T, D] -> the same shape, and the keys and values of these tokens.
-
-        cache: None (they look at each other), or (k, v, keys: Span, slot) of earlier tokens, among which the one new one belongs at `slot`.
-        """
-        config, scale = self.config, self.config.query_pre_attn_scalar**-0.5
-        turn = lambda x: rope(x, queries.positions, config.rope_theta)
-        q, k, v = turn(self.q(x)), turn(self.k(x)), self.v(x)
+    @over_all_tokens
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        queries: TokenSpan,
+        window: Array | int,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attend among the tokens of x, or, with a cache, from one new token to its slots. Also
+        returns the keys and values of x."""
+        scale = self.config.query_pre_attn_scalar**-0.5
+        rotate = partial(rope, positions=queries.positions, theta=self.config.rope_theta)
+        q, k, v = rotate(self.q(x)), rotate(self.k(x)), self.v(x)
         if self.numerics.scale_query:
             q, scale = q * scale, 1.0
-        options = dict(scale=scale, softcap=config.attn_logit_softcapping)
+        softcap = self.config.attn_logit_softcapping
         if cache is None:
-            out = attend(q, k, v, **options, mask=(queries, queries, window))
+            out = attend(q, k, v, scale=scale, softcap=softcap, mask=(queries, queries, window))
         else:
-            cached_k, cached_v, keys, slot = cache
-            out = attend_cached(q, (k, v), (cached_k, cached_v), slot, **options, mask=(queries, keys, window))
+            *cached, keys, slot = cache
+            mask = (queries, keys, window)
+            out = attend_cached(q, (k, v), cached, slot, scale=scale, softcap=softcap, mask=mask)
         return self.o(out), (k, v)
 
 
 class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate = Einsum("BTD,FD->BTF", (F, D), rngs=rngs)
-        self.up = Einsum("BTD,FD->BTF", (F, D), rngs=rngs)
-        self.down = Einsum("BTF,DF->BTD", (D, F), rngs=rngs)
+        self.gate = Linear("FD", (F, D), rngs=rngs)
+        self.up = Linear("FD", (F, D), rngs=rngs)
+        self.down = Linear("DF", (D, F), rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    @over_all_tokens
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
 
 
 class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        norm = lambda: RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
         self.pre_attention_norm, self.pre_mlp_norm = norm(), norm()
-        self.post_attention_norm, self.post_mlp_norm = (norm(), norm()) if config.post_norms else (None, None)
+        self.post_attention_norm = norm() if config.post_norms else identity
+        self.post_mlp_norm = norm() if config.post_norms else identity
         self.attention = Attention(config, numerics, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x: Array, queries: Span, window: Array | int, cache: tuple | None) -> tuple[Array, tuple[Array, Array]]:
-        with scope("attention"):
-            y, kv = self.attention(joined(self.pre_attention_norm(x)), queries, window, cache)
-            y = parted(y)
-            x = x + stage("output", self.post_attention_norm(y) if self.post_attention_norm else y, branch=True)
-        with scope("mlp"):
-            y = parted(self.mlp(joined(self.pre_mlp_norm(x))))
-            return x + stage("output", self.post_mlp_norm(y) if self.post_mlp_norm else y, branch=True), kv
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        queries: TokenSpan,
+        window: Array | int,
+        cache: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        y, kv = self.attend(x, queries, window, cache)
+        x = x + y
+        return x + self.feed_forward(x), kv
+
+    @branch("attention")
+    def attend(self, x, queries, window, cache) -> tuple[Array, KeyValue]:
+        y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
+        return self.post_attention_norm(y), kv
+
+    @branch("mlp")
+    def feed_forward(self, x: Array) -> Array:
+        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
 
 
 class Embedder(nnx.Module):
-    """The table [V, D] that is both the input embedding (scaled by sqrt(D)) and the output head (unscaled)."""
+    """The table [V, D] that is both input embedding (scaled by sqrt(D)) and output head."""
 
     axes = "VD"
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.shape = (config.vocab_size, config.hidden_size)
-        self.table = nnx.Param(jax.random.normal(rngs.params(), self.shape) * config.hidden_size**-0.5)
+        std = config.hidden_size**-0.5
+        self.table = nnx.Param(jax.random.normal(rngs.params(), self.shape) * std)
 
-    def rows(self, tokens: Array, dtype: Any) -> Array:
-        """int32[B, T] -> [B, T, D], first split as the table is, for all rows that share it: only then do rows and D change places."""
-        return place("rows", place("replicas T D", self.table[...][tokens])).astype(dtype)
+    def rows(self, tokens: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:
+        """Table rows of `tokens`, unscaled.
 
-    def encode(self, tokens: Array, dtype: Any) -> Array:
-        """int32[B, T] -> [B, T, D]; sqrt(D) is rounded to `dtype` first, as transformers and big_vision do (bfloat16: 59.75 for 59.87)."""
+        On a mesh they are first split along D, as the table is, and then by batch: only activations
+        travel between devices, not the table.
+        """
+        return constrain("B", constrain("B - D", self.table[...][tokens])).astype(dtype)
+
+    def encode(self, tokens: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
+        """Embed tokens. sqrt(D) is rounded to `dtype` first, as in transformers and big_vision
+        (in bfloat16 59.75 instead of 59.87)."""
         return self.rows(tokens, dtype) * jnp.asarray(self.shape[1] ** 0.5, dtype)
 
-    def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
-        """[..., D] -> float32[..., V], or every `parts`-th column from `part` on: a part of every slice, where devices hold slices of the table."""
+    def decode(
+        self, x: Float[Array, "... D"], part: Array | int = 0, parts: int = 1
+    ) -> Float32[Array, "... _"]:
+        """Logits of the whole vocabulary, or of tokens part, part + parts, part + 2 * parts, ...
+
+        Strided, so that devices which hold slices of the table each compute a share of every part.
+        """
         table = self.table[...]
         table = table if parts == 1 else table.reshape(-1, parts, table.shape[1])[:, part]
-        return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+        table = table.astype(x.dtype)
+        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
-    def decode_at(self, x: Array, tokens: Array) -> Array:
-        """[..., D] and int32[...] -> float32[...]: of each logits row the one at its token."""
-        return jnp.einsum("...D,...D->...", x, self.rows(tokens, x.dtype), preferred_element_type=jnp.float32)
+    def decode_at(
+        self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]
+    ) -> Float32[Array, "*B"]:
+        """The logit of one token for each x."""
+        rows = self.rows(tokens, x.dtype)
+        return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=jnp.float32)
 
 
 class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
         self.embedder = Embedder(config, rngs)
-        self.layers = nnx.List([Block(config, numerics, rngs) for _ in range(config.num_hidden_layers)])
+        layers = [Block(config, numerics, rngs) for _ in range(config.num_hidden_layers)]
+        self.layers = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: Array, queries: Span, cache: KVCache | None = None) -> tuple[Array, Any, Any]:
-        """Embeddings [B, T, D] -> the last layer's, normalised, and every layer's k and v of these tokens (see `KVCache`).
+    def __call__(
+        self, x: Float[Array, "B T D"], queries: TokenSpan, cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T D"], CachedLayers, CachedLayers]:
+        """Run all layers and the final norm.
 
-        Without a cache the tokens look at each other. With one (T = 1, its span already extended by this token) they look at its slots.
+        Args:
+            x: Embeddings.
+            queries: Their span.
+            cache: Without it the tokens attend to each other. With it (T = 1, the cache already
+                extended by this token) they attend to its slots.
+
+        Returns:
+            Hidden states, and every layer's keys and values of these tokens (see `KVCache`).
         """
         windows = jnp.array(self.config.windows(self.numerics), jnp.int32)
         if cache is None:
-            block = lambda layer, x, window: layer(x, queries, window, None)
-            x, kv = fold(block, x, self.layers, windows)
+
+            def block(layer, x, window):
+                return layer(x, queries, window, None)
+
+            x, kv = scan_layers(block, x, self.layers, windows)
         else:
-            block = lambda layer, x, window, k, v: layer(x, queries, window, (k, v, cache.span, cache.length - 1))
-            x, kv = fold(block, x, self.layers, windows, cache.k, cache.v)
-        k, v = ([k for k, _ in kv], [v for _, v in kv]) if isinstance(kv, list) else kv
+
+            def block(layer, x, window, k, v):
+                return layer(x, queries, window, (k, v, cache.span, cache.length - 1))
+
+            x, kv = scan_layers(block, x, self.layers, windows, cache.k, cache.v)
+        k, v = map(list, zip(*kv, strict=True)) if isinstance(kv, list) else kv
         return stage("norm", self.norm(x)), k, v
 
-    def logits(self, x: Array, capped: bool) -> Array:
-        """[..., D] -> float32[..., V], with the final softcap if the config has one and `capped`."""
+    def logits(self, x: Float[Array, "... D"], capped: bool) -> Float32[Array, "... V"]:
+        """Logits, with the final softcap if the config has one and `capped`."""
         return self._cap(self.embedder.decode(x), capped)
 
-    def log_probabilities(self, x: Array, tokens: Array, capped: bool, chunk: int = 2**15, smoothing: float = 0.0) -> Array:
-        """[..., D] and int32[...] -> float32[...], the log-probability of each token.
+    def log_probabilities(
+        self,
+        x: Float[Array, "*B D"],
+        tokens: Int[Array, "*B"],
+        capped: bool,
+        chunk: int = 2**15,
+        smoothing: float = 0.0,
+    ) -> Float32[Array, "*B"]:
+        """The log-probability of one token for each x.
 
-        With `smoothing`, that part of it is the mean of the whole vocabulary's (torch's `label_smoothing`).
-        The vocabulary goes by in chunks, so that [..., V] never exists, forward or backward, and the table is read once.
+        The vocabulary is processed in chunks, so that [..., V] never exists, forward or backward,
+        and the table is read once.
+
+        Args:
+            capped: As in `logits`.
+            chunk: Largest number of tokens in a chunk.
+            smoothing: Fraction of the target that is spread over the vocabulary (torch's
+                `label_smoothing`).
         """
         V = self.config.vocab_size
         parts = next(n for n in range(1, V + 1) if V % n == 0 and n * chunk >= V)
 
         @jax.checkpoint
-        def one(carry: tuple[Array, Array], part: Array) -> tuple[tuple[Array, Array], None]:
-            logits = self._cap(place("rows S V", self.embedder.decode(x, part, parts)), capped)
-            total = jnp.logaddexp(carry[0], jax.nn.logsumexp(logits, axis=-1))
-            return (total, carry[1] + logits.sum(axis=-1) if smoothing else carry[1]), None
+        def accumulate(carry: tuple[Array, Array], part: Array):
+            total, summed = carry
+            logits = constrain("B - V", self.embedder.decode(x, part, parts))
+            logits = self._cap(logits, capped)
+            total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
+            return (total, summed + logits.sum(axis=-1) if smoothing else summed), None
 
-        none = jnp.zeros(tokens.shape, jnp.float32)
-        (total, summed), _ = jax.lax.scan(one, (none - jnp.inf, none), jnp.arange(parts))
+        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        (total, summed), _ = jax.lax.scan(accumulate, (zeros - jnp.inf, zeros), jnp.arange(parts))
         chosen = self._cap(self.embedder.decode_at(x, tokens), capped)
         return (1 - smoothing) * chosen + smoothing / V * summed - total
 

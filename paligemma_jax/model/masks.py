@@ -1,4 +1,4 @@
-"""Who sees whom: one function for teacher forcing, prefill and decoding, local and global layers."""
+"""Which query attends to which key: one rule for teacher forcing, prefill and decoding."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Int
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Span:
-    """What a mask has to know of a sequence of tokens."""
+class TokenSpan:
+    """What a mask needs to know about a sequence of tokens."""
 
-    positions: Array  # int32[B, T], contiguous over the valid tokens of a row; of no meaning on pads
-    prefix: Array  # bool[B, T], image and prompt
-    valid: Array  # bool[B, T], False on pads
+    positions: Int[Array, "B T"]  # contiguous over a row's valid tokens; arbitrary on pads
+    prefix: Bool[Array, "B T"]  # True on image and prompt
+    valid: Bool[Array, "B T"]  # False on pads
 
 
-def prefix_lm_mask(queries: Span, keys: Span, window: Array | int) -> Array:
-    """bool[B, T, S]: may query t look at key s?
+def prefix_lm_mask(
+    queries: TokenSpan, keys: TokenSpan, window: Int[Array, ""] | int
+) -> Bool[Array, "B T S"]:
+    """True where query t attends to key s.
 
-    Image and prompt (p) see each other both ways, the answer (a) is causal, nobody sees pads (-):
+    Image and prompt (p) attend to each other both ways, the answer (a) is causal, and nothing
+    attends to pads (-):
 
                 keys  - p p p a a a         and with window 3:    - p p p a a a
         query p       . x x x . . .         (the window never     . x x x . . .
@@ -32,7 +36,7 @@ def prefix_lm_mask(queries: Span, keys: Span, window: Array | int) -> Array:
               a       . x x x x x .                               . . . x x x .
               a       . x x x x x x                               . . . . x x x
 
-    Everything goes by position, never by index, so padding and cache layout cannot change it.
+    The rule reads positions, never indices, so padding and cache layout cannot change it.
     Source: transformers 5.23 `create_causal_mask_mapping` (`block_sequence_ids` OR sliding window).
     """
     t, s = queries.positions[:, :, None], keys.positions[:, None, :]
@@ -41,7 +45,9 @@ def prefix_lm_mask(queries: Span, keys: Span, window: Array | int) -> Array:
     return (causal | block) & keys.valid[:, None, :]
 
 
-def span(valid: Array, prefix: Array, first_position: int) -> Span:
-    """The `Span` of rows whose tokens are valid[B, T] and, of those, image or prompt where prefix[B, T]."""
+def token_span(
+    valid: Bool[Array, "B T"], prefix: Bool[Array, "B T"], first_position: int
+) -> TokenSpan:
+    """The span of a batch, with positions counted from each row's first valid token."""
     positions = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1 + first_position
-    return Span(positions, prefix & valid, valid)
+    return TokenSpan(positions, prefix & valid, valid)

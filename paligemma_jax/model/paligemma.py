@@ -1,85 +1,122 @@
-"""PaliGemma 1 and 2 (arXiv:2407.07726, arXiv:2412.03555): image encoder, one linear projector, prefix-LM decoder."""
+"""PaliGemma 1 and 2 (arXiv:2407.07726, arXiv:2412.03555): an image encoder, one linear projector,
+and a prefix-LM decoder."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int
 
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.decoder import Decoder
-from paligemma_jax.model.layers import Einsum, scope, stage
-from paligemma_jax.model.masks import Span, span
-from paligemma_jax.model.vision import Vision
+from paligemma_jax.model.layers import Linear
+from paligemma_jax.model.masks import TokenSpan, token_span
+from paligemma_jax.model.stages import scope, stage
+from paligemma_jax.model.vision import VisionEncoder
+
+Tokens, Flags = Int[Array, "B T"], Bool[Array, "B T"]
+Images = Float[Array, "*images S S 3"]
+Features = Float[Array, "*images P D"]
 
 
 class PaliGemma(nnx.Module):
-    """All arrays are batch-first; one row is image tokens, bos, prompt, newline, answer, with pads on either side.
+    """The whole model. A row is image tokens, bos, prompt, newline and answer, with pads on either
+    side; all arrays are batch-first.
 
     The methods share these arguments:
-      tokens int32[B, T]: ids; `config.image_token_id` marks the places of image features
-      images float[M, S, S, 3] in [-1, 1]: all images of the batch in reading order, or None if there are none; or [B, n, S, S, 3] where every
-        row has n, so that rows which lie on different devices need nothing of each other
-      valid bool[B, T]: False on pads          prefix bool[B, T]: True on image and prompt, False on the answer
+        tokens: int32[B, T] ids. `config.image_token_id` marks the places of image features.
+        images: float[M, S, S, 3] in [-1, 1]: the images of the batch in reading order, or None. Or
+            [B, n, S, S, 3] where every row has n images, which keeps rows on different devices
+            independent.
+        features: What `encode_images` returned for the images, [M, P, D] or [B, n, P, D].
+        valid: bool[B, T], False on pads.
+        prefix: bool[B, T], True on image and prompt, False on the answer.
     """
 
     def __init__(self, config: PaliGemmaConfig, rngs: nnx.Rngs):
         self.config = config
-        self.vision = Vision(config.vision, rngs)
-        self.projector = Einsum("MPW,DW->MPD", (config.decoder.hidden_size, config.vision.hidden_size), bias=True, rngs=rngs)
+        D, W = config.decoder.hidden_size, config.vision.hidden_size
+        self.vision = VisionEncoder(config.vision, rngs)
+        self.projector = Linear("DW", (D, W), bias=True, rngs=rngs)
         self.decoder = Decoder(config.decoder, config.profile, rngs)
 
-    def encode_images(self, images: Array) -> Array:
-        """[M, S, S, 3] -> features [M, P, D], unscaled (no sqrt(D) anywhere: transformers >= 5.4, big_vision); [B, n, ...] -> [B, n, P, D]."""
+    def encode_images(self, images: Images) -> Features:
+        """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in
+        transformers 5.4 or newer."""
         with scope("vision"):
-            x = self.vision(images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype))
+            flat = images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype)
+            x = self.vision(flat)
         return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
 
-    def embed(self, tokens: Array, features: Array | None) -> Array:
-        """Text embeddings [B, T, D] with image features, [M, P, D] or [B, n, P, D], laid over the image tokens in reading order.
+    def embed(self, tokens: Tokens, features: Features | None) -> Float[Array, "B T D"]:
+        """Text embeddings, with image features in place of the image tokens, in reading order.
 
-        An image id beyond the table looks up row 0 (transformers `PaliGemmaModel.forward`); without features, image tokens are text.
+        An image id beyond the table looks up row 0 (transformers `PaliGemmaModel.forward`). Without
+        features, image tokens are text.
         """
-        image, ids = tokens == self.config.image_token_id, tokens
+        is_image, ids = tokens == self.config.image_token_id, tokens
         if self.config.image_token_id >= self.config.decoder.vocab_size:
-            ids = jnp.where(image, 0, ids)
+            ids = jnp.where(is_image, 0, ids)
         x = self.decoder.embedder.encode(ids, self.config.activation_dtype)
         if features is not None:
-            own = features.reshape(len(tokens) if features.ndim == 4 else 1, -1, features.shape[-1]).astype(x.dtype)
-            order = jnp.cumsum(image.reshape(len(own), -1), axis=1)[..., None] - 1
-            x = jnp.where(image[..., None], jnp.take_along_axis(own, order, axis=1, mode="clip").reshape(x.shape), x)
+            groups = len(tokens) if features.ndim == 4 else 1
+            features = features.reshape(groups, -1, features.shape[-1]).astype(x.dtype)
+            order = jnp.cumsum(is_image.reshape(groups, -1), axis=1)[..., None] - 1
+            placed = jnp.take_along_axis(features, order, axis=1, mode="clip").reshape(x.shape)
+            x = jnp.where(is_image[..., None], placed, x)
         return stage("embeddings", x)
 
-    def hidden(self, tokens: Array, images: Array | None, valid: Array, prefix: Array) -> Array:
-        """The decoder's normalised output [B, T, D]: `decoder.logits` of it gives the logits of chosen positions."""
-        return self.answer(tokens, None if images is None else self.encode_images(images), valid, prefix)
+    def hidden(
+        self,
+        tokens: Tokens,
+        images: Images | None,
+        valid: Flags,
+        prefix: Flags,
+        *,
+        features: Features | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The decoder's normalized output; `decoder.logits` turns chosen positions into logits.
 
-    def answer(self, tokens: Array, features: Array | None, valid: Array, prefix: Array) -> Array:
-        """`hidden` of what `encode_images` made of the images [M, P, D]."""
+        With `features`, `images` are not encoded.
+        """
+        if features is None and images is not None:
+            features = self.encode_images(images)
+        span = token_span(valid, prefix, self.config.profile.first_position)
         with scope("decoder"):
-            return self.decoder(self.embed(tokens, features), span(valid, prefix, self.config.profile.first_position))[0]
+            return self.decoder(self.embed(tokens, features), span)[0]
 
-    def __call__(self, tokens: Array, images: Array | None, valid: Array, prefix: Array) -> Array:
-        """Teacher-forced logits float32[B, T, V]: those at t are for the token at t + 1."""
+    def __call__(
+        self, tokens: Tokens, images: Images | None, valid: Flags, prefix: Flags
+    ) -> Float32[Array, "B T V"]:
+        """Teacher-forced logits: those at t predict the token at t + 1."""
         x = self.hidden(tokens, images, valid, prefix)
         return stage("logits", self.decoder.logits(x, self.config.profile.capped_prefill))
 
-    def prefill(self, tokens: Array, features: Array | None, valid: Array, prefix: Array, slots: int) -> tuple[Array, KVCache]:
-        """Logits float32[B, V] for the token after each row's last valid one, and a cache of `slots` slots (>= T).
+    def prefill(
+        self, tokens: Tokens, features: Features | None, valid: Flags, prefix: Flags, slots: int
+    ) -> tuple[Float32[Array, "B V"], KVCache]:
+        """Logits for the token after each row's last valid one, and a cache of `slots` slots.
 
-        features: what `encode_images` made of the images [M, P, D], so that an image is encoded once for all of its prompts.
+        Takes features, not images, so that an image is encoded once for all of its prompts.
         """
-        queries = span(valid, prefix, self.config.profile.first_position)
-        x, k, v = self.decoder(self.embed(tokens, features), queries)
-        last = jnp.argmax(jnp.where(valid, queries.positions, -1), axis=1)
+        span = token_span(valid, prefix, self.config.profile.first_position)
+        x, k, v = self.decoder(self.embed(tokens, features), span)
+        last = jnp.argmax(jnp.where(valid, span.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        return self.decoder.logits(x, self.config.profile.capped_prefill), KVCache.of(k, v, queries, slots, self.config.cache)
+        logits = self.decoder.logits(x, self.config.profile.capped_prefill)
+        return logits, KVCache.from_prefill(k, v, span, slots, self.config.cache)
 
-    def decode_step(self, token: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        """One more token int32[B] a row -> logits float32[B, V] for the next, and the cache that holds it."""
-        position = cache.span.valid.sum(axis=1, dtype=jnp.int32) + self.config.profile.first_position
+    def decode_step(
+        self, token: Int[Array, " B"], cache: KVCache
+    ) -> tuple[Float32[Array, "B V"], KVCache]:
+        """Append one token to every row. Returns the logits for the next one and the new cache."""
+        first = self.config.profile.first_position
+        position = cache.span.valid.sum(axis=1, dtype=jnp.int32) + first
         cache = cache.extend(position)
-        query = Span(position[:, None], jnp.zeros_like(token, bool)[:, None], jnp.ones_like(token, bool)[:, None])
+        no = jnp.zeros_like(token, bool)[:, None]
+        query = TokenSpan(position[:, None], prefix=no, valid=~no)
         x, k, v = self.decoder(self.embed(token[:, None], None), query, cache)
-        return self.decoder.logits(x[:, 0], self.config.profile.capped_decode), cache.write(k, v, after=x)
+        logits = self.decoder.logits(x[:, 0], self.config.profile.capped_decode)
+        return logits, cache.write(k, v, after=x)

@@ -28,7 +28,7 @@ class Error:
 
 
 @dataclass(frozen=True)
-class Row:
+class StageError:
     """One stage. `accumulated`: of all that came before it; `local`: on the input that transformers has there.
 
     In bfloat16 both are against float32, beside them stands what transformers' own bfloat16 makes of the same, and what is judged is

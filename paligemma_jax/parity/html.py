@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from paligemma_jax.parity import plots
-from paligemma_jax.parity.compare import Row
+from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.report import NOTE, adapted, cells, head, verdict
 from paligemma_jax.parity.run import Report
 
@@ -36,7 +36,7 @@ FIGURES = (
 )
 
 
-def write(report: Report, file: str) -> None:
+def write_html(report: Report, file: str) -> None:
     """Beside its place first, so that it is there whole or not at all."""
     path = Path(file).expanduser()
     part = path.with_name(path.name + ".part")
@@ -78,7 +78,7 @@ def _table(report: Report) -> str:
     return f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>{lines}</table>"
 
 
-def _line(row: Row, narrow: bool) -> str:
+def _line(row: StageError, narrow: bool) -> str:
     off, local, (own, own_local) = row.accumulated, row.local, row.own
     if narrow:
         values = [off.relative, own and own.relative, own and row.judged[0], own and row.limits[0]]

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from paligemma_jax.checkpoint import abstract
-from paligemma_jax.model.layers import collect, stage, with_parameters
+from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.stages import collect_stages, stage
+from paligemma_jax.model.tree import with_parameters
 from paligemma_jax.processing.processor import Inputs
 
 Arrays = Mapping[str, np.ndarray]
@@ -44,7 +45,7 @@ class Streamed(Sequence):
 
 @partial(jax.jit, static_argnames="attention")
 def run_layer(layer: Any, x: jax.Array, args: tuple, fed: Arrays, attention: bool) -> tuple[Any, dict[str, jax.Array]]:
-    with collect(attention, branches=True, fed=fed) as found:
+    with collect_stages(attention, branches=True, fed=fed) as found:
         out = layer(x, *args)
     return out, found
 
@@ -59,7 +60,7 @@ def build(checkpoint: Checkpoint, dtype: str) -> tuple[PaliGemma, Callable[[str]
     """The model with what is no layer in memory, and how to read a parameter."""
     # Waited for: else the file's numbers, their copy and what becomes of it are all in memory, of the table 2.4 GB each.
     read = lambda path: jax.block_until_ready(jnp.asarray(checkpoint.tensors[path].load(), dtype))
-    model = abstract(replace(checkpoint.config, dtype=dtype))
+    model = abstract_model(replace(checkpoint.config, dtype=dtype))
     return with_parameters(model, lambda path: checkpoint.tensors[path] if "/layers/" in path else read(path)), read
 
 
@@ -72,6 +73,6 @@ def stages(model: PaliGemma, read: Callable[[str], Any], inputs: Inputs, attenti
     for parent, name in ((model.vision, "patch"), (model.vision, "norm"), (model, "projector"), (model.decoder, "norm")):
         vars(parent)[name] = partial(run_module, getattr(parent, name))
     inputs = jax.tree.map(jnp.asarray, inputs)
-    with collect(attention, branches=True, fed=fed) as found:
+    with collect_stages(attention, branches=True, fed=fed) as found:
         model(inputs.tokens, inputs.images if len(inputs.images) else None, inputs.valid, inputs.prefix)
     return {name: np.asarray(value, np.float32) for name, value in found.items()}

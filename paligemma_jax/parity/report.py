@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from paligemma_jax.model.config import NUMERICS, Numerics
-from paligemma_jax.parity.compare import Row
+from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.run import Report
 
 # What of a profile transformers can be made to compute too, where it differs from its own.
@@ -90,7 +90,7 @@ def _lines(report: Report) -> list[tuple[str, ...]]:
         lines = [("stage", "relative", "theirs", "x", "limit", "local", "theirs", "x", "limit", "of")]
     else:
         lines = [("stage", "max", "mean", "relative", "1-cosine", "limit", "local", "limit", "of")]
-    parts: list[Row] = []
+    parts: list[StageError] = []
     for row in report.rows:
         if re.search(r"layers/\d+/.*(weights|output)$", row.stage) and "gradient" not in row.stage:
             parts.append(row)
@@ -103,7 +103,7 @@ def _lines(report: Report) -> list[tuple[str, ...]]:
     return lines
 
 
-def _line(row: Row, worst: Row, narrow: bool) -> tuple[str, ...]:
+def _line(row: StageError, worst: StageError, narrow: bool) -> tuple[str, ...]:
     off, local = row.accumulated, worst.local
     mark = "<- diverges" if row.diverges else "<- beyond" if row.beyond else ""
     of = worst.stage.removeprefix(row.stage).strip("/") if worst is not row else ""

@@ -19,10 +19,19 @@ import numpy as np
 
 from paligemma_jax.inference import scoring
 from paligemma_jax.model.config import NUMERICS
-from paligemma_jax.model.layers import with_parameters
-from paligemma_jax.parity import ours, theirs, whole
-from paligemma_jax.parity.compare import GRADIENT, GROWTH, LOSS, NARROW, Row, error, limits, seen
-from paligemma_jax.parity.source import Case, load_case
+from paligemma_jax.model.tree import with_parameters
+from paligemma_jax.parity import ours, torch_model, whole
+from paligemma_jax.parity.compare import (
+    GRADIENT,
+    GROWTH,
+    LOSS,
+    NARROW,
+    StageError,
+    error,
+    limits,
+    seen,
+)
+from paligemma_jax.parity.inputs import ParityCase, load_parity_case
 from paligemma_jax.training.losses import token_loss
 
 SLACK = 1.5  # times its weights that a model takes as a whole: what is computed, and a tensor that is in two places while it is read
@@ -32,7 +41,7 @@ Stages = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ParityConfig:
     """What to compare, and in which dtype."""
 
     model: str = "tiny"
@@ -60,9 +69,9 @@ class Plan:
 class Report:
     """All rows in the order of computation, and what the pictures show."""
 
-    plan: Plan
-    case: Case
-    rows: list[Row]
+    plan: ParityConfig
+    case: ParityCase
+    rows: list[StageError]
     tokens: whole.Tokens | None
     about: dict[str, Any]
     pictures: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of the first row: ours, theirs
@@ -81,12 +90,12 @@ class Report:
         return found[0] if found else None
 
 
-def run(plan: Plan) -> Report:
+def run(plan: ParityConfig) -> Report:
     """ValueError if it cannot be compared."""
-    return compare(plan, load_case(plan.model, plan.numerics, plan.images, plan.prompts, plan.suffixes, plan.depth))
+    return compare(plan, load_parity_case(plan.model, plan.numerics, plan.images, plan.prompts, plan.suffixes, plan.depth))
 
 
-def compare(plan: Plan, case: Case) -> Report:
+def compare(plan: ParityConfig, case: ParityCase) -> Report:
     """One model after the other, each only with the weights in memory that it is using, if there are many."""
     start = time.perf_counter()
     narrow = plan.dtype == "bfloat16"
@@ -109,7 +118,7 @@ def compare(plan: Plan, case: Case) -> Report:
     shown = (name for name in found[0] if re.fullmatch(r"decoder/layers/\d+(/attention/weights)?|logits", name))
     pictures = {name: (found[0][name][0], reference.run[name][0]) for name in shown}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    about = {"transformers": theirs.version(), "seconds": time.perf_counter() - start, "peak_bytes": peak}
+    about = {"transformers": torch_model.version(), "seconds": time.perf_counter() - start, "peak_bytes": peak}
     return Report(plan, case, rows, tokens, about, pictures)
 
 
@@ -130,7 +139,7 @@ class Reference:
         return {name: value for name, value in self.run.items() if not name.endswith("/weights")}
 
 
-def reference_of(case: Case, plan: Plan, narrow: bool = False) -> Reference:
+def reference_of(case: ParityCase, plan: ParityConfig, narrow: bool = False) -> Reference:
     """Runs transformers; `narrow`: in bfloat16, and in float32 on the same weights."""
     config, profile = case.checkpoint.config, case.checkpoint.config.profile
     rows, tokens = case.inputs.tokens.shape
@@ -139,21 +148,21 @@ def reference_of(case: Case, plan: Plan, narrow: bool = False) -> Reference:
     keep = SLACK * nbytes(case, "float32") < memory_left()
 
     def build(dtype: str) -> tuple[Any, Callable[..., Stages]]:
-        model = theirs.adapted(theirs.build(case.checkpoint, case.directory, dtype, keep), profile)
-        return model, lambda fed=None: theirs.stages(model, case.inputs, profile, attention, fed)
+        model = torch_model.adapted(torch_model.build(case.checkpoint, case.directory, dtype, keep), profile)
+        return model, lambda fed=None: torch_model.stages(model, case.inputs, profile, attention, fed)
 
     model, run = build("bfloat16" if narrow else "float32")
     found = run()
-    answers = theirs.greedy(model, case.asked, profile, plan.new) if plan.new else None
+    answers = torch_model.greedy(model, case.asked, profile, plan.new) if plan.new else None
     if not narrow:
-        return Reference(found, found, found, answers, theirs.gradients(model, case) if plan.gradients else {}, attention)
+        return Reference(found, found, found, answers, torch_model.gradients(model, case) if plan.gradients else {}, attention)
     del model, run
     _, wide = build("float32")
     reference = Reference(found, wide(), {}, answers, {}, attention)
     return replace(reference, exact_local=wide(reference.fed))
 
 
-def nbytes(case: Case, dtype: str) -> int:
+def nbytes(case: ParityCase, dtype: str) -> int:
     return jnp.dtype(dtype).itemsize * sum(math.prod(tensor.shape) for tensor in case.checkpoint.tensors.values())
 
 
@@ -165,7 +174,7 @@ def memory_left() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _check_room(plan: Plan, case: Case) -> None:
+def _check_room(plan: ParityConfig, case: ParityCase) -> None:
     """ValueError where this model would have to be whole in memory and cannot be; with its gradients, and transformers with its own."""
     need = (4 if plan.gradients else 1 if plan.new else 0) * SLACK * nbytes(case, plan.dtype)
     if need > (left := memory_left()):
@@ -173,16 +182,16 @@ def _check_room(plan: Plan, case: Case) -> None:
         raise ValueError(f"{plan.model} takes {need / 2**30:.0f} GiB of memory, of which {left / 2**30:.0f} are left: {way}")
 
 
-def _given(case: Case) -> Iterator[Row]:
+def _given(case: ParityCase) -> Iterator[StageError]:
     """Ids and pixels, which have to be the same to the bit."""
     if case.processor is None:
         return
-    for name, found, wanted in theirs.processed(case):
+    for name, found, wanted in torch_model.processed(case):
         off = error(found, wanted)
-        yield Row(name, off, off, (0.0, 0.0))
+        yield StageError(name, off, off, (0.0, 0.0))
 
 
-def stage_rows(case: Case, found: tuple[Stages, Stages], reference: Reference, narrow: bool = False) -> Iterator[Row]:
+def stage_rows(case: ParityCase, found: tuple[Stages, Stages], reference: Reference, narrow: bool = False) -> Iterator[StageError]:
     """Of what was found from the inputs on, and on transformers' stages."""
     layers = {name: i for i, name in enumerate(name for name in found[0] if re.search(r"layers/\d+$", name))}
     gone = 0
@@ -192,12 +201,12 @@ def stage_rows(case: Case, found: tuple[Stages, Stages], reference: Reference, n
             seen(name, stages[name], case.inputs) for stages in (*found, reference.run, reference.exact, reference.exact_local)
         )
         own = (error(run, exact), error(run, exact_local)) if narrow else (None, None)
-        yield Row(name, error(all_ours, exact), error(local, exact_local), limits(name, gone, narrow), own)
+        yield StageError(name, error(all_ours, exact), error(local, exact_local), limits(name, gone, narrow), own)
     if case.inputs.targets.any():
         yield _loss(case, found[0]["logits"], reference, narrow)
 
 
-def _loss(case: Case, logits: np.ndarray, reference: Reference, narrow: bool) -> Row:
+def _loss(case: ParityCase, logits: np.ndarray, reference: Reference, narrow: bool) -> StageError:
     """Accumulated of our logits, local of theirs.
 
     A loss is the mean over n targets of a difference of numbers as large as the logits: of a small one, float32 has lost the digits, in
@@ -205,29 +214,29 @@ def _loss(case: Case, logits: np.ndarray, reference: Reference, narrow: bool) ->
     """
     inputs = case.inputs
     mine = lambda logits: np.asarray(token_loss(jnp.asarray(logits), jnp.asarray(inputs.tokens), jnp.asarray(inputs.targets)))[None]
-    run, exact = (theirs.loss(stages["logits"], inputs) for stages in (reference.run, reference.exact))
+    run, exact = (torch_model.loss(stages["logits"], inputs) for stages in (reference.run, reference.exact))
     if narrow:  # of a single number no ratio is worth having: no further from float32 than transformers, or than what is lost in a step of bfloat16
-        return Row("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (2**-8, LOSS))
+        return StageError("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (2**-8, LOSS))
     lost = float(np.finfo(np.float32).eps * np.abs(reference.run["logits"]).max() / inputs.targets.sum() ** 0.5 / np.abs(run[0]))
-    return Row("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (max(GROWTH, lost), max(LOSS, lost)))
+    return StageError("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (max(GROWTH, lost), max(LOSS, lost)))
 
 
-def _compiled(case: Case, model: Any, reference: Reference, narrow: bool) -> Row:
+def _compiled(case: ParityCase, model: Any, reference: Reference, narrow: bool) -> StageError:
     """The logits of the whole model in one program, as it is used; layer by layer they are those of one program a layer."""
     logits = np.asarray(scoring.forward(model, case.inputs), np.float32)
     found, run, exact = (seen("logits", value, case.inputs) for value in (logits, reference.run["logits"], reference.exact["logits"]))
     own = error(run, exact) if narrow else None
     depth = case.checkpoint.config.vision.num_hidden_layers + case.checkpoint.config.decoder.num_hidden_layers
-    return Row("logits, one program", error(found, exact), None, (NARROW if narrow else GROWTH * (1 + depth) ** 0.5, 0.0), (own, None))
+    return StageError("logits, one program", error(found, exact), None, (NARROW if narrow else GROWTH * (1 + depth) ** 0.5, 0.0), (own, None))
 
 
-def _gradients(found: Stages, wanted: Stages) -> Iterator[Row]:
+def _gradients(found: Stages, wanted: Stages) -> Iterator[StageError]:
     """Of each layer, and of what is in none, the parameter whose gradient is furthest off; backwards, as they are computed."""
-    order: dict[str, list[Row]] = {}
+    order: dict[str, list[StageError]] = {}
     for path in found:
         if not path.endswith("attention/k/bias"):  # zero but for rounding: softmax does not see what all keys share
             off = error(found[path], wanted[path])
             group = re.match(r"(\w+/layers/\d+|[^/]+)", path)
-            order.setdefault(group[0] if group else path, []).append(Row(f"gradient, {path}", off, None, (GRADIENT, 0.0)))
+            order.setdefault(group[0] if group else path, []).append(StageError(f"gradient, {path}", off, None, (GRADIENT, 0.0)))
     for rows in reversed(order.values()):
         yield max(rows, key=lambda row: row.accumulated.relative)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax.inference import generate
-from paligemma_jax.model.layers import parameters
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.parity.source import Case
+from paligemma_jax.model.tree import parameters
+from paligemma_jax.parity.inputs import ParityCase
 from paligemma_jax.training.losses import answer_loss
 
 TIE = 1e-3  # two float32 logits that close may change places
@@ -37,7 +37,7 @@ class Tokens:
         return all(at is None or self.gaps[row, at] < TIE for row, at in enumerate(self.first))
 
 
-def greedy(model: PaliGemma, case: Case, theirs: tuple[np.ndarray, np.ndarray]) -> Tokens:
+def greedy(model: PaliGemma, case: ParityCase, theirs: tuple[np.ndarray, np.ndarray]) -> Tokens:
     """Ours beside theirs (tokens and gaps)."""
     wanted, gaps = theirs
     found = generate.generate(model, case.asked, wanted.shape[1]).tokens
@@ -48,7 +48,7 @@ def greedy(model: PaliGemma, case: Case, theirs: tuple[np.ndarray, np.ndarray]) 
     return Tokens(found, wanted, gaps, (ours, truth))
 
 
-def gradients(model: PaliGemma, case: Case) -> dict[str, np.ndarray]:
+def gradients(model: PaliGemma, case: ParityCase) -> dict[str, np.ndarray]:
     """Of the loss, the mean over all targets, by parameter path."""
     inputs, longest = jax.tree.map(jnp.asarray, case.inputs), int(case.inputs.targets.sum(axis=1).max())
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-Source = str | Path | Image.Image | np.ndarray
+ImageSource = str | Path | Image.Image | np.ndarray
 
 
-def load_image(source: Source) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """RGB image of a file, a PIL image, or a uint8 array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
 
     A source gives the pixels that transformers 5.23 gives for the same source, so files and open images differ in two ways:
@@ -33,7 +33,7 @@ def load_image(source: Source) -> Image.Image:
     raise ValueError(f"an image is a path, a PIL image or a uint8 array, not {type(source).__name__}: convert it first")
 
 
-def pixels(images: Sequence[Source], size: int) -> np.ndarray:
+def pixel_values(images: Sequence[ImageSource], size: int) -> np.ndarray:
     """float32 [M, size, size, 3] in [-1, 1]: each image squashed to a square with PIL's bicubic (NUMERICS 2.2), aspect ratio not kept.
 
     `x / 127.5 - 1` in float32 is the reference's rescale by 1/255 and normalisation by mean and deviation 0.5, to the bit.

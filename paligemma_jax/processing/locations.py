@@ -15,10 +15,10 @@ from itertools import accumulate
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from paligemma_jax.processing.image import Source, load_image
-from paligemma_jax.processing.masks_codec import CODES, SIDE, VOCABULARY, MaskCodec
+from paligemma_jax.processing.image import ImageSource, load_image
+from paligemma_jax.processing.mask_codec import CODES, SIDE, VOCABULARY, MaskCodec
 
-LAST = 1023  # the number of the last bin: the right or lower edge
+LAST_BIN = 1023  # the number of the last bin: the right or lower edge
 Box = tuple[float, float, float, float]
 Size = tuple[int, int]  # width, height in pixels, as Pillow has it
 
@@ -48,7 +48,7 @@ class Detections(list[Detection]):
         self.skipped = list(skipped)
 
 
-def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
+def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
     """The things that an answer points at, in pixels of an image of `size`.
 
     text: or its tokens, each with its log-probability, from which the detections get their scores.
@@ -63,7 +63,7 @@ def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
         skipped.append(text[at : thing.start()])
         at = thing.end()
         box, codes = ([int(n) for n in re.findall(r"\d+", part)] for part in thing.groups()[:2])
-        if len(box) != 4 or max(box) > LAST or box[0] >= box[2] or box[1] >= box[3]:
+        if len(box) != 4 or max(box) > LAST_BIN or box[0] >= box[2] or box[1] >= box[3]:
             skipped.append(thing[0])
             continue
         if codes and (len(codes) != CODES or max(codes) >= VOCABULARY):
@@ -78,7 +78,7 @@ def parse(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
     return Detections(found, [part for part in skipped if part])
 
 
-def write(things: Iterable[Detection], size: Size) -> str:
+def location_text(things: Iterable[Detection], size: Size) -> str:
     """The text that says these: an answer to learn. A box thinner than a bin may be written as one without extent, which `parse` skips.
 
     ValueError for a box without extent or beyond the image, or a label that ; or < would end.
@@ -90,29 +90,29 @@ def write(things: Iterable[Detection], size: Size) -> str:
         if thing.codes and (len(thing.codes) != CODES or not all(0 <= code < VOCABULARY for code in thing.codes)):
             raise ValueError(f"{thing.label}: {len(thing.codes)} codes of a mask: there are {CODES}, of 0 to {VOCABULARY - 1}")
         masked = "".join(f"<seg{code:03}>" for code in thing.codes)
-        parts.append(f"{locations(bins(thing.box, size))}{masked} {thing.label}".rstrip())
+        parts.append(f"{location_tokens(location_bins(thing.box, size))}{masked} {thing.label}".rstrip())
     return " ; ".join(parts)
 
 
-def bins(box: Box, size: Size) -> list[float]:
+def location_bins(box: Box, size: Size) -> list[float]:
     """A box in pixels as y0 x0 y1 x1 in bins, not yet rounded. ValueError if it has no extent, or is not on the image."""
     (left, top, right, bottom), (width, height) = box, size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(f"box {tuple(box)} is none (left, top, right, bottom) on an image of {width} x {height} pixels: clip it, or leave it out")
-    return [top / height * LAST, left / width * LAST, bottom / height * LAST, right / width * LAST]
+    return [top / height * LAST_BIN, left / width * LAST_BIN, bottom / height * LAST_BIN, right / width * LAST_BIN]
 
 
-def locations(values: Iterable[float]) -> str:
+def location_tokens(values: Iterable[float]) -> str:
     """Bins as text, each rounded and kept within 0 to 1023."""
-    return "".join(f"<loc{min(max(round(value), 0), LAST):04}>" for value in values)
+    return "".join(f"<loc{min(max(round(value), 0), LAST_BIN):04}>" for value in values)
 
 
 def _pixels(box: list[int], size: Size) -> Box:
-    top, left, bottom, right = (n / LAST * side for n, side in zip(box, (size[1], size[0]) * 2))
+    top, left, bottom, right = (n / LAST_BIN * side for n, side in zip(box, (size[1], size[0]) * 2))
     return left, top, right, bottom
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes, both (left, top, right, bottom) or both y before x."""
     sides = [max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
     both = sides[0] * sides[1]
@@ -142,7 +142,7 @@ def paste(mask: np.ndarray, box: Box, size: Size) -> np.ndarray:
 # To look at
 
 
-def draw(image: Source, things: Iterable[Detection]) -> Image.Image:
+def draw(image: ImageSource, things: Iterable[Detection]) -> Image.Image:
     """A copy of the image with the boxes, their labels and scores, and the masks; each label has its colour."""
     things, picture = list(things), load_image(image).copy()
     labels = list(dict.fromkeys(thing.label for thing in things))

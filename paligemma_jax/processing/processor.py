@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from paligemma_jax.processing.image import Source, pixels
+from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 
 Array = Any  # numpy from the Processor, jax inside a compiled function
-Images = Source | Sequence[Source | Sequence[Source]]
+ImageInputs = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]
 
 BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
 
@@ -40,10 +40,10 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedPrompt:
     """One prompt as ids, with its images not yet opened."""
 
-    images: tuple[Source, ...]
+    images: tuple[ImageSource, ...]
     prompt: list[int]
     suffix: list[int]
 
@@ -59,7 +59,7 @@ class Processor:
 
     def __call__(
         self,
-        images: Images,
+        images: ImageInputs,
         prompts: str | Sequence[str],
         suffixes: str | Sequence[str] | None = None,
         padding_side: str = "left",
@@ -79,9 +79,9 @@ class Processor:
         """
         rows = self.rows(images, prompts, suffixes)
         flat = [image for row in rows for image in row.images]
-        return Inputs(images=pixels(flat, self.image_size), **self.pad(rows, padding_side, length))
+        return Inputs(images=pixel_values(flat, self.image_size), **self.pad(rows, padding_side, length))
 
-    def rows(self, images: Images, prompts: str | Sequence[str], suffixes: str | Sequence[str] | None = None) -> list[Row]:
+    def rows(self, images: ImageInputs, prompts: str | Sequence[str], suffixes: str | Sequence[str] | None = None) -> list[EncodedPrompt]:
         """The ids of every prompt and which images it has; no image is opened. Arguments and errors as those of a call."""
         prompts, suffixes = _texts(prompts, "prompt"), None if suffixes is None else _texts(suffixes, "suffix")
         if suffixes is not None and len(suffixes) != len(prompts):
@@ -93,9 +93,9 @@ class Processor:
         groups = [tuple(islice(remaining, prompt.count(IMAGE))) for prompt in prompts]
         heads = [self._prompt_ids(prompt) for prompt in prompts]
         tails = [[*self.tokenizer.encode(suffix), self.tokenizer.eos_id] for suffix in suffixes] if suffixes is not None else [[]] * len(heads)
-        return [Row(*row) for row in zip(groups, heads, tails)]
+        return [EncodedPrompt(*row) for row in zip(groups, heads, tails)]
 
-    def pad(self, rows: Sequence[Row], padding_side: str = "left", length: int | None = None) -> dict[str, np.ndarray]:
+    def pad(self, rows: Sequence[EncodedPrompt], padding_side: str = "left", length: int | None = None) -> dict[str, np.ndarray]:
         """The fields of `Inputs` but its images; ValueError if a row is longer than `length` or the context."""
         heads, tails = [row.prompt for row in rows], [row.suffix for row in rows]
         return _pad(heads, tails, self._length(heads, tails, length), padding_side, self.tokenizer.pad_id)
@@ -133,7 +133,7 @@ def _texts(texts: str | Sequence[str], name: str) -> list[str]:
     return listed
 
 
-def _place(images: Images, prompts: list[str]) -> tuple[list[Source], list[str]]:
+def _place(images: ImageInputs, prompts: list[str]) -> tuple[list[ImageSource], list[str]]:
     """All images in order, and each prompt with one `<image>` for each of its own.
 
     transformers mends a batch in which only some prompts have `<image>` by writing bos into the others' words; here that is an error.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageEnhance
 
+from paligemma_jax.data.rows import Example
 from paligemma_jax.processing.image import load_image
-from paligemma_jax.processing.locations import BOX, LAST, locations
-from paligemma_jax.training.data import Example
+from paligemma_jax.processing.locations import BOX, LAST_BIN, location_tokens
 
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
@@ -38,7 +38,7 @@ class Augment:
         still = "<seg" in prefix + suffix
         if mirrored and not still and not SIDES.search(prefix + suffix):
             images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
-            prefix, suffix = (moved(text, lambda box: box[[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, LAST, 0, LAST]) for text in (prefix, suffix))
+            prefix, suffix = (moved(text, lambda box: box[[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, LAST_BIN, 0, LAST_BIN]) for text in (prefix, suffix))
         if self.crop < 1 and not still and len(images) == 1 and not BOX.search(prefix):
             cut = moved(suffix, lambda box: inside(box, window))
             if cut or not suffix:
@@ -60,7 +60,7 @@ def moved(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
     kept, pieces = "", re.split(r"(\s*;\s*)", text)
     for gap, part in zip(["", *pieces[1::2]], pieces[::2]):
         boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in BOX.findall(part)]
-        places = iter([locations(box) for box in boxes if box is not None])
+        places = iter([location_tokens(box) for box in boxes if box is not None])
         if all(box is not None for box in boxes):
             kept += (gap if kept else "") + BOX.sub(lambda _, places=places: next(places), part)
     return kept
@@ -69,6 +69,6 @@ def moved(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
 def inside(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
     """The box as the window shows it; None if less than a third of it can be seen."""
     start, size = np.tile(window[:2], 2), np.tile(window[2:] - window[:2], 2)
-    seen = np.clip((box / LAST - start) / size, 0, 1) * LAST
+    seen = np.clip((box / LAST_BIN - start) / size, 0, 1) * LAST_BIN
     area = lambda b: max(b[2] - b[0], 0) * max(b[3] - b[1], 0)
     return seen if area(seen) * size[0] * size[1] * 3 >= area(box) and area(seen) > 0 else None

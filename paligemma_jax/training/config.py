@@ -21,7 +21,7 @@ TRAIN = {
 
 
 @dataclass(frozen=True)
-class Finetune:
+class FinetuneConfig:
     """What a run does, each choice with its default. ValueError for what cannot be."""
 
     data: str
@@ -139,9 +139,9 @@ class Finetune:
             for name in names.split():
                 if (value := getattr(self, name)) is not None and not holds(value):
                     raise ValueError(f"--{name.replace('_', '-')} {value}: it {rule}")
-        for name, hint in get_type_hints(Finetune).items():
+        for name, hint in get_type_hints(FinetuneConfig).items():
             known = [word for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for word in get_args(kind)]
-            if known and (value := getattr(self, name)) not in (*known, getattr(Finetune, name)):
+            if known and (value := getattr(self, name)) not in (*known, getattr(FinetuneConfig, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {value}: there are {', '.join(known)}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
@@ -150,7 +150,7 @@ class Finetune:
                 re.compile(getattr(self, name))
             except re.error as error:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r} is not {known}a regular expression: {error}") from None
-        Quantization.of(self.quantize)
+        Quantization.parse(self.quantize)
         if self.features and self.augments:
             raise ValueError("--features are those of the pictures as they are: leave out --flip, --crop and --color")
 

@@ -16,81 +16,86 @@ import numpy as np
 from tqdm import tqdm
 
 from convert import peft
-from paligemma_jax import checkpoint, devices
-from paligemma_jax.inference.loading import keep_programs, make_processor
+from paligemma_jax import lora
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.save import save_model
+from paligemma_jax.checkpoints.source import load_config, resolve
+from paligemma_jax.data.rows import RowSource, count_rows, error_prefix, example_at, read_examples
+from paligemma_jax.inference.loading import enable_compilation_cache, make_processor
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.model.layers import parameters, with_parameters
-from paligemma_jax.processing.processor import Processor, round_up
-from paligemma_jax.quantization import quantize
-from paligemma_jax.scaling import hosts
-from paligemma_jax.scaling.cost import matrix_rate, training_flops
-from paligemma_jax.scaling.sharding import check_rows, distribute, find_mesh, own_rows, spread
-from paligemma_jax.synthetic import stacked, unstacked
-from paligemma_jax.training import lora
+from paligemma_jax.model.flops import training_flops
+from paligemma_jax.model.stack import unstack_model
+from paligemma_jax.model.tree import parameters, with_parameters
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.sharding import devices, hosts
+from paligemma_jax.sharding.arrays import distribute, local_rows, shard_batch
+from paligemma_jax.sharding.devices import matrix_rate
+from paligemma_jax.sharding.mesh import check_batch_size, resolve_mesh
 from paligemma_jax.training.augment import Augment
-from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import Batch, Rows, ahead, batch, counted, example_at, naming, order, read, tokenized
+from paligemma_jax.training.batches import Batch, encode_example, make_batch, prefetch, row_order
+from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.features import Features
-from paligemma_jax.training.runs import Run, check
-from paligemma_jax.training.trainer import State, Trainer
+from paligemma_jax.training.prepare import max_targets, prepare_model
+from paligemma_jax.training.runs import Run, check_run_folder
+from paligemma_jax.training.trainer import Trainer, TrainState
 
 
-@hosts.together()
-def finetune(config: Finetune, data: Rows | None = None, validation: Rows | None = None) -> Path:
+@hosts.exit_together()
+def finetune(config: FinetuneConfig, data: RowSource | None = None, validation: RowSource | None = None) -> Path:
     """Trains as `config` says; returns the folder of the final model, or adapter. ValueError for whatever the user can mend.
 
     data, validation: rows in the place of those files, by number: lists, grain sources, data sets.
     A run that was stopped, by SIGTERM or anything worse, continues with `resume=True` from its last checkpoint, bit for bit on a CPU.
     Of several processes (`config.hosts`) each opens the images of its rows, holds its shards, and writes them.
     """
-    keep_programs()
-    hosts.join(config.hosts)
-    devices.check()
-    source = checkpoint.resolve(config.model)
+    enable_compilation_cache()
+    hosts.initialize(config.hosts)
+    devices.check_devices()
+    source = resolve(config.model)
     if config.lora and peft.is_adapter(source):
         raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
     processor = make_processor(source)
     train, held_out = _rows(config, processor, data, validation)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     several = "auto" if jax.process_count() > 1 else None
-    mesh = find_mesh(config.mesh or several, checkpoint.load_config(source), training=True, rows=config.batch_size // config.accumulate)
-    check_rows("--batch-size", config.batch_size, config.accumulate, mesh)
+    mesh = resolve_mesh(config.mesh or several, load_config(source), training=True, rows=config.batch_size // config.accumulate)
+    check_batch_size("--batch-size", config.batch_size, config.accumulate, mesh)
     if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
-    if hosts.first():
-        check(config)
+    if hosts.is_first_process():
+        check_run_folder(config)
     model = _loaded(config, source, mesh)
     features = Features(Path(config.features), model, processor.image_size) if config.features else None
     if features:
         features.fill(model, [train, held_out], config.batch_size)
-    make = partial(batch, processor=processor, size=config.batch_size, length=config.length, features=features, own=own_rows(config.batch_size, mesh))
-    lesson = partial(_lesson, config, partial(make, parts=config.accumulate), train)
+    make = partial(make_batch, processor=processor, size=config.batch_size, length=config.length, features=features, own=local_rows(config.batch_size, mesh))
+    lesson = partial(_training_batch, config, partial(make, parts=config.accumulate), train)
     lesson(0)
-    with naming("validation"):
+    with error_prefix("validation"):
         for _ in _whole(make, held_out, config.batch_size) if validation is not None else ():  # those of a file have been read
             pass
-    trainer = Trainer(distribute(prepared(model, config, delete=True), mesh), config, steps)
+    trainer = Trainer(distribute(prepare_model(model, config, delete=True), mesh), config, steps)
     del model
     run = Run(config)  # now, so that a run that cannot start leaves nothing behind
     state = run.restore(trainer.start())
     state, stopped = _loop(trainer, run, state, steps, lesson, make, held_out, processor)
     run.finish()
     if stopped:
-        if hosts.first():
+        if hosts.is_first_process():
             print(f"stopped after step {int(state.step)}; --resume continues")
         return run.folder
-    if hosts.first():
+    if hosts.is_first_process():
         run.chart()
     return _save(trainer, state, source, run.folder)
 
 
-def _rows(config: Finetune, processor: Processor, data: Rows | None, validation: Rows | None) -> tuple[Rows, Rows]:
+def _rows(config: FinetuneConfig, processor: Processor, data: RowSource | None, validation: RowSource | None) -> tuple[RowSource, RowSource]:
     """Those to learn from and those to measure on."""
-    fits = partial(tokenized, processor=processor, length=config.length)
-    train = read(config.data, fits) if data is None else data
-    held_out = validation if validation is not None else read(config.validation, fits) if config.validation else []
+    fits = partial(encode_example, processor=processor, length=config.length)
+    train = read_examples(config.data, fits) if data is None else data
+    held_out = validation if validation is not None else read_examples(config.validation, fits) if config.validation else []
     for name, rows in (("data", train), ("validation", held_out)):
-        if counted(name, rows) and not any(example_at(rows, i).weight for i in range(len(rows))):
+        if count_rows(name, rows) and not any(example_at(rows, i).weight for i in range(len(rows))):
             raise ValueError(f"{name}: every row has weight 0, so there is nothing to learn")
     if not len(train):
         raise ValueError("data has no rows")
@@ -99,12 +104,12 @@ def _rows(config: Finetune, processor: Processor, data: Rows | None, validation:
     return train, held_out
 
 
-def _loaded(config: Finetune, source: Path, mesh: Any) -> Any:
+def _loaded(config: FinetuneConfig, source: Path, mesh: Any) -> Any:
     """The model, with what learns in float32; activations and what is frozen are by default bfloat16, whatever the checkpoint's, on a CPU float32."""
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
-    model = checkpoint.load_model(source, dtype, config.numerics, mesh, wide, config.quantize)
-    paths = list(parameters(jax.eval_shape(partial(prepared, config=config), model)))
+    model = load_model(source, dtype, config.numerics, mesh, wide, config.quantize)
+    paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
     for path in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
         if any(wide(f"{path}/{part}") for part in ("codes", "scale", "kernel", "table")):
             why = "--quantize" if config.quantize else f"--model {config.model}"
@@ -114,29 +119,18 @@ def _loaded(config: Finetune, source: Path, mesh: Any) -> Any:
     return model
 
 
-def prepared(model: Any, config: Finetune, delete: bool = False) -> Any:
-    """A model with its layers as a list, as `config` trains it: quantized, stacked, with LoRA. Of arrays, or of shapes inside `jax.eval_shape`.
-
-    delete: the arrays that are stacked.
-    """
-    model = quantize(model, config.quantize) if config.quantize else model
-    model = stacked(model, delete) if config.layers == "stack" else model
-    if not config.lora:
-        return model
-    ranks = {"decoder": config.lora_rank, "vision": config.lora_vision_rank}
-    return lora.add_lora(model, ranks, config.lora_alpha, config.rslora, config.lora_dropout, config.lora_target, config.seed)
 
 
-def _loop(trainer: Trainer, run: Run, state: State, steps: int, lesson: Any, make: Any, validation: Rows, processor: Processor) -> tuple[State, bool]:
+def _loop(trainer: Trainer, run: Run, state: TrainState, steps: int, lesson: Any, make: Any, validation: RowSource, processor: Processor) -> tuple[TrainState, bool]:
     config, first = trainer.config, int(state.step)
     rate = matrix_rate(trainer.model.config.activation_dtype)
-    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.first() else True) as bar:
+    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.is_first_process() else True) as bar:
         began = time.perf_counter()
-        for step, data in enumerate(ahead(partial(lesson, step) for step in range(first, steps)), first + 1):
-            state, report = trainer.step(state, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
+        for step, data in enumerate(prefetch(partial(lesson, step) for step in range(first, steps)), first + 1):
+            state, report = trainer.step(state, trainer.frozen, shard_batch(data, trainer.mesh), longest=max_targets(data))
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
-            work = training_flops(trainer.model.config, data.inputs, trainer.names, encodes=data.features is None)
+            work = training_flops(trainer.model.config, data.inputs.tokens, data.inputs.targets, trainer.names, encodes=data.features is None)
             line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": devices.peak_bytes()}
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 raise ValueError(run.bad(line, data))
@@ -147,7 +141,7 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, lesson: Any, mak
             run.log(line)
             bar.update()
             bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
-            stop = hosts.any_of(bool(asked))
+            stop = hosts.any_process(bool(asked))
             if step == steps or step % config.save_every == 0 or "validation_loss" in line or stop:
                 run.save(step, state, line.get("validation_loss"))
             if stop and step < steps:
@@ -157,7 +151,7 @@ def _loop(trainer: Trainer, run: Run, state: State, steps: int, lesson: Any, mak
 
 
 @contextmanager
-def _kept(run: Run, state: State, line: dict[str, Any]) -> Iterator[None]:
+def _kept(run: Run, state: TrainState, line: dict[str, Any]) -> Iterator[None]:
     """A measurement that fails does not lose the steps before it. (Several processes would save together, and may not all have failed.)"""
     try:
         yield
@@ -169,32 +163,32 @@ def _kept(run: Run, state: State, line: dict[str, Any]) -> Iterator[None]:
         raise
 
 
-def _lesson(config: Finetune, make: Callable[..., Batch], source: Rows, step: int) -> Batch:
+def _training_batch(config: FinetuneConfig, make: Callable[..., Batch], source: RowSource, step: int) -> Batch:
     """What a step learns from, counted from 0: a function of the seed and its number."""
     start = step * config.batch_size
-    examples = [example_at(source, int(i)) for i in order(len(source), config.seed, start, config.batch_size)]
+    examples = [example_at(source, int(i)) for i in row_order(len(source), config.seed, start, config.batch_size)]
     if config.augments:
         augment = Augment(config.flip, config.crop, config.color)
         examples = [augment(example, np.random.default_rng((config.seed, start + n))) for n, example in enumerate(examples)]
     return make(examples)
 
 
-def _whole(make: Callable[..., Batch], source: Rows, size: int) -> Iterator[Batch]:
+def _whole(make: Callable[..., Batch], source: RowSource, size: int) -> Iterator[Batch]:
     """All rows, as they are."""
     made = lambda start: make([example_at(source, i) for i in range(start, min(start + size, len(source)))])
-    return ahead(partial(made, start) for start in range(0, len(source), size))
+    return prefetch(partial(made, start) for start in range(0, len(source), size))
 
 
-def _measure(trainer: Trainer, state: State, make: Any, rows: Rows) -> float:
+def _measure(trainer: Trainer, state: TrainState, make: Any, rows: RowSource) -> float:
     """The loss over all rows, as they are, in the run's own reduction."""
     total, count = 0.0, 0.0
     for data in _whole(make, rows, trainer.config.batch_size):
-        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, spread(data, trainer.mesh), longest=longest(data))
+        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, shard_batch(data, trainer.mesh), longest=max_targets(data))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1e-9)
 
 
-def _answer(trainer: Trainer, state: State, run: Run, rows: Rows, processor: Processor) -> None:
+def _answer(trainer: Trainer, state: TrainState, run: Run, rows: RowSource, processor: Processor) -> None:
     """What the model says to the first rows, into samples.jsonl."""
     examples = [example_at(rows, i) for i in range(min(trainer.config.samples, len(rows)))]
     if not examples:
@@ -206,29 +200,27 @@ def _answer(trainer: Trainer, state: State, run: Run, rows: Rows, processor: Pro
         run.log({"step": int(state.step), "prefix": example.prefix, "suffix": example.suffix, "answer": answer.text}, "samples.jsonl")
 
 
-def _save(trainer: Trainer, state: State, source: Path, folder: Path) -> Path:
+def _save(trainer: Trainer, state: TrainState, source: Path, folder: Path) -> Path:
     """The adapter, if LoRA alone has learned; else, or if asked for, the whole model, merged into the base as it was before it was quantized."""
     config, model = trainer.config, trainer.result(state)
-    model = unstacked(model) if config.layers == "stack" else model
-    found, plain = lora.factors(model), {path for path in trainer.names if "/lora_" not in path}
+    model = unstack_model(model) if config.layers == "stack" else model
+    found, plain = lora.lora_factors(model), {path for path in trainer.names if "/lora_" not in path}
     if found and not plain:
-        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(source.resolve())
-        if hosts.first():
-            peft.write(folder / "adapter", found, model.config, base)
-        hosts.wait("adapter")
+        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(resolve())
+        if hosts.is_first_process():
+            peft.write_adapter(folder / "adapter", found, model.config, base)
+        hosts.barrier("adapter")
         if config.export is None:
             return folder / "adapter"
     if found:
         learned = parameters(model)
-        before = parameters(base_model := checkpoint.load_model(source, model.config.dtype, config.numerics, trainer.mesh))
+        before = parameters(base_model := load_model(source, model.config.dtype, config.numerics, trainer.mesh))
         model = with_parameters(base_model, lambda path: learned.get(path, before[path]))
-        model = lora.merge(distribute(lora.attach(model, found), trainer.mesh))
-    checkpoint.save(folder / "model", model, like=source, to=config.export or "jax", force=True)
+        model = lora.merge_lora(distribute(lora.attach_lora(model, found), trainer.mesh))
+    save_model(folder / "model", model, like=source, to=config.export or "jax", force=True)
     return folder / "model"
 
 
-def longest(data: Batch) -> int:
-    return round_up(int(data.inputs.targets.sum(axis=1).max()))
 
 
 class _sigterm:

@@ -51,7 +51,7 @@ def answer_loss(
       smoothing: the part of each target that is spread over the whole vocabulary.
     """
     seen = model.encode_images(inputs.images) if features is None else model.projector(features.astype(model.config.activation_dtype))
-    x = model.answer(inputs.tokens, seen, inputs.valid, inputs.prefix)
+    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=seen)
     targets = inputs.targets.at[:, 0].set(False)  # nothing comes before it
     places = jnp.argsort(~targets, axis=1, stable=True)[:, :longest]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1, mode="clip")

@@ -9,10 +9,10 @@ from typing import Any
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-from paligemma_jax.training.config import Finetune
+from paligemma_jax.training.config import FinetuneConfig
 
 
-def make_schedule(config: Finetune, steps: int) -> optax.Schedule:
+def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
     """The learning rate by step: a linear warm-up, whose first step learns already, then as `config.schedule` says, down to 0 after the last step."""
     warmup = min(round(config.warmup if config.warmup >= 1 else config.warmup * steps), steps)
     rest = max(steps - warmup, 1)
@@ -27,7 +27,7 @@ def make_schedule(config: Finetune, steps: int) -> optax.Schedule:
     return optax.join_schedules([up, after], [warmup])
 
 
-def make_optimizer(config: Finetune, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
     """Of a dict path -> parameter, whose gradient is clipped already; Adam's eps is torch's 1e-8.
 
     A step takes the learning rate times the decay of each weight, with every rule (`optax.adafactor` alone would take the decay whatever the rate).

@@ -13,20 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from paligemma_jax.scaling import hosts
-from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import Batch
-from paligemma_jax.training.trainer import State
+from paligemma_jax.sharding import hosts
+from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.trainer import TrainState
 
 NEW = ".new"  # of a file that is still being written
 
 
-def settings(config: Finetune) -> dict[str, Any]:
+def settings(config: FinetuneConfig) -> dict[str, Any]:
     """What config.json holds; devices and processes may be others when a run is resumed."""
     return asdict(replace(config, resume=False, mesh=None, hosts=None))
 
 
-def check(config: Finetune) -> None:
+def check_run_folder(config: FinetuneConfig) -> None:
     """ValueError if the folder is no place to begin this run, or to resume it; nothing is written. It may have been moved since it was begun."""
     folder = Path(config.output)
     if config.tensorboard:
@@ -45,14 +45,14 @@ def check(config: Finetune) -> None:
 class Run:
     """config.json, log.jsonl, samples.jsonl, checkpoints/, loss.png, and tensorboard/ where wanted."""
 
-    def __init__(self, config: Finetune):
+    def __init__(self, config: FinetuneConfig):
         self.folder = Path(config.output)
-        if hosts.first():
+        if hosts.is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             if not config.resume:
                 _write(self.folder / "config.json", json.dumps(settings(config), indent=2) + "\n")
-        hosts.wait("run")
-        self.board: Any = _board()(str(self.folder / "tensorboard")) if config.tensorboard and hosts.first() else None
+        hosts.barrier("run")
+        self.board: Any = _board()(str(self.folder / "tensorboard")) if config.tensorboard and hosts.is_first_process() else None
         policies, good = ocp.checkpoint_managers, lambda found: -found["validation_loss"]
         best = policies.BestN(get_metric_fn=good, n=1, keep_checkpoints_without_metrics=False)  # without: a kill came while it was removed
         kept = policies.AnyPreservationPolicy([policies.LatestN(config.keep), best])
@@ -60,11 +60,11 @@ class Run:
         options = ocp.CheckpointManagerOptions(preservation_policy=kept, best_fn=good, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.folder.resolve() / "checkpoints", options=options)
 
-    def restore(self, state: State) -> State:
+    def restore(self, state: TrainState) -> TrainState:
         """The last checkpoint, or `state` where there is none; what was logged after it is dropped."""
         step = self.manager.latest_step()
         for log in (self.folder / "log.jsonl", self.folder / "samples.jsonl"):
-            if log.exists() and hosts.first():
+            if log.exists() and hosts.is_first_process():
                 whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
                 _write(log, "".join(line for line in whole if json.loads(line)["step"] <= (step or 0)))
         if step is None:
@@ -72,7 +72,7 @@ class Run:
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         return self.manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[return-value]
 
-    def save(self, step: int, state: State, validation_loss: float | None) -> None:
+    def save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
         """Returns as soon as training may go on; the writing goes on beside it, until `finish`."""
         metrics = {"validation_loss": np.inf if validation_loss is None else validation_loss}  # Orbax warns of every save without
         if jax.default_backend() == "cpu":  # there Orbax holds on to the very memory that the next step is given
@@ -86,7 +86,7 @@ class Run:
             self.board.close()
 
     def log(self, line: dict[str, Any], name: str = "log.jsonl") -> None:
-        if not hosts.first():
+        if not hosts.is_first_process():
             return
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -103,7 +103,7 @@ class Run:
         arrays = {name: getattr(data.inputs, name) for name in ("tokens", "images", "valid", "prefix", "targets")}
         features = None if data.features is None else np.asarray(data.features, np.float32)  # numpy's files have no bfloat16
         arrays |= {"weights": data.weights, "features": features}
-        if hosts.first():
+        if hosts.is_first_process():
             np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
         last = self.manager.latest_step()
         return (

@@ -13,12 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from paligemma_jax.model.layers import parameters, remat, with_parameters
+from paligemma_jax.lora import lora_dropout
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.scaling.sharding import compiled, distribute, mesh_of, settle, shardings
-from paligemma_jax.training.config import Finetune
-from paligemma_jax.training.data import Batch
-from paligemma_jax.training.lora import dropout
+from paligemma_jax.model.stack import remat
+from paligemma_jax.model.tree import parameters, with_parameters
+from paligemma_jax.sharding.arrays import distribute
+from paligemma_jax.sharding.compiled import constrain_tree, mesh_jit
+from paligemma_jax.sharding.mesh import mesh_of
+from paligemma_jax.sharding.rules import shardings
+from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.losses import answer_loss
 from paligemma_jax.training.optimizers import make_optimizer
 
@@ -28,7 +32,7 @@ Loss = Callable[[Any, Any, int], tuple[Array, Array]]  # of model, batch and `lo
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class TrainState:
     """What a step changes, and so what a checkpoint holds. The random numbers of a step are a function of the seed and its number."""
 
     step: Array  # int32: steps done
@@ -44,7 +48,7 @@ class Trainer:
     gradients and the optimizer's state are split as the parameters are.
     """
 
-    def __init__(self, model: Any, config: Finetune, steps: int, loss: Loss | None = None):
+    def __init__(self, model: Any, config: FinetuneConfig, steps: int, loss: Loss | None = None):
         self.config, self.loss = config, loss or partial(_answer_loss, config)
         values = parameters(model)
         self.model = with_parameters(model, lambda path: jax.ShapeDtypeStruct(values[path].shape, values[path].dtype))
@@ -55,20 +59,20 @@ class Trainer:
         self._first = {path: values[path] for path in self.names}
         self.optimizer = make_optimizer(config, steps)
         self.mesh = mesh_of(values)
-        self.step = compiled(self._step, static_argnames="longest", donate_argnames="state")
-        self.losses = compiled(self._losses, static_argnames="longest")
+        self.step = mesh_jit(self._step, static_argnames="longest", donate_argnames="state")
+        self.losses = mesh_jit(self._losses, static_argnames="longest")
 
-    def start(self) -> State:
+    def start(self) -> TrainState:
         """The state before the first step. Once: what it was made of is not kept, for it may fill the device."""
         learns = {path: jnp.array(self._first.pop(path), jnp.float32) for path in self.names}
         where = shardings(jax.eval_shape(self.optimizer.init, learns), self.mesh) if self.mesh else None
         optimizer = jax.jit(self.optimizer.init, out_shardings=where)(learns) if where else self.optimizer.init(learns)
-        return State(distribute(jnp.int32(0), self.mesh), learns, optimizer, jax.tree.map(jnp.copy, learns) if self.config.ema else {})
+        return TrainState(distribute(jnp.int32(0), self.mesh), learns, optimizer, jax.tree.map(jnp.copy, learns) if self.config.ema else {})
 
     def filled(self, learns: Parameters, frozen: Parameters) -> Any:
         return with_parameters(self.model, (frozen | learns).__getitem__)
 
-    def result(self, state: State) -> Any:
+    def result(self, state: TrainState) -> Any:
         """The model as measured and saved: with the average, where there is one."""
         return self.filled(state.average or state.learns, self.frozen)
 
@@ -77,13 +81,13 @@ class Trainer:
         with remat(self.config.remat):
             return self.loss(self.filled(learns, frozen), batch, longest)
 
-    def _step(self, state: State, frozen: Parameters, batch: Any, longest: int) -> tuple[State, dict[str, Array]]:
+    def _step(self, state: TrainState, frozen: Parameters, batch: Any, longest: int) -> tuple[TrainState, dict[str, Array]]:
         """One update. The parts of the batch add up their sums, divided once: the gradient is that of the whole."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def gradients(part: Any, key: Array) -> Any:
-            with dropout(key):
-                return settle(jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest))
+            with lora_dropout(key):
+                return constrain_tree(jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest))
 
         if (parts := self.config.accumulate) == 1:
             (loss, count), gradient = gradients(batch, key)
@@ -99,11 +103,11 @@ class Trainer:
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.learns)
         learns: Any = optax.apply_updates(state.learns, updates)
         average = optax.incremental_update(learns, state.average, 1 - self.config.ema) if self.config.ema else {}
-        new = State(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
+        new = TrainState(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)  # what is not a number changes nothing
-        return settle(new), {"loss": loss, "gradient_norm": norm}
+        return constrain_tree(new), {"loss": loss, "gradient_norm": norm}
 
 
-def _answer_loss(config: Finetune, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:
+def _answer_loss(config: FinetuneConfig, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:
     options: Any = dict(reduction=config.reduction, smoothing=config.label_smoothing)
     return answer_loss(model, batch.inputs, batch.weights, longest, batch.features, **options)

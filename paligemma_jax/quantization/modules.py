@@ -1,0 +1,102 @@
+"""Modules with weights in 8 or 4 bits, called as the ones they replace; they do not train.
+
+The arithmetic is in `model/codes.py`, the formats and their names in `model/precision.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from paligemma_jax.model.codes import decode, multiply, scales
+from paligemma_jax.model.constrain import constrain
+from paligemma_jax.model.decoder import Embedder
+from paligemma_jax.model.layers import add_bias, product
+from paligemma_jax.model.precision import WeightFormat
+
+
+class QuantizedLinear(nnx.Module):
+    """A `Linear` whose kernel is stored as codes and scales (`model/codes.py`).
+
+    `axes`, `shape`, `contracted`, `bias` and `lead` are those of the `Linear`.
+    """
+
+    def __init__(
+        self,
+        format: WeightFormat,
+        axes: str,
+        shape: tuple[int, ...],
+        contracted: int,
+        parts: Mapping[str, Array],
+        bias: nnx.Param | None = None,
+    ):
+        self.format, self.axes, self.shape = format, axes, shape
+        self.contracted, self.bias = contracted, bias
+        self.codes, self.scale = nnx.Param(parts["codes"]), nnx.Param(parts["scale"])
+        self.nested = nnx.Param(parts["nested"]) if "nested" in parts else None
+
+    @property
+    def parts(self) -> dict[str, Array]:
+        parts = {"codes": self.codes, "scale": self.scale, "nested": self.nested}
+        return {name: param[...] for name, param in parts.items() if param is not None}
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axes of a stack of layers."""
+        return self.codes.shape[: self.codes.ndim - len(self.shape)]
+
+    def dense(self, dtype: DTypeLike) -> Array:
+        """The kernel [*lead, out..., in...] in `dtype`."""
+        return decode(self.format, self.parts, self.shape).astype(dtype)
+
+    def __call__(self, x: Array) -> Array:
+        outs, ins = self.shape[: -self.contracted], self.shape[-self.contracted :]
+        # Checkpointed: otherwise the backward pass would keep every layer's widened kernel.
+        if self.format.kind != "int8" and math.prod(ins) % self.format.block:
+
+            @jax.checkpoint
+            def widen_and_multiply(x: Array) -> Array:  # blocks span the ends of rows
+                return product(x, self.dense(x.dtype), self.contracted, jnp.float32)
+
+            return add_bias(widen_and_multiply(x), self.bias).astype(x.dtype)
+        flat = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
+        y = jax.checkpoint(self.multiply)(flat, self.codes[...], scales(self.parts))
+        y = y.reshape(*y.shape[:-1], *outs)
+        return add_bias(y, self.bias).astype(x.dtype)  # rounded once, as in `Linear`
+
+    def multiply(self, x: Array, codes: Array, scale: Array) -> Array:
+        """x [..., I] times codes [out..., in...] (or some of their rows) and their float32 scales
+        -> float32[..., O].
+
+        Parts that are split along D or W are gathered first, so that devices of a fully sharded
+        model exchange codes instead of widened weights.
+        """
+        axes = " ".join(self.axes.replace("D", "-").replace("W", "-"))
+        codes, scale = constrain(axes, codes), constrain(axes, scale)
+        rows = math.prod(codes.shape[: -self.contracted])
+        per_row = () if self.format.kind == "int8" else (-1,)
+        return multiply(
+            self.format, x, codes.reshape(rows, -1), scale.reshape(rows, *per_row)
+        )
+
+
+class QuantizedEmbedder(QuantizedLinear, Embedder):
+    """An `Embedder` whose table is stored as codes and scales."""
+
+    def rows(self, tokens: Array, dtype: DTypeLike) -> Array:
+        parts = {"codes": self.codes[...][tokens], "scale": scales(self.parts)[tokens]}
+        return decode(self.format, parts, (*tokens.shape, self.shape[1])).astype(dtype)
+
+    def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
+        codes, scale = self.codes[...], scales(self.parts)
+        if parts > 1:
+            codes, scale = (
+                a.reshape(-1, parts, *a.shape[1:])[:, part] for a in (codes, scale)
+            )
+        return jax.checkpoint(self.multiply)(x, codes, scale)

@@ -1,0 +1,226 @@
+"""Data sets as they are published, in miniature, become rows that can be learned from and measured."""
+
+import contextlib
+import json
+import pickle
+import shlex
+
+import numpy as np
+import pytest
+import tyro
+from PIL import Image
+
+from paligemma_jax.checkpoints.source import TINY, codec_file
+from paligemma_jax.data import pickled
+from paligemma_jax.data.datasets import CONVERTERS, convert
+from paligemma_jax.data.recipes import RECIPES
+from paligemma_jax.data.refcoco import rasterize
+from paligemma_jax.data.rows import read_examples
+from paligemma_jax.evaluation.cases import METRICS, Case
+from paligemma_jax.training.config import FinetuneConfig
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Writes files (as JSON, where they are not text or bytes) and pictures; returns what the converter makes of the files."""
+
+    def run(name, files, pictures, size=(64, 48), **options):
+        for file, content in files.items():
+            data = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
+            (tmp_path / file).write_bytes(data)
+        for picture in pictures:
+            (tmp_path / "pictures" / picture).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", size, "red").save(tmp_path / "pictures" / picture)
+        output = tmp_path / "out" / "rows.jsonl"
+        count = convert(name, [tmp_path / file for file in files], tmp_path / "pictures", output, **options)
+        rows = [json.loads(line) for line in output.read_text().splitlines()]
+        assert len(rows) == count and all((output.parent / row["image"]).is_file() for row in rows)
+        return rows
+
+    return run
+
+
+PEOPLE = ["nous les gosses"] * 6 + ["dakota"] * 4
+TEXTVQA = {
+    "dataset_type": "val",
+    "data": [{"question": "what is the brand?", "image_id": "003a8ae2ef43b901", "answers": PEOPLE, "question_id": 34602}],
+}
+COCO = {"images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}],
+        "annotations": [{"image_id": 9, "id": 1, "caption": "A cat. "}, {"image_id": 9, "id": 2, "caption": "Two cats."}]}  # fmt: skip
+
+
+def test_textvqa(make, tmp_path):
+    (row,) = make("textvqa", {"TextVQA_0.5.1_val.json": TEXTVQA}, ["003a8ae2ef43b901.jpg"])
+    assert row == {
+        "image": "../pictures/003a8ae2ef43b901.jpg",
+        "prefix": "answer en what is the brand?",
+        "suffix": "nous les gosses",
+        "answers": PEOPLE,
+        "id": 34602,
+    }
+    assert read_examples(tmp_path / "out" / "rows.jsonl")[0].suffix == "nous les gosses"  # as finetune reads it
+    rows = make("textvqa", {"TextVQA_0.5.1_val.json": TEXTVQA}, [], every_answer=True, prompt="q: {}")
+    assert [row["suffix"] for row in rows] == PEOPLE and rows[0]["prefix"] == "q: what is the brand?"
+
+
+def test_vqav2(make):
+    questions = {"data_subtype": "val2014", "questions": [{"image_id": 42, "question": "Is it?", "question_id": 42000}]}
+    answers = [{"answer": "yes", "answer_confidence": "yes", "answer_id": i} for i in range(1, 11)]
+    annotations = {"annotations": [{"question_id": 42000, "image_id": 42, "answers": answers, "answer_type": "yes/no", "question_type": "is it"}]}
+    (row,) = make("vqav2", {"questions.json": questions, "annotations.json": annotations}, ["COCO_val2014_000000000042.jpg"])
+    assert (row["prefix"], row["suffix"], row["answers"]) == ("answer en Is it?", "yes", ["yes"] * 10)
+    assert (row["type"], row["question_type"], row["id"]) == ("yes/no", "is it", 42000)
+    (row,) = make("vqav2", {"questions.json": questions | {"data_subtype": "test-dev2015"}}, ["COCO_test2015_000000000042.jpg"])
+    assert "suffix" not in row and row["image"].endswith("COCO_test2015_000000000042.jpg")
+
+
+def test_docci(make):
+    items = [
+        {"example_id": f"{split}_00000", "split": split, "image_file": f"{split}_00000.jpg", "description": "A dog.\nIt runs."}
+        for split in ("train", "test")
+    ]
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    (row,) = make("docci", {"docci_descriptions.jsonlines": lines}, ["test_00000.jpg"], split="test")
+    assert (row["prefix"], row["suffix"], row["id"]) == ("caption en", "A dog.\nIt runs.", "test_00000")
+
+
+def test_chartqa(make):
+    files = {
+        "test_human.json": [{"imgname": "1.png", "query": "How many?", "label": "14"}],
+        "test_augmented.json": [{"imgname": "2.png", "query": "Which?", "label": 2}],
+    }
+    human, augmented = make("chartqa", files, ["1.png", "2.png"])
+    assert (human["prefix"], human["suffix"], human["type"]) == ("How many?", "14", "human")
+    assert (augmented["suffix"], augmented["type"]) == ("2", "augmented")
+
+
+def test_docvqa(make):
+    about = {"questionId": 337, "question": "Which date?", "question_types": ["handwritten", "form"], "docId": 1}
+    item = about | {"image": "documents/xnbl0037_1.png", "answers": ["1/8/93", "1/8/1993"]}
+    (row,) = make("docvqa", {"val_v1.0_withQT.json": {"dataset_name": "SP-DocVQA", "data": [item]}}, ["documents/xnbl0037_1.png"])
+    assert (row["prefix"], row["suffix"], row["answers"], row["type"]) == ("Which date?", "1/8/93", ["1/8/93", "1/8/1993"], "handwritten, form")
+
+
+def test_coco_captions(make):
+    (row,) = make("coco-captions", {"captions_val2014.json": COCO}, ["COCO_val2014_000000000009.jpg"])
+    assert (row["prefix"], row["suffix"], row["answers"]) == ("caption en", "A cat.", ["A cat.", "Two cats."])
+    karpathy = {
+        "images": [
+            {"filepath": "val2014", "filename": "a.jpg", "cocoid": 5, "split": split, "sentences": [{"raw": f"{split} cat "}]}
+            for split in ("test", "val")
+        ]
+    }
+    (row,) = make("coco-captions", {"dataset_coco.json": karpathy}, ["val2014/a.jpg"], split="val")
+    assert (row["suffix"], row["id"]) == ("val cat", 5)
+
+
+# ---- RefCOCO
+
+REFS = [
+    {"ref_id": 1, "ann_id": 7, "category_id": 1, "file_name": "COCO_train2014_1_1.jpg", "image_id": 1, "split": "testA", "sent_ids": [3, 4],
+     "sentences": [{"tokens": ["left", "man"], "raw": "left man", "sent_id": 3, "sent": "left man"},
+                   {"tokens": ["guy"], "raw": "guy; here", "sent_id": 4, "sent": "guy; here"}]},
+    {"ref_id": 2, "ann_id": 8, "category_id": 1, "file_name": "x", "image_id": 1, "split": "val", "sent_ids": [5],
+     "sentences": [{"tokens": ["dog"], "raw": "dog", "sent_id": 5, "sent": "dog"}]},
+]  # fmt: skip
+POLYGON = [8.0, 12.0, 40.0, 12.0, 40.0, 36.0, 8.0, 36.0]
+INSTANCES = {
+    "images": [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "width": 64, "height": 48}],
+    "annotations": [{"id": 7, "image_id": 1, "bbox": [8, 12, 32, 24], "segmentation": [POLYGON], "iscrowd": 0, "category_id": 1},
+                    {"id": 8, "image_id": 1, "bbox": [60, 0, 9, 48], "segmentation": {"counts": [60 * 48, 4 * 48], "size": [48, 64]}, "iscrowd": 1}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_refcoco_boxes(make, protocol):
+    files = {"refs(unc).p": pickle.dumps(REFS, protocol), "instances.json": INSTANCES}
+    one, two = make("refcoco-detect", files, ["COCO_train2014_000000000001.jpg"], split="testA")
+    assert one["prefix"] == "detect left man" and one["suffix"] == "<loc0256><loc0128><loc0767><loc0639> left man"
+    assert two["prefix"] == "detect guy, here" and (one["boxes"], one["labels"], one["id"]) == ([[8, 12, 40, 36]], ["left man"], 3)
+    (edge,) = make("refcoco-detect", files, [], split="val")
+    assert edge["boxes"] == [[60, 0, 64, 48]]  # clipped to the picture
+
+
+def test_refcoco_masks(make, tmp_path):
+    files = {"refs(unc).p": pickle.dumps(REFS, 2), "instances.json": INSTANCES}
+    rows = make("refcoco-segment", files, ["COCO_train2014_000000000001.jpg"])
+    assert [row["prefix"] for row in rows] == ["left man", "guy, here", "dog"] and rows[0]["suffix"] == "<loc0256><loc0128><loc0767><loc0639>"
+    wanted = np.zeros((2, 48, 64), bool)
+    wanted[0, 12:36, 8:40], wanted[1, :, 60:] = True, True
+    for row, mask in zip(rows[1:], wanted):
+        np.testing.assert_array_equal(Case(row, tmp_path / "out").wanted_mask(None), mask)
+    rows = make("refcoco-segment", files, [], codec=codec_file(TINY))
+    assert rows[0]["suffix"].count("<seg") == 16 and rows[0]["suffix"].startswith("<loc0256><loc0128><loc0767><loc0639><seg")
+
+
+def test_polygons_are_filled_as_cocos_are():
+    """To within the pixels of the edge, which pycocotools rounds in its own way."""
+    coco = pytest.importorskip("pycocotools.mask")
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        angle = np.sort(rng.uniform(0, 2 * np.pi, 12))
+        points = np.stack([100 + rng.uniform(30, 80, 12) * np.cos(angle), 90 + rng.uniform(30, 80, 12) * np.sin(angle)], 1)
+        mask = np.asarray(rasterize([points.ravel().tolist()], (200, 180))) > 0
+        theirs = coco.decode(coco.frPyObjects([points.ravel().tolist()], 180, 200))[..., 0] > 0
+        assert (mask & theirs).sum() / (mask | theirs).sum() > 0.97
+
+
+def test_a_pickle_file_is_read_as_data_alone():
+    for protocol in range(6):
+        assert pickled.read(pickle.dumps(REFS, protocol)) == REFS
+    things = [{"a": [1, 2**40, -3, 300, 70000, 1.5], "b": ("x", None, True), "ü": {"t": (), "q": (1,), "r": (1, 2, 3, 4)}}, "x" * 300]
+    assert pickled.read(pickle.dumps([*things, things[0]], 2)) == [*things, things[0]]
+    for harm in (b"cos\nsystem\n(S'echo hi'\ntR.", pickle.dumps(print), pickle.dumps(np.zeros(3)), pickle.dumps({1, 2}, 4)):
+        with pytest.raises(ValueError, match="does more than hold data"):
+            pickled.read(harm)
+    rng, whole = np.random.default_rng(0), pickle.dumps(REFS, 2)
+    for _ in range(500):
+        damaged = bytearray(whole[: rng.integers(len(whole) + 1)])
+        for at in rng.integers(max(len(damaged), 1), size=3 * bool(damaged)):
+            damaged[at] = rng.integers(256)
+        with contextlib.suppress(ValueError):
+            pickled.read(bytes(damaged))
+
+
+# ---- What goes wrong, and the recipes
+
+
+def test_what_is_not_as_published_is_told(make, tmp_path):
+    with pytest.raises(ValueError, match=r"1 pictures are not there, as .*003a8ae2ef43b901.jpg: give their folder with --images"):
+        make("textvqa", {"a.json": TEXTVQA}, [])
+    with pytest.raises(ValueError, match=r"none of .*a.json has 'data'"):
+        make("textvqa", {"a.json": {"questions": []}}, [])
+    with pytest.raises(ValueError, match=r"a.json: not as published \(KeyError: 'question'\); TextVQA_0.5.1_val.json"):
+        make("textvqa", {"a.json": {"data": [{"image_id": 1}]}}, [])
+    with pytest.raises(ValueError, match=r"a.json is not JSON"):
+        make("docvqa", {"a.json": "{"}, [])
+    with pytest.raises(ValueError, match="no rows of split nowhere"):
+        make(
+            "docci", {"a.jsonlines": json.dumps({"example_id": "1", "split": "test", "image_file": "1.jpg", "description": "x"})}, [], split="nowhere"
+        )
+    with pytest.raises(ValueError, match=r"no refs\(...\).p among the files"):
+        make("refcoco-detect", {"instances.json": INSTANCES}, [])
+    with pytest.raises(ValueError, match=r"none.json: no such file"):
+        convert("docvqa", [tmp_path / "none.json"], tmp_path, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_runs_of_the_trainer(name):
+    recipe = RECIPES[name]
+    assert name in CONVERTERS and set(recipe.metrics) <= set(METRICS) and recipe.source
+    for size in recipe.learning_rate:
+        for resolution in recipe.resolutions:
+            command = shlex.split(recipe.commands(name, size, resolution).splitlines()[0])
+            config = tyro.cli(FinetuneConfig, args=command[2:])
+            assert config == FinetuneConfig(**{"data": config.data, "output": config.output, "model": config.model, **recipe.finetune(size, resolution)})
+            assert f"{size}-pt-{resolution}" in config.model and config.batch_size in (64, 256)
+    with pytest.raises(ValueError, match="this was tried at"):
+        recipe.finetune("3b", 512)
+
+
+def test_recipes_hold_what_big_vision_says():
+    textvqa, refcoco, chartqa = (RECIPES[name].finetune for name in ("textvqa", "refcoco-segment", "chartqa"))
+    assert textvqa("3b", 224)["epochs"] == 0.5 and textvqa("3b", 448)["epochs"] == 1 and textvqa("3b", 448)["weight_decay"] == 3e-7
+    assert refcoco("10b", 896)["batch_size"] == 64 and refcoco("3b", 448)["label_smoothing"] == 0.3
+    assert chartqa("3b", 896)["epochs"] == 30 and chartqa("3b", 224)["label_smoothing"] == 0.2

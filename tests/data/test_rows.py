@@ -1,0 +1,68 @@
+"""Rows to learn from: their order, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.finetuning import data  # noqa: F401
+
+from paligemma_jax.data.rows import make_example, read_examples
+from paligemma_jax.training.batches import row_order
+from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.finetune import finetune
+
+
+def test_order():
+    first = row_order(10, 0, 0, 30)
+    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20)) and list(first[:10]) != list(first[10:20])
+    np.testing.assert_array_equal(row_order(10, 0, 7, 9), first[7:16])
+    assert list(row_order(10, 1, 0, 10)) != list(first[:10])
+
+
+def test_wrong_rows_are_counted_and_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = ["{", '{"image": "a.png", "prefix": "x", "suffix": "y"}', '{"prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": ""}']
+    rows += ['{"image": "broken.png", "prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": 3}', "[]", ""]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError) as told:
+        read_examples(tmp_path / "rows.jsonl")
+    message = str(told.value)
+    for part in ("7 rows cannot be used", "line 1: not JSON", "line 3: image is missing", "line 4: suffix is empty", "and 2 more"):
+        assert part in message
+
+
+def test_what_only_a_closer_look_finds(data, tmp_path):  # noqa: F811
+    """Half a JPEG, a picture that three rows miss, bytes that are no text, a row that is too long; a byte order mark is no mistake."""
+    Image.open(data.parent / "0.png").resize((300, 300)).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    row = lambda image, prefix="ocr": json.dumps({"image": image, "prefix": prefix, "suffix": "y"}).encode()
+    rows = [row("whole.jpg"), row("half.jpg"), row("no.jpg"), row("no.jpg"), row("no.jpg"), b'{"image": "\xff"}', row("whole.jpg", "ocr " * 9000)]
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows))
+    with pytest.raises(ValueError) as told:
+        finetune(FinetuneConfig(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
+    message = str(told.value)
+    for part in ("6 rows", "line 2: ", "half.jpg is not a readable image", "line 3: no such image", "line 5: ", "line 6: not JSON", "and 1 more"):
+        assert part in message
+    assert "line 1: " not in message and not (tmp_path / "run").exists()
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\n" + rows[-1])
+    with pytest.raises(ValueError, match=r"1 rows cannot be used: line 2: .* but the context is"):
+        finetune(FinetuneConfig(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0])
+    assert len(read_examples(tmp_path / "rows.jsonl")) == 1
+
+
+@pytest.mark.parametrize("weight", [np.float32(0.5), np.int64(2), 3])
+def test_rows_of_numpy_and_of_grain(weight):
+    """Their numbers are numbers, and a tuple is a list."""
+    example = make_example({"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}, 1)
+    assert example.weight == float(weight) and len(example.images) == 2
+
+
+def test_a_file_without_rows(tmp_path):
+    for text, expected in (("", "has no rows"), ("\n", "has no rows")):
+        (tmp_path / "empty.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=expected):
+            read_examples(tmp_path / "empty.jsonl")

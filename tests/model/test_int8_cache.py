@@ -1,0 +1,69 @@
+"""The KV cache in 8 bits: its rounding, what decoding from it makes of the logits, and that it is written and taken apart as the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from support.decoding import prefill
+from support.toys import batch
+
+import paligemma_jax as pg
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.source import TINY
+from paligemma_jax.model.cache import Int8Array
+from paligemma_jax.model.stack import stack_model
+from tools.quantization_table import decoded
+
+
+def test_rounding():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 32)).astype(np.float32)
+    small = Int8Array.quantize(x)
+    assert small.codes.dtype == np.int8 and small.scale.shape == (2, 5, 3, 1)
+    np.testing.assert_allclose(small.codes * small.scale, x, atol=np.abs(x).max() / 254 * 1.001)
+    assert not np.asarray(Int8Array.quantize(0 * x).codes).any()
+
+
+@pytest.mark.parametrize("form", ["list", "stack"])
+def test_decoding_from_it(form):
+    """Ten steps over the same tokens: as from a cache in float32, up to what 8 bits take; the last key is read back from its slot."""
+    model = load_model(TINY)
+    small = load_model(TINY, quantize="cache=int8")
+    model, small = (stack_model(m, delete=False) if form == "stack" else m for m in (model, small))
+    inputs = batch(model)
+    inputs = replace(inputs, valid=inputs.valid & inputs.prefix)
+    slots = inputs.tokens.shape[1] + 10
+    (first, cache), (same, held) = (prefill(m, inputs, slots) for m in (model, small))
+    np.testing.assert_array_equal(first, same)
+    assert sum(a.nbytes for a in jax.tree.leaves(held.k)) == pytest.approx(sum(a.nbytes for a in jax.tree.leaves(cache.k)) * (32 + 4) / (4 * 32))
+    step = jax.jit(type(model).decode_step)
+    for _ in range(10):
+        token = np.asarray(first.argmax(-1), np.int32)
+        (first, cache), (found, held) = step(model, token, cache), step(small, token, held)
+        spread = np.std(first, axis=-1).max()
+        assert 0 < np.abs(found - first).max() < 0.05 * spread
+    layer = lambda cache: jax.tree.map(lambda a: np.asarray(a), cache.k)
+    codes, dense = (layer(held).codes[0], layer(cache)[0]) if form == "stack" else (layer(held)[0].codes, layer(cache)[0])
+    scale = layer(held).scale[0] if form == "stack" else layer(held)[0].scale
+    np.testing.assert_allclose(codes * scale, dense, atol=np.abs(dense).max() / 254 * 1.001)
+
+
+def test_it_still_reads():
+    photo = TINY.parent / "digits.jpg"
+    small = pg.load("tiny", quantize="cache=int8")
+    assert small.config.cache == "int8" and small.generate(photo, "ocr") == ["4 3 2 3"]
+    assert small.generate(photo, "ocr", sampler=pg.Beam(2)) == ["4 3 2 3"]
+
+
+def test_its_error_as_the_table_measures_it():
+    """Decoded step by step the dense model's logits are the teacher-forced ones; from 8 bits they are a few thousandths of their size off."""
+    photo, ask = TINY.parent / "digits.jpg", (["ocr", "ocr"], ["4 3 2 3", "3 2"])
+    predictor = pg.load("tiny")
+    dense, small = (decoded(p, [photo] * 2, *ask) for p in (predictor, pg.load("tiny", quantize="cache=int8")))
+    logits, inputs = predictor.logits([photo] * 2, *ask)
+    for row in range(2):
+        first = inputs.targets[row].argmax() - 1
+        np.testing.assert_allclose(dense[:, row], logits[row, first : first + len(dense)], atol=1e-4)
+    assert 1e-5 < np.linalg.norm(small - dense) / np.linalg.norm(dense) < 5e-3

@@ -1,0 +1,123 @@
+"""What differs between the two numerics profiles, row by row of `NUMERICS`, each against a formula of its own."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.decoding import prefill
+from support.hf_models import hf_logits, random_inputs, save_checkpoint
+
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.inference import scoring
+from paligemma_jax.model.config import NO_WINDOW, NUMERICS, Numerics
+from paligemma_jax.model.layers import rope
+
+ROWS = ((1, 5, 12),)
+
+
+@pytest.fixture
+def both(random_checkpoint):
+    reference, directory, ours = random_checkpoint("pg2", 4)
+    return reference, ours, load_model(directory, numerics="big_vision"), random_inputs(reference, ROWS)
+
+
+def logits(model, inputs):
+    return np.asarray(scoring.forward(model, inputs))
+
+
+def test_every_row_is_tested():
+    """A field added to `Numerics` needs a test here."""
+    tested = {name.removeprefix("test_row_") for name in globals() if name.startswith("test_row_")}
+    assert tested == {field.name for field in fields(Numerics)}
+    assert all(
+        getattr(NUMERICS["transformers"], f.name) != getattr(NUMERICS["big_vision"], f.name) or f.name == "capped_decode" for f in fields(Numerics)
+    )
+
+
+def test_row_sliding_window(both):
+    """Without its window (and its final cap) transformers' model gives big_vision's numbers."""
+    reference, ours, theirs, inputs = both
+    assert theirs.config.decoder.windows(theirs.config.profile) == (NO_WINDOW,) * 5
+    assert ours.config.decoder.windows(ours.config.profile) == (8, NO_WINDOW, 8, NO_WINDOW, 8)
+    cap = reference.config.text_config.final_logit_softcapping
+    saved = list(reference.config.text_config.layer_types)
+    try:
+        reference.config.text_config.layer_types[:] = ["full_attention"] * 5
+        expected = hf_logits(reference, inputs)
+    finally:
+        reference.config.text_config.layer_types[:] = saved
+    found = cap * np.tanh(logits(theirs, inputs) / cap)
+    assert np.abs(found - expected)[inputs.valid].max() < 2e-4
+    assert np.abs(found - logits(ours, inputs))[inputs.targets].max() > 0.1
+
+
+def test_row_capped_prefill(both):
+    """Teacher-forced logits and the first generated token's are not capped by big_vision; transformers 5.23 caps them."""
+    _, ours, theirs, inputs = both
+    short = replace(inputs, **{name: getattr(inputs, name)[:, :22] for name in ("tokens", "valid", "prefix", "targets")})  # no window yet
+    capped, free = logits(ours, short), logits(theirs, short)
+    np.testing.assert_allclose(capped, 30 * np.tanh(free / 30), atol=2e-4)
+    assert np.abs(capped - free).max() > 0.1
+    first = [np.asarray(prefill(model, short, 24)[0]) for model in (ours, theirs)]
+    np.testing.assert_allclose(first[0], 30 * np.tanh(first[1] / 30), atol=2e-4)
+
+
+def test_row_capped_decode(both):
+    """Both cap the later tokens' logits."""
+    theirs = both[2]
+    assert NUMERICS["transformers"].capped_decode and NUMERICS["big_vision"].capped_decode
+    short = random_inputs(both[0], ((1, 5, 0),))
+    _, cache = prefill(theirs, short, 40)
+    token = jnp.array([7])
+    capped, _ = theirs.decode_step(token, cache)
+    longer = random_inputs(both[0], ((1, 5, 1),))
+    longer = replace(longer, tokens=np.concatenate([short.tokens, [[7]]], 1).astype(np.int32))
+    np.testing.assert_allclose(capped, 30 * np.tanh(logits(theirs, longer)[:, -1] / 30), atol=2e-4)
+
+
+def test_row_first_position(both):
+    """1-based in transformers, 0-based in big_vision: seen in the spans, equal in exact arithmetic."""
+    _, ours, theirs, inputs = both
+    for model, first in ((ours, 1), (theirs, 0)):
+        span = prefill(model, inputs, 40)[1].span
+        np.testing.assert_array_equal(span.positions[0, : inputs.tokens.shape[1]], np.arange(inputs.tokens.shape[1]) + first)
+
+
+def test_rope_is_the_same():
+    """big_vision's own expression, restated from its `models/ppp/gemma.py`; transformers' is in tests/model/test_parity.py."""
+    x = np.random.default_rng(0).normal(size=(1, 4400, 2, 256)).astype(np.float32)
+    positions = jnp.arange(4400)[None]
+    timescale = 10000.0 ** ((2.0 / 256) * jnp.arange(128, dtype=jnp.float32))
+    radians = (positions[..., None] / timescale[None, None, :])[..., None, :]
+    first, second = np.split(x, 2, axis=-1)
+    expected = np.concatenate([first * jnp.cos(radians) - second * jnp.sin(radians), second * jnp.cos(radians) + first * jnp.sin(radians)], -1)
+    np.testing.assert_allclose(rope(jnp.asarray(x), positions, 10000.0), expected, atol=1e-6)
+
+
+def test_row_scale_query(both):
+    """Scaling queries or scores is the same in exact arithmetic: only rounding may tell them apart."""
+    _, ours, _, inputs = both
+    profile = dict(NUMERICS)
+    attention = [layer.attention for layer in ours.decoder.layers]
+    expected = logits(ours, inputs)
+    try:
+        for layer in attention:
+            layer.numerics = replace(profile["transformers"], scale_query=True)
+        found = logits(ours, inputs)
+    finally:
+        for layer in attention:
+            layer.numerics = profile["transformers"]
+    assert 0 < np.abs(found - expected).max() < 2e-4
+
+
+def test_row_float32_activations(both, tmp_path):
+    """big_vision computes in float32 whatever the parameters are."""
+    import torch
+
+    directory = save_checkpoint(both[0], tmp_path, dtype=torch.bfloat16)
+    narrow, wide = load_model(directory, "bfloat16", "big_vision"), load_model(directory, "float32", "big_vision")
+    assert narrow.config.activation_dtype == "float32" and load_model(directory, "bfloat16").config.activation_dtype == "bfloat16"
+    assert np.abs(logits(narrow, both[3]) - logits(wide, both[3])).max() < 2e-4

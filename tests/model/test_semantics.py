@@ -1,0 +1,318 @@
+"""Twenty sharp tests against transformers in float32, each built so that one particular mistake shows.
+
+Numbers 15 and 16 are in tests/processing/test_image.py and tests/processing/test_processor.py, 18 in tests/training/test_losses.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from support.decoding import prefill, tokens_of
+from support.hf_models import (
+    IMAGE,
+    hf_inputs,
+    hf_logits,
+    hf_stages,
+    old_config,
+    random_inputs,
+    random_model,
+    save_checkpoint,
+)
+from support.rows import one_row, replace_config
+from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
+
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.inference import generate, scoring
+from paligemma_jax.inference.sampling import Sample
+from paligemma_jax.model.masks import prefix_lm_mask, token_span
+
+KINDS = pytest.mark.parametrize("kind", ["pg2", "pg1"])
+
+
+def assert_logits(reference, model, inputs, most=2e-4):
+    expected = hf_logits(reference, inputs)
+    error = np.abs(np.asarray(scoring.forward(model, inputs)) - expected)[inputs.valid]
+    assert error.max() <= most and error.mean() <= 2e-5
+    return expected
+
+
+
+
+@KINDS
+def test_norms_of_one_layer(random_checkpoint, kind):
+    """Random norm weights, the output of the first layer: w for 1 + w, missing post-norms, the two roles of post_attention_layernorm."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    expected = hf_stages(reference, inputs)["decoder/layers/0"]
+    np.testing.assert_allclose(scoring.forward_stages(model, inputs)["decoder/layers/0"], expected, atol=2e-5)
+
+
+def test_query_scale(random_checkpoint):
+    """query_pre_attn_scalar 18, head_dim 20, heads * head_dim != hidden."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    config = model.config.decoder
+    assert (config.query_pre_attn_scalar, config.head_dim, config.num_attention_heads * config.head_dim) == (18, 20, 80) and config.hidden_size == 56
+    assert_logits(reference, model, random_inputs(reference, ((1, 5, 6),)))
+
+
+def test_window_does_not_narrow_the_prefix(random_checkpoint):
+    """W = 8 < 16 image tokens, prompt only."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    assert_logits(reference, model, random_inputs(reference, ((1, 9, 0),)))
+
+
+@pytest.mark.parametrize("window", [7, 8, 9])
+def test_window_on_the_suffix(random_checkpoint, window):
+    """Each window must match its own: missing, off by one, wrong layers."""
+    reference, _, model = random_checkpoint("pg2", 3, text=(("sliding_window", window),))
+    inputs = random_inputs(reference, ((1, 5, 10),))
+    expected = assert_logits(reference, model, inputs)
+    wrong = random_checkpoint("pg2", 3, text=(("sliding_window", window + 1),))[2]
+    assert np.abs(np.asarray(scoring.forward(wrong, inputs)) - expected)[inputs.targets].max() > 0.1
+
+
+@KINDS
+def test_who_sees_whom(random_checkpoint, kind):
+    """Changing the last suffix token moves nothing before it; changing the last prompt token moves the image positions."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    run = lambda place, name: np.asarray(scoring.forward_stages(model, replace(inputs, tokens=changed(inputs.tokens, place)))[name])
+    assert (run(-1, "logits")[0, :-1] == run(None, "logits")[0, :-1]).all()
+    assert (run(-1, "logits")[0, -1] != run(None, "logits")[0, -1]).any()
+    assert (np.abs(run(-8, "decoder/layers/0") - run(None, "decoder/layers/0"))[0, :16].max(axis=1) > 1e-4).all()
+
+
+def changed(tokens, place):
+    tokens = tokens.copy()
+    if place is not None:
+        tokens[0, place] = 7 if tokens[0, place] != 7 else 8
+    return tokens
+
+
+@KINDS
+@pytest.mark.parametrize("prefix", [False, True])
+def test_all_suffix_all_prefix(random_checkpoint, kind, prefix):
+    """token_type_ids all one: plain causal; all zero: everything sees everything."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    assert_logits(reference, model, replace(inputs, prefix=np.full_like(inputs.prefix, prefix), targets=np.full_like(inputs.targets, not prefix)))
+
+
+@KINDS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(random_checkpoint, kind, side):
+    """A row of a batch equals the row alone; positions are 1-based and skip the pads."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 9, 8), (1, 3, 2)), side=side)
+    assert_logits(reference, model, inputs)
+    for row in (0, 1):
+        alone = one_row(inputs, row, slice(row, row + 1))
+        batched = np.asarray(scoring.forward(model, inputs))[row][inputs.valid[row]]
+        np.testing.assert_allclose(batched, scoring.forward(model, alone)[0], atol=1e-5 * np.abs(batched).max())
+        np.testing.assert_allclose(batched, reference_alone(reference, alone), atol=2e-4)
+
+
+def reference_alone(reference, inputs):
+    with torch.no_grad():  # without position_ids: transformers' own arange + 1
+        return reference(**hf_inputs(inputs)).logits[0].numpy()
+
+
+def test_cached_decoding_across_the_window(random_checkpoint):
+    """Greedy, 20 tokens, left-padded batch: tokens equal transformers', logits equal a full recompute."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
+    tokens = tokens_of(model, inputs, 20)
+    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=20, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
+    np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+    grown = lambda old, new: np.concatenate([old, new], axis=1)
+    yes, no = np.ones_like(tokens, bool), np.zeros_like(tokens, bool)
+    full = replace(
+        inputs,
+        tokens=grown(inputs.tokens, tokens),
+        valid=grown(inputs.valid, yes),
+        prefix=grown(inputs.prefix, no),
+        targets=grown(inputs.targets, yes),
+    )
+    expected = hf_logits(reference, full)
+    logits, cache = prefill(model, inputs, inputs.tokens.shape[1] + 24)
+    for step in range(20):
+        np.testing.assert_allclose(logits, expected[:, inputs.tokens.shape[1] + step - 1], atol=2e-4)
+        logits, cache = model.decode_step(jnp.asarray(tokens[:, step]), cache)
+
+
+@KINDS
+def test_right_padded_generation(random_checkpoint, kind):
+    """transformers itself fails here; the oracle is each row alone."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 9, 0), (2, 3, 0), (1, 1, 0)), side="right")
+    found = tokens_of(model, inputs, 16)
+    for row, images in enumerate((slice(0, 1), slice(1, 3), slice(3, 4))):
+        alone = one_row(inputs, row, images)
+        expected = reference.generate(**hf_inputs(alone), max_new_tokens=16, do_sample=False)[0, alone.tokens.shape[1] :].numpy()
+        np.testing.assert_array_equal(found[row, : len(expected)], expected)
+
+
+def test_image_features_are_not_scaled(random_checkpoint):
+    """The projector's output goes in as it is; text is table * sqrt(D)."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    stages = {name: np.asarray(value) for name, value in scoring.forward_stages(model, inputs).items()}
+    with torch.no_grad():
+        features = reference.get_image_features(hf_inputs(inputs)["pixel_values"]).pooler_output.numpy()
+    np.testing.assert_allclose(stages["projector"].reshape(features.shape), features, atol=1e-5)
+    image = inputs.tokens[0] == IMAGE
+    np.testing.assert_array_equal(stages["decoder/embeddings"][0, image], stages["projector"][0])
+    np.testing.assert_array_equal(stages["decoder/embeddings"][0, ~image], hf_stages(reference, inputs)["decoder/embeddings"][0, ~image])
+
+
+def test_bfloat16_embedding_scale(random_checkpoint, tmp_path):
+    """D = 56: sqrt(D) is not a bfloat16 (7.4833 -> 7.46875). The whole table, bit for bit."""
+    reference = random_checkpoint("pg2", 3)[0]
+    directory = save_checkpoint(reference, tmp_path, dtype=torch.bfloat16)
+    model = load_model(directory, "bfloat16")
+    ids = np.arange(model.config.decoder.vocab_size)[None]
+    with torch.no_grad():
+        narrow = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).model.language_model
+        expected = narrow.embed_tokens(torch.tensor(ids)).float().numpy()
+    np.testing.assert_array_equal(np.asarray(model.embed(jnp.asarray(ids), None), np.float32), expected)
+
+
+@KINDS
+def test_images_between_words(random_checkpoint, kind):
+    """Two images with text between them, and a second row with one: order of the features, no image-first assumption."""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((2, 5, 4), (1, 4, 3)), order="mixed")
+    expected = assert_logits(reference, model, inputs)
+    swapped = replace(inputs, images=inputs.images[[1, 0, 2]])
+    assert np.abs(np.asarray(scoring.forward(model, swapped)) - expected)[0].max() > 0.1
+
+
+@KINDS
+def test_image_ids_without_pixels(random_checkpoint, kind):
+    """`<image>` is then a token like any other, as in transformers. (Counts that do not match: tests/processing/test_processor.py.)"""
+    reference, _, model = random_checkpoint(kind, 3)
+    inputs = random_inputs(reference, ((1, 5, 4),))
+    with torch.no_grad():
+        expected = reference(**{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}).logits.numpy()
+    found = scoring.forward(model, replace(inputs, images=inputs.images[:0]))
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_image_id_beyond_the_table(random_checkpoint):
+    """An `<image>` id that the embedding does not have looks up row 0 before the features are laid over it."""
+    reference, _, model = random_checkpoint("pg2", 3, image_id=505)
+    inputs = random_inputs(reference, ((1, 5, 4),))
+    assert inputs.tokens.max() == 505 >= model.config.decoder.vocab_size
+    assert_logits(reference, model, inputs)
+
+
+@pytest.mark.parametrize("size", [56, 70])
+def test_vision_tower(random_checkpoint, size):
+    """Tanh gelu (erf moves logits by 0.01 only), eps 1e-6, a last norm with random affine, biases, the order of pixels in a patch."""
+    reference, _, model = random_checkpoint("pg2", 3, vision=(("image_size", size),))
+    inputs = random_inputs(reference, ((1, 5, 0),))
+    expected, found = hf_stages(reference, inputs), scoring.forward_stages(model, inputs)
+    for name in ("vision/patches", "vision/embeddings", "vision/layers/2", "vision/output", "projector"):
+        np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
+
+
+@KINDS
+@pytest.mark.parametrize("layout", ["released", "v5", "memory"])
+@pytest.mark.parametrize("form", ["whole", "shards", "head", "old config", "bfloat16", "float16"])
+def test_loading(random_checkpoint, tmp_path, kind, layout, form):
+    """Layouts, shards, tied head present or absent, dtypes, both generations of config.json: identical logits."""
+    reference, _, model = random_checkpoint(kind, 3)
+    dtype = getattr(torch, form) if "float" in form else torch.float32
+    save_checkpoint(reference, tmp_path, layout, dtype, shards=form == "shards", head=form == "head")
+    if form == "old config":
+        old_config(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    inputs = random_inputs(reference, ((1, 5, 4),))
+    if dtype != torch.float32:
+        model = jax.tree.map(lambda a: a.astype(form).astype(jnp.float32), model)
+    np.testing.assert_array_equal(scoring.forward(loaded, inputs), scoring.forward(model, inputs))
+
+
+FILTERS = [
+    dict(temperature=0.7), dict(top_k=5), dict(top_p=0.9), dict(min_p=0.05), dict(repetition_penalty=1.2),
+    dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
+    dict(temperature=1.7, top_k=40, top_p=0.5), dict(top_p=0.01), dict(top_k=1000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", FILTERS, ids=str)
+def test_sampling_filters(random_checkpoint, settings):
+    """The filtered logits equal those of transformers' processors; the prompt repeats ids and holds `<image>`, and there are ties."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    inputs = random_inputs(reference, ((1, 9, 0), (2, 9, 0)))
+    logits = np.random.default_rng(0).normal(size=(2, model.config.decoder.vocab_size)).astype(np.float32) * 3
+    logits[:, 20:40] = np.sort(logits)[:, -4:-3]  # ties across the k-th place
+    config = GenerationConfig(do_sample=True, **{"top_k": None} | settings)
+    processors = reference._get_logits_processor(config, input_ids_seq_length=inputs.tokens.shape[1])
+    for row in (0, 1):  # one by one: transformers leaves out left pads by the attention mask, here there are none
+        ids = torch.tensor(inputs.tokens[row : row + 1][:, inputs.valid[row]]).long()
+        expected = processors(ids, torch.tensor(logits[row : row + 1])).numpy()
+        found = Sample(**settings).filter(jnp.asarray(logits[row : row + 1]), generate.seen_ids(model, inputs)[row : row + 1])
+        if "top_p" in settings:  # torch sorts tied logits in no order of its own: which of them are kept means nothing, how many does
+            found, expected = np.sort(found), np.sort(expected)
+        assert np.isfinite(found).sum() >= 1
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@KINDS
+def test_softcaps_saturate(random_checkpoint, kind):
+    """Weights four times as large: tanh saturates in the scores and in the logits, which stay within 30."""
+    reference, _, model = random_checkpoint(kind, 3, scale=4.0)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    expected = hf_logits(reference, inputs)
+    found = np.asarray(scoring.forward(model, inputs))
+    if kind == "pg2":
+        assert 29 < np.abs(found).max() <= 30
+    # weights four times as large make the softmax that much sharper: the noise grows by their square
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 3e-3
+    assert np.mean(np.argmax(found, -1) == np.argmax(expected, -1)) == 1
+
+
+def test_eos_of_one_row(random_checkpoint):
+    """A row that has said eos gives pads from then on and does not disturb the other; eos itself is kept."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
+    free = tokens_of(model, inputs, 16)
+    eos = int(next(token for token in free[0, 2:8] if token not in free[1]))
+    stopped = tokens_of(replace_config(model, eos_token_ids=(eos, 450)), inputs, 16)
+    end = list(free[0]).index(eos)
+    np.testing.assert_array_equal(stopped[0], [*free[0, : end + 1], *[0] * (15 - end)])
+    np.testing.assert_array_equal(stopped[1], free[1])
+    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=16, do_sample=False, eos_token_id=[eos, 450])
+    np.testing.assert_array_equal(stopped[:, : expected.shape[1] - inputs.tokens.shape[1]], expected[:, inputs.tokens.shape[1] :].numpy())
+
+
+
+
+def test_896_like_first_token_sees_exactly_the_window():
+    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token sees W keys in local layers, all in global ones."""
+    valid = np.ones((1, 20), bool)
+    tokens = token_span(jnp.asarray(valid), jnp.asarray(valid & (np.arange(20) < 19)), 1)
+    last = jax.tree.map(lambda a: a[:, -1:], tokens)
+    assert prefix_lm_mask(last, tokens, 16).sum() == 16
+    assert prefix_lm_mask(last, tokens, 2**30).sum() == 20
+    assert prefix_lm_mask(tokens, tokens, 16)[0, :19, :19].all()
+
+
+def test_896_like_generation(random_checkpoint):
+    reference, _, model = random_checkpoint("pg2", 3, text=(("sliding_window", 16),))
+    inputs = random_inputs(reference, ((1, 3, 0),))
+    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=12, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
+    np.testing.assert_array_equal(tokens_of(model, inputs, 12)[:, : expected.shape[1]], expected)
+
+
+def test_reference_models_have_what_hides_mistakes_elsewhere():
+    """The checkpoints of these tests are random in every weight: nothing is zero or one by default."""
+    for name, p in random_model("pg2", 3).named_parameters():
+        assert len(p.unique()) > p.numel() // 2, name

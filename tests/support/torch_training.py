@@ -1,0 +1,23 @@
+"""."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from support.hf_models import hf_inputs
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from paligemma_jax.training.config import FinetuneConfig
+
+ROWS = ((1, 5, 12), (1, 3, 4), (1, 7, 9), (1, 4, 6))
+
+
+PLAIN = FinetuneConfig(data="", output="", learning_rate=1e-3, schedule="constant", warmup=0, clip=0, weight_decay=0.01, layers="list", batch_size=4)
+
+
+def torch_loss(model, inputs, smoothing=0.0):
+    logits = model(**hf_inputs(inputs)).logits
+    labels = torch.tensor(np.where(inputs.targets, inputs.tokens, -100)).long()
+    if smoothing:
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=smoothing)
+    return ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
