@@ -16,6 +16,7 @@ from convert.table import HUGGINGFACE
 from convert.tensor import from_array
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.tree import parameters
+from paligemma_jax.parity.torch_model import as_torch
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.training.config import FinetuneConfig
 
@@ -121,9 +122,3 @@ def _batch(model: Any, inputs: Inputs) -> dict[str, Any]:
         "attention_mask": torch.from_numpy(inputs.valid).long(),
         "token_type_ids": torch.from_numpy(np.array(inputs.targets)).long(),
     }
-
-
-def as_torch(array: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)

@@ -17,7 +17,6 @@ from convert.huggingface import HEAD, TABLE, canonical_name
 from convert.match import pieces
 from convert.table import HUGGINGFACE
 from convert.tensor import Tensor, from_array
-from paligemma_jax.bench.contender import as_torch
 from paligemma_jax.model.config import Numerics
 from paligemma_jax.parity.inputs import ParityCase
 from paligemma_jax.processing.processor import Inputs
@@ -229,3 +228,9 @@ def version() -> str:
     import transformers
 
     return transformers.__version__
+
+
+def as_torch(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)

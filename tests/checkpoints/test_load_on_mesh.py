@@ -22,9 +22,9 @@ sys.path[:0] = {paths!r}
 from support import checkpoint_sources as sources
 from support import hf_models
 from convert import tensor
-from paligemma_jax.checkpoint import load_model
-from paligemma_jax.model.layers import parameters
-from paligemma_jax.scaling.sharding import make_mesh
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.model.tree import parameters
+from paligemma_jax.sharding.mesh import make_mesh
 from types import SimpleNamespace as Config
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -82,7 +82,7 @@ def test_eight_devices(tmp_path, form):
 def test_a_sharded_model_answers_as_the_whole_one():
     code = """if True:
         import paligemma_jax as pg, sys
-        from paligemma_jax.scaling.sharding import make_mesh
+        from paligemma_jax.sharding.mesh import make_mesh
         ask = lambda mesh: pg.load(sys.argv[1], mesh=mesh).generate([sys.argv[2]] * 2, ["caption en", "detect cat"], 8)
         one, four = ask(None), ask(make_mesh(1, 2, 2))
         assert one == four and any(one), (one, four)
