@@ -17,7 +17,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 from support.paths import GOLDEN, TESTS
+
+# Check the annotated shapes and dtypes of every call while testing; users pay nothing for them.
+TYPED = ["paligemma_jax.model"]
+install_import_hook(TYPED, "beartype.beartype")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
