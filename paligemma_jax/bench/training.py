@@ -29,9 +29,9 @@ from paligemma_jax.bench.generation import (
 from paligemma_jax.checkpoints.synthetic import abstract_or_random, load_or_random, synthetic_inputs
 from paligemma_jax.model.flops import training_flops
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.batches import Batch, max_targets
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.prepare import max_targets, prepare_model, trainer_shapes
+from paligemma_jax.training.prepare import prepare_model, trainer_shapes
 from paligemma_jax.training.trainer import Trainer
 
 
@@ -85,7 +85,7 @@ def _measure(model: Any, config: FinetuneConfig, data: Batch, plan: BenchConfig)
 
 
 def _names(model: Any, config: FinetuneConfig) -> list[str]:
-    return trainer_shapes(model, config)[0].names
+    return trainer_shapes(model, config)[0].trainable
 
 
 
@@ -94,7 +94,7 @@ def compiled(model: Any, config: FinetuneConfig, data: Batch, run: bool) -> tupl
     """The compiled step as something to clock, and what compiling it took and what memory it needs in bytes: arguments, temporaries, in all."""
     trainer, state, frozen = trainer_shapes(model, config)
     start = time.perf_counter()
-    program = trainer.step.lower(state, frozen, data, longest=max_targets(data)).compile()
+    program = trainer.step.lower(state, frozen, data, max_targets=max_targets(data)).compile()
     about = {"compile_s": time.perf_counter() - start} | program_bytes(program)
     if not run:
         return lambda: (0.0, 0.0), about

@@ -143,7 +143,7 @@ def _training(work: PlanConfig, model: Any, mesh: Mesh) -> Iterator[tuple[str, P
     yield (
         "step",
         _compiled(
-            trainer.step, sharded_shapes(state, mesh), sharded_shapes(frozen, mesh), batch_shapes(batch, mesh), longest=round_up(work.new)
+            trainer.step, sharded_shapes(state, mesh), sharded_shapes(frozen, mesh), batch_shapes(batch, mesh), max_targets=round_up(work.new)
         )[0],
     )
 

@@ -30,12 +30,12 @@ ADAM = FinetuneConfig(data="", output="", learning_rate=2e-3, warmup=100)
 BATCH = 64
 
 
-def reconstruction_loss(codec: MaskCodec, batch: dict[str, Array], longest: int) -> tuple[Array, Array]:
+def reconstruction_loss(codec: MaskCodec, batch: dict[str, Array], max_targets: int) -> tuple[Array, Array]:
     masks = batch["masks"]
     return jnp.square(codec.draw(codec.embed(masks)) - (2 * masks - 1)).mean(), jnp.float32(1)
 
 
-def code_loss(codec: MaskCodec, batch: dict[str, Array], longest: int) -> tuple[Array, Array]:
+def code_loss(codec: MaskCodec, batch: dict[str, Array], max_targets: int) -> tuple[Array, Array]:
     """The codes pass the gradient of what is drawn on to the encoder."""
     masks, hold = batch["masks"], jax.lax.stop_gradient
     x = codec.embed(masks)
@@ -67,7 +67,7 @@ def learn(codec: MaskCodec, masks: np.ndarray, steps: int, loss: Any, seed: int)
     trainer = Trainer(codec, ADAM, steps, loss=loss)
     state = trainer.start()
     for batch in (bar := tqdm(prefetch(batches(masks, steps, seed)), "masks", steps, mininterval=10)):
-        state, report = trainer.step(state, trainer.frozen, batch, longest=0)
+        state, report = trainer.step(state, trainer.frozen, batch, max_targets=0)
         bar.set_postfix(loss=f"{float(report['loss']):.4f}", refresh=False)
     return trainer.result(state)
 

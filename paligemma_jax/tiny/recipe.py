@@ -89,7 +89,7 @@ class Seeing(nnx.Module):
         self.probe = Linear("OW", (sum(probe.PROBE.values()), model.config.vision.hidden_size), bias=True, rngs=nnx.Rngs(1))
 
 
-def seeing_loss(model: Seeing, batch: dict[str, Array], longest: int) -> tuple[Array, Array]:
+def seeing_loss(model: Seeing, batch: dict[str, Array], max_targets: int) -> tuple[Array, Array]:
     return probe.patch_loss(model.probe(model.vision(batch["images"] / 127.5 - 1)), batch), jnp.float32(1)
 
 
@@ -114,7 +114,7 @@ def learn_to_see(model: PaliGemma, steps: int) -> None:
     state = trainer.start()
     side = model.config.vision.image_size // model.config.vision.patch_size
     for batch in (bar := tqdm(prefetch(seeing_batches(steps, 16, side)), "seeing", steps, mininterval=10)):
-        state, report = trainer.step(state, trainer.frozen, batch, longest=0)
+        state, report = trainer.step(state, trainer.frozen, batch, max_targets=0)
         bar.set_postfix(loss=f"{float(report['loss']):.3f}", refresh=False)
     model.vision = trainer.result(state).vision
 

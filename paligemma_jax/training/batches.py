@@ -69,8 +69,8 @@ def make_batch(
         raise ValueError(f"rows {[e.line for e in examples]} have {images} images: --accumulate asks for as many in each of its {parts} parts")
     if len(own) < size and not even:
         raise ValueError(f"rows {[e.line for e in examples]} have {images} images: several processes ask for as many in every row of a batch")
-    longest = max(len(row.prompt) + len(row.suffix) for row in rows)
-    padded = processor.pad(rows, "right", length or min(round_up(longest), processor.context))
+    max_targets = max(len(row.prompt) + len(row.suffix) for row in rows)
+    padded = processor.pad(rows, "right", length or min(round_up(max_targets), processor.context))
     weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
     seen = features([image for n in own for image in rows[n].images]) if features else np.concatenate(pictures)
     if even:

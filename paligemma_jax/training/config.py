@@ -98,7 +98,7 @@ class FinetuneConfig:
     """Keep the outputs of the frozen image encoder in this folder, for all epochs and runs."""
 
     length: int | None = None
-    """Pad every row to this many tokens, so that one program serves; by default to the longest of its batch, rounded up to 32."""
+    """Pad every row to this many tokens, so that one program serves; by default to the max_targets of its batch, rounded up to 32."""
     dtype: str | None = None
     """Of activations and frozen weights: bfloat16 or float32. By default bfloat16, on a CPU float32. What learns is float32 always."""
     numerics: str | None = None

@@ -19,7 +19,7 @@ from convert import peft
 from paligemma_jax import lora
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.save import save_model
-from paligemma_jax.checkpoints.source import load_config, resolve
+from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.data.rows import RowSource, count_rows, error_prefix, example_at, read_examples
 from paligemma_jax.inference.loading import enable_compilation_cache, make_processor
 from paligemma_jax.inference.predictor import Predictor
@@ -52,13 +52,13 @@ def finetune(config: FinetuneConfig, data: RowSource | None = None, validation: 
     hosts.initialize(config.hosts)
     devices.check_devices()
     source = resolve(config.model)
-    if config.lora and peft.is_adapter(source):
-        raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base(source)}, or train without LoRA to go on from both")
+    if config.lora and source.adapter:
+        raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base_checkpoint(source.adapter)}, or train without LoRA to go on from both")
     processor = make_processor(source)
     train, held_out = _rows(config, processor, data, validation)
     steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
     several = "auto" if jax.process_count() > 1 else None
-    mesh = resolve_mesh(config.mesh or several, load_config(source), training=True, rows=config.batch_size // config.accumulate)
+    mesh = resolve_mesh(config.mesh or several, source.config, training=True, rows=config.batch_size // config.accumulate)
     check_batch_size("--batch-size", config.batch_size, config.accumulate, mesh)
     if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
         raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
@@ -104,7 +104,7 @@ def _rows(config: FinetuneConfig, processor: Processor, data: RowSource | None, 
     return train, held_out
 
 
-def _loaded(config: FinetuneConfig, source: Path, mesh: Any) -> Any:
+def _loaded(config: FinetuneConfig, source: CheckpointSource, mesh: Any) -> Any:
     """The model, with what learns in float32; activations and what is frozen are by default bfloat16, whatever the checkpoint's, on a CPU float32."""
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
@@ -127,10 +127,10 @@ def _loop(trainer: Trainer, run: Run, state: TrainState, steps: int, lesson: Any
     with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.is_first_process() else True) as bar:
         began = time.perf_counter()
         for step, data in enumerate(prefetch(partial(lesson, step) for step in range(first, steps)), first + 1):
-            state, report = trainer.step(state, trainer.frozen, shard_batch(data, trainer.mesh), longest=max_targets(data))
+            state, report = trainer.step(state, trainer.frozen, shard_batch(data, trainer.mesh), max_targets=max_targets(data))
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             seconds = time.perf_counter() - began
-            work = training_flops(trainer.model.config, data.inputs.tokens, data.inputs.targets, trainer.names, encodes=data.features is None)
+            work = training_flops(trainer.model.config, data.inputs.tokens, data.inputs.targets, trainer.trainable, encodes=data.features is None)
             line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": devices.peak_bytes()}
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 raise ValueError(run.bad(line, data))
@@ -183,7 +183,7 @@ def _measure(trainer: Trainer, state: TrainState, make: Any, rows: RowSource) ->
     """The loss over all rows, as they are, in the run's own reduction."""
     total, count = 0.0, 0.0
     for data in _whole(make, rows, trainer.config.batch_size):
-        loss, weight = trainer.losses(state.average or state.learns, trainer.frozen, shard_batch(data, trainer.mesh), longest=max_targets(data))
+        loss, weight = trainer.losses(state.average or state.trainable, trainer.frozen, shard_batch(data, trainer.mesh), max_targets=max_targets(data))
         total, count = total + float(loss), count + float(weight)
     return total / max(count, 1e-9)
 
@@ -200,13 +200,13 @@ def _answer(trainer: Trainer, state: TrainState, run: Run, rows: RowSource, proc
         run.log({"step": int(state.step), "prefix": example.prefix, "suffix": example.suffix, "answer": answer.text}, "samples.jsonl")
 
 
-def _save(trainer: Trainer, state: TrainState, source: Path, folder: Path) -> Path:
+def _save(trainer: Trainer, state: TrainState, source: CheckpointSource, folder: Path) -> Path:
     """The adapter, if LoRA alone has learned; else, or if asked for, the whole model, merged into the base as it was before it was quantized."""
     config, model = trainer.config, trainer.result(state)
     model = unstack_model(model) if config.layers == "stack" else model
-    found, plain = lora.lora_factors(model), {path for path in trainer.names if "/lora_" not in path}
+    found, plain = lora.lora_factors(model), {path for path in trainer.trainable if "/lora_" not in path}
     if found and not plain:
-        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(resolve())
+        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(source.weights.resolve())
         if hosts.is_first_process():
             peft.write_adapter(folder / "adapter", found, model.config, base)
         hosts.barrier("adapter")

@@ -33,7 +33,7 @@ def answer_loss(
     model: PaliGemma,
     inputs: Inputs,
     weights: Array,
-    longest: int,
+    max_targets: int,
     features: Array | None = None,
     reduction: Literal["tokens", "examples"] = "tokens",
     smoothing: float = 0.0,
@@ -44,7 +44,7 @@ def answer_loss(
 
     Args:
       weights: float32[B]; a row of weight 0 does not count.
-      longest: at least the number of targets of any row; static under jit.
+      max_targets: at least the number of targets of any row; static under jit.
       features: [M, P, W] of the image encoder, where it need not be run; else `inputs.images` are encoded.
       reduction: "tokens", the mean over all targets of the batch (transformers), or "examples", the mean over rows of each row's mean, rows
         without targets counting as 0 (big_vision `train.py`).
@@ -53,7 +53,7 @@ def answer_loss(
     seen = model.encode_images(inputs.images) if features is None else model.projector(features.astype(model.config.activation_dtype))
     x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=seen)
     targets = inputs.targets.at[:, 0].set(False)  # nothing comes before it
-    places = jnp.argsort(~targets, axis=1, stable=True)[:, :longest]
+    places = jnp.argsort(~targets, axis=1, stable=True)[:, :max_targets]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1, mode="clip")
     tokens, wanted = (jnp.take_along_axis(a, places, axis=1) for a in (inputs.tokens, targets))
     losses = jnp.where(wanted, -model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill, smoothing=smoothing), 0).sum(axis=1)

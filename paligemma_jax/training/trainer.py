@@ -27,7 +27,7 @@ from paligemma_jax.training.losses import answer_loss
 from paligemma_jax.training.optimizers import make_optimizer
 
 Parameters = dict[str, Array]
-Loss = Callable[[Any, Any, int], tuple[Array, Array]]  # of model, batch and `longest`: the sum of losses, and what to divide it by
+Loss = Callable[[Any, Any, int], tuple[Array, Array]]  # of model, batch and `max_targets`: the sum of losses, and what to divide it by
 
 
 @jax.tree_util.register_dataclass
@@ -59,8 +59,8 @@ class Trainer:
         self._first = {path: values[path] for path in self.names}
         self.optimizer = make_optimizer(config, steps)
         self.mesh = mesh_of(values)
-        self.step = mesh_jit(self._step, static_argnames="longest", donate_argnames="state")
-        self.losses = mesh_jit(self._losses, static_argnames="longest")
+        self.step = mesh_jit(self._step, static_argnames="max_targets", donate_argnames="state")
+        self.losses = mesh_jit(self._losses, static_argnames="max_targets")
 
     def start(self) -> TrainState:
         """The state before the first step. Once: what it was made of is not kept, for it may fill the device."""
@@ -74,40 +74,40 @@ class Trainer:
 
     def result(self, state: TrainState) -> Any:
         """The model as measured and saved: with the average, where there is one."""
-        return self.filled(state.average or state.learns, self.frozen)
+        return self.filled(state.average or state.trainable, self.frozen)
 
-    def _losses(self, learns: Parameters, frozen: Parameters, batch: Any, longest: int) -> tuple[Array, Array]:
+    def _losses(self, learns: Parameters, frozen: Parameters, batch: Any, max_targets: int) -> tuple[Array, Array]:
         """The sum of the batch's losses, and what to divide it by."""
         with remat(self.config.remat):
-            return self.loss(self.filled(learns, frozen), batch, longest)
+            return self.loss(self.filled(learns, frozen), batch, max_targets)
 
-    def _step(self, state: TrainState, frozen: Parameters, batch: Any, longest: int) -> tuple[TrainState, dict[str, Array]]:
+    def _step(self, state: TrainState, frozen: Parameters, batch: Any, max_targets: int) -> tuple[TrainState, dict[str, Array]]:
         """One update. The parts of the batch add up their sums, divided once: the gradient is that of the whole."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def gradients(part: Any, key: Array) -> Any:
             with lora_dropout(key):
-                return constrain_tree(jax.value_and_grad(self._losses, has_aux=True)(state.learns, frozen, part, longest))
+                return constrain_tree(jax.value_and_grad(self._losses, has_aux=True)(state.trainable, frozen, part, max_targets))
 
         if (parts := self.config.accumulate) == 1:
             (loss, count), gradient = gradients(batch, key)
         else:
             rows = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch), jax.random.split(key, parts)
-            zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.learns)
+            zero = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.trainable)
             add = lambda total, row: (jax.tree.map(jnp.add, total, gradients(*row)), None)
             ((loss, count), gradient), _ = jax.lax.scan(add, zero, rows)
         count = jnp.maximum(count, 1e-9)
         loss, norm = loss / count, optax.tree.norm(gradient) / count
         clip = jnp.minimum(1, self.config.clip / jnp.maximum(norm, 1e-9)) if self.config.clip else 1.0
         gradient = jax.tree.map(lambda g: g * (clip / count), gradient)  # at once: the gradient of all weights is held but once
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.learns)
-        learns: Any = optax.apply_updates(state.learns, updates)
+        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.trainable)
+        learns: Any = optax.apply_updates(state.trainable, updates)
         average = optax.incremental_update(learns, state.average, 1 - self.config.ema) if self.config.ema else {}
         new = TrainState(state.step + 1, learns, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)  # what is not a number changes nothing
         return constrain_tree(new), {"loss": loss, "gradient_norm": norm}
 
 
-def _answer_loss(config: FinetuneConfig, model: PaliGemma, batch: Batch, longest: int) -> tuple[Array, Array]:
+def _answer_loss(config: FinetuneConfig, model: PaliGemma, batch: Batch, max_targets: int) -> tuple[Array, Array]:
     options: Any = dict(reduction=config.reduction, smoothing=config.label_smoothing)
-    return answer_loss(model, batch.inputs, batch.weights, longest, batch.features, **options)
+    return answer_loss(model, batch.inputs, batch.weights, max_targets, batch.features, **options)

@@ -115,15 +115,15 @@ def test_only_the_factors_learn(quantized):
     config = FinetuneConfig("", "", batch_size=2, train="lora", quantize=quantized, lora_rank=2, lora_dropout=0.1, learning_rate=1e-2, remat="full")
     trainer = Trainer(prepare_model(load_model(TINY), config), config, 20)
     before = {path: np.array(value) for path, value in trainer.frozen.items()}
-    assert all("/lora_" in path for path in trainer.names) and len(trainer.names) == 14
+    assert all("/lora_" in path for path in trainer.trainable) and len(trainer.trainable) == 14
     state, found, rows = trainer.start(), [], Batch(batch(load_model(TINY)), np.ones(2, np.float32))
     for _ in range(20):
-        state, report = trainer.step(state, trainer.frozen, rows, longest=8)
+        state, report = trainer.step(state, trainer.frozen, rows, max_targets=8)
         found.append(float(report["loss"]))
     assert found[-1] < 0.7 * found[0]
     assert all((before[path] == np.asarray(value)).all() for path, value in trainer.frozen.items())
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    assert sum(m.size for m in moments) == 2 * sum(value.size for value in state.learns.values())
+    assert sum(m.size for m in moments) == 2 * sum(value.size for value in state.trainable.values())
 
 
 @pytest.mark.slow
@@ -206,7 +206,7 @@ def adapter(folder, change=lambda about: None, factors=None):
         (lambda about: about.update(use_dora=True), "is not plain LoRA: use_dora True"),
         (lambda about: about.update(modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda about: about.update(r=7, rank_pattern={}), "has rank"),
-        (lambda about: about.update(base_model_name_or_path="nowhere"), "is an adapter: no such checkpoint: nowhere"),
+        (lambda about: about.update(base_model_name_or_path="nowhere"), "cannot find the base checkpoint of the adapter .*: no such checkpoint: nowhere"),
         (lambda about: about.pop("base_model_name_or_path"), "does not say of which model"),
         (lambda about: about.pop("lora_alpha"), "cannot be read"),
     ],

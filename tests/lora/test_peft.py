@@ -108,7 +108,7 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
     ready = with_parameters(ready := prepare_model(model, config), lambda path: jnp.asarray(values.get(path, parameters(ready).get(path))))
     trainer = Trainer(ready, config, 10)
     state = trainer.start()
-    assert set(trainer.names) == set(values)
+    assert set(trainer.trainable) == set(values)
     clear = {}
     for step in range(10):
         inputs = random_inputs(reference, ROWS, step, "right")
@@ -121,11 +121,11 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
                 clear[name, side] = clear.get((name, side), True) & (np.abs(g) > 1e-4 * np.abs(g).max())
         put(of)
         optimizer.step()
-        state, report = trainer.step(state, trainer.frozen, Batch(inputs, np.ones(4, np.float32)), longest=12)
+        state, report = trainer.step(state, trainer.frozen, Batch(inputs, np.ones(4, np.float32)), max_targets=12)
         assert float(report["loss"]) == pytest.approx(loss.item(), rel=1e-4)
     for path, wanted in as_ours().items():
         for name in ("a", "b"):
-            found, goal = state.learns[f"{path}/lora_{name}"], getattr(wanted, name)
+            found, goal = state.trainable[f"{path}/lora_{name}"], getattr(wanted, name)
             if begun:
                 assert clear[path, name].mean() > 0.9
                 assert np.abs(found - goal)[clear[path, name]].max() < 1e-4, path

@@ -13,9 +13,9 @@ from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.model.codes import decode, encode, multiply, scales
 from paligemma_jax.model.precision import WeightFormat
 from paligemma_jax.model.stack import stack_model
-from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.batches import Batch, max_targets
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.prepare import max_targets, prepare_model
+from paligemma_jax.training.prepare import prepare_model
 from paligemma_jax.training.trainer import Trainer
 
 pytestmark = [pytest.mark.accelerator, pytest.mark.skipif(jax.default_backend() == "cpu", reason="there is no GPU or TPU here")]
@@ -70,9 +70,9 @@ def test_a_step(train, quantize):
         data = Batch(inputs, np.ones(2, np.float32))
         trainer = Trainer(prepare_model(load_model(TINY, "float32"), config), config, 1)
         state = trainer.start()
-        before = {path: np.array(value) for path, value in state.learns.items()}
-        state, _ = trainer.step(state, trainer.frozen, data, longest=max_targets(data))
-        return {path: before[path] - np.asarray(value) for path, value in state.learns.items()}
+        before = {path: np.array(value) for path, value in state.trainable.items()}
+        state, _ = trainer.step(state, trainer.frozen, data, max_targets=max_targets(data))
+        return {path: before[path] - np.asarray(value) for path, value in state.trainable.items()}
 
     found, expected = both(changes)
     for path, value in expected.items():

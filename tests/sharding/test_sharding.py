@@ -125,7 +125,7 @@ def test_the_28b_step_compiles_as_fast_as_that_of_3b():
         trainer, state, frozen = trainer_shapes(abstract_or_random(name, "float32"), FinetuneConfig("", "", train="lora", remat="full", batch_size=2))
         data = batch(PaliGemmaConfig.preset(name), 2)
         begin = time.perf_counter()
-        trainer.step.lower(state, frozen, data, longest=8).compile()
+        trainer.step.lower(state, frozen, data, max_targets=8).compile()
         seconds[name] = time.perf_counter() - begin
     print(seconds)
     assert seconds["28b-224"] < 1.5 * seconds["3b-224"]

@@ -87,8 +87,9 @@ def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any)
     from paligemma_jax.inference import generate, scoring
     from paligemma_jax.model.tree import parameters, with_parameters
     from paligemma_jax.sharding.arrays import distribute, shard_batch
+    from paligemma_jax.training.batches import max_targets
     from paligemma_jax.training.config import FinetuneConfig
-    from paligemma_jax.training.prepare import max_targets, prepare_model
+    from paligemma_jax.training.prepare import prepare_model
     from paligemma_jax.training.trainer import Trainer
 
     options = FinetuneConfig("", "", train=train, quantize=quantize, layers=form, warmup=0, clip=0, learning_rate=1.0, optimizer="sgd", lora_rank=2)
@@ -103,15 +104,15 @@ def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any)
     tokens = generate.generate(model, asked, 6, slots=asked.tokens.shape[1] + 6).tokens
     trainer = Trainer(model, options, 10)
     state = trainer.start()
-    before = {path: np.array(value) for path, value in state.learns.items()}
+    before = {path: np.array(value) for path, value in state.trainable.items()}
     places = jax.tree.map(lambda a: a.sharding, state)
-    state, report = trainer.step(state, trainer.frozen, shard_batch(data, mesh), longest=max_targets(data))
+    state, report = trainer.step(state, trainer.frozen, shard_batch(data, mesh), max_targets=max_targets(data))
     strays = sum(not a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(places)))
-    held = [max(shard.data.nbytes for shard in a.addressable_shards) for a in jax.tree.leaves((state.learns, state.optimizer))]
+    held = [max(shard.data.nbytes for shard in a.addressable_shards) for a in jax.tree.leaves((state.trainable, state.optimizer))]
     return dict(
         logits=logits, tokens=tokens, loss=np.asarray(report["loss"]), strays=strays,
-        gradients={path: before[path] - np.asarray(value) for path, value in state.learns.items()},
-        part=sum(held) / sum(a.nbytes for a in jax.tree.leaves((state.learns, state.optimizer))),
+        gradients={path: before[path] - np.asarray(value) for path, value in state.trainable.items()},
+        part=sum(held) / sum(a.nbytes for a in jax.tree.leaves((state.trainable, state.optimizer))),
     )  # fmt: skip
 
 
@@ -125,7 +126,7 @@ def program(config: Any, mesh: Any, rows: int, **options: Any) -> Any:
 
     trainer, state, frozen = trainer_shapes(abstract_model(config), FinetuneConfig("", "", batch_size=rows, **options))
     data = batch_shapes(batch(config, rows), mesh)
-    return trainer.step.lower(sharded_shapes(state, mesh), sharded_shapes(frozen, mesh), data, longest=8).compile()
+    return trainer.step.lower(sharded_shapes(state, mesh), sharded_shapes(frozen, mesh), data, max_targets=8).compile()
 
 
 def collectives(mesh: str, rows: int, **options: Any) -> list[list]:

@@ -182,11 +182,11 @@ def test_features_are_made_once_and_change_nothing(data, tmp_path, monkeypatch):
 
 def test_the_last_checkpoints_stay_and_the_best(tmp_path):
     """The best on validation, however long ago; after a stop it is still known."""
-    trainer = Trainer({"x": jnp.zeros(1)}, TOY, 9, loss=lambda model, batch, longest: (jnp.sum(model["x"]), jnp.float32(1)))
+    trainer = Trainer({"x": jnp.zeros(1)}, TOY, 9, loss=lambda model, batch, max_targets: (jnp.sum(model["x"]), jnp.float32(1)))
     run, losses = runs.Run(FinetuneConfig("", str(tmp_path / "run"), keep=2)), [3.0, None, 1.0, None, 2.0]
     state = trainer.start()
     for step, loss in enumerate(losses, 1):
-        state, _ = trainer.step(state, trainer.frozen, None, longest=0)
+        state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
         run.save(step, state, loss)
     run.finish()
     shutil.copytree(tmp_path / "run/checkpoints/5/default", tmp_path / "run/checkpoints/2/default")  # as left by a kill while it was removed

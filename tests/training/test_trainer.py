@@ -36,23 +36,23 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 def test_a_gradient_that_is_no_number_changes_nothing():
     """The loss is 0, its gradient infinite: the weights stay, and the report tells."""
-    trainer = Trainer({"x": jnp.zeros(3)}, replace(TOY, ema=0.5), 1, loss=lambda model, batch, longest: (jnp.sqrt(model["x"]).sum(), jnp.float32(1)))
-    state, report = trainer.step(trainer.start(), trainer.frozen, None, longest=0)
+    trainer = Trainer({"x": jnp.zeros(3)}, replace(TOY, ema=0.5), 1, loss=lambda model, batch, max_targets: (jnp.sqrt(model["x"]).sum(), jnp.float32(1)))
+    state, report = trainer.step(trainer.start(), trainer.frozen, None, max_targets=0)
     assert float(report["loss"]) == 0 and not np.isfinite(report["gradient_norm"])
-    assert not state.learns["x"].any() and not state.average["x"].any() and int(state.step) == 0
+    assert not state.trainable["x"].any() and not state.average["x"].any() and int(state.step) == 0
 
 
 def test_clipping_and_the_average():
     """By hand: gradients longer than 2 are cut to 2, and the average follows at a quarter of the way."""
-    trainer = Trainer({"x": jnp.zeros(2)}, replace(TOY, clip=2.0, ema=0.75), 9, loss=lambda model, batch, longest: (jnp.sum(model["x"] * batch), 2.0))
+    trainer = Trainer({"x": jnp.zeros(2)}, replace(TOY, clip=2.0, ema=0.75), 9, loss=lambda model, batch, max_targets: (jnp.sum(model["x"] * batch), 2.0))
     state, x, average = trainer.start(), np.zeros(2), np.zeros(2)
     for gradient in ([0.3, 0.4], [30.0, 40.0], [0.0, 0.0], [-3.0, 4.0]):
-        state, report = trainer.step(state, trainer.frozen, jnp.array(gradient), longest=0)
+        state, report = trainer.step(state, trainer.frozen, jnp.array(gradient), max_targets=0)
         norm = np.linalg.norm(gradient) / 2  # the loss is divided by 2
         x = x - 0.1 * np.array(gradient) / 2 * min(1, 2 / max(norm, 1e-9))
         average = 0.75 * average + 0.25 * x
         assert float(report["gradient_norm"]) == pytest.approx(norm)
-        np.testing.assert_allclose(state.learns["x"], x, atol=1e-6)
+        np.testing.assert_allclose(state.trainable["x"], x, atol=1e-6)
         np.testing.assert_allclose(state.average["x"], average, atol=1e-6)
     np.testing.assert_array_equal(trainer.result(state)["x"], state.average["x"])
 
@@ -80,10 +80,10 @@ def test_what_trains(train, form, expected):
     """The rest is frozen, and the optimizer holds nothing of it."""
     model = load_model(TINY)
     trainer = Trainer(stack_model(model) if form == "stack" else model, FinetuneConfig("", "", train=train), 1)
-    assert trainer.names and set(trainer.names) == {path for path in trainer.frozen | dict.fromkeys(trainer.names) if expected(path)}
+    assert trainer.trainable and set(trainer.trainable) == {path for path in trainer.frozen | dict.fromkeys(trainer.trainable) if expected(path)}
     state = jax.eval_shape(trainer.start)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    assert sum(m.size for m in moments) == 2 * sum(value.size for value in state.learns.values())
+    assert sum(m.size for m in moments) == 2 * sum(value.size for value in state.trainable.values())
 
 
 
@@ -141,7 +141,7 @@ def test_the_logits_of_a_batch_never_exist():
     config = FinetuneConfig("", "", batch_size=2, dtype="bfloat16")
     trainer, state, frozen = trainer_shapes(model, config)
     inputs = answering(synthetic_inputs(model.config, 2, 40), 20)
-    program = trainer.step.lower(state, frozen, Batch(inputs, np.ones(2, np.float32)), longest=32).as_text()
+    program = trainer.step.lower(state, frozen, Batch(inputs, np.ones(2, np.float32)), max_targets=32).as_text()
     assert set(re.findall(r"tensor<((?:\d+x)*257216(?:x\d+)*)x\w+>", program)) == {"257216x2304"}
     assert re.search(r"tensor<2x32x32152xf32>", program)  # an eighth of the vocabulary, at the answers' places
 
@@ -158,8 +158,8 @@ def test_layers_and_remat_change_nothing():
         config = FinetuneConfig("", "", batch_size=2, warmup=0, learning_rate=1.0, optimizer="sgd", clip=0, beta1=0, remat=remat)
         trainer = Trainer(stack_model(model) if form == "stack" else model, config, 1)
         data = Batch(batch(model), np.ones(2, np.float32))
-        state, _ = trainer.step(trainer.start(), trainer.frozen, data, longest=8)
-        found[form, remat] = state.learns["decoder/embedder/table"]
+        state, _ = trainer.step(trainer.start(), trainer.frozen, data, max_targets=8)
+        found[form, remat] = state.trainable["decoder/embedder/table"]
     for value in found.values():
         np.testing.assert_allclose(value, found["list", "none"], atol=2e-5)
 
@@ -173,7 +173,7 @@ def test_every_optimizer_learns(optimizer, form):
     trainer = Trainer(stack_model(model) if form == "stack" else model, config, 12)
     state, data, seen = trainer.start(), Batch(batch(model), np.ones(2, np.float32)), []
     for _ in range(12):
-        state, report = trainer.step(state, trainer.frozen, data, longest=8)
+        state, report = trainer.step(state, trainer.frozen, data, max_targets=8)
         seen.append(float(report["loss"]))
     assert seen[-1] < 0.8 * seen[0]
 
@@ -192,8 +192,8 @@ def test_the_encoder_learns_at_its_own_rate():
     model = load_model(TINY)
     config = FinetuneConfig("", "", batch_size=2, warmup=0, learning_rate=1e-3, vision_rate=0.1, clip=0)
     trainer = Trainer(model, config, 10)
-    state, _ = trainer.step(trainer.start(), trainer.frozen, Batch(batch(model), np.ones(2, np.float32)), longest=8)
-    moved = {path: float(jnp.abs(value - parameters(model)[path]).max()) for path, value in state.learns.items()}
+    state, _ = trainer.step(trainer.start(), trainer.frozen, Batch(batch(model), np.ones(2, np.float32)), max_targets=8)
+    moved = {path: float(jnp.abs(value - parameters(model)[path]).max()) for path, value in state.trainable.items()}
     assert moved["decoder/layers/0/mlp/up/kernel"] == pytest.approx(1e-3, rel=0.01)
     assert moved["vision/layers/0/mlp/up/kernel"] == pytest.approx(1e-4, rel=0.01)
 
@@ -205,10 +205,10 @@ def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(train, q
     trainer = Trainer(prepare_model(load_model(TINY, "bfloat16", wide=wide, quantize=quantized), config), config, 4)
     state, found = trainer.start(), []
     for _ in range(4):
-        state, report = trainer.step(state, trainer.frozen, Batch(batch(load_model(TINY)), np.ones(2, np.float32)), longest=8)
+        state, report = trainer.step(state, trainer.frozen, Batch(batch(load_model(TINY)), np.ones(2, np.float32)), max_targets=8)
         found.append(float(report["loss"]))
     assert found[-1] < found[0]
-    assert {value.dtype.name for value in state.learns.values()} == {"float32"}
+    assert {value.dtype.name for value in state.trainable.values()} == {"float32"}
     kept = {value.dtype.name for path, value in trainer.frozen.items() if not path.endswith(("codes", "/scale"))}
     assert kept == (set() if train == "all" else {"bfloat16"})
     assert {value.dtype.name for path, value in trainer.frozen.items() if path.endswith("codes")} == ({"uint8"} if quantized else set())

@@ -20,8 +20,8 @@ from paligemma_jax.training.losses import answer_loss
 from paligemma_jax.training.trainer import Trainer
 
 
-def our_loss(model, inputs, longest=12, **options):
-    total, count = answer_loss(model, jax.tree.map(jnp.asarray, inputs), jnp.ones(len(inputs.tokens)), longest, **options)
+def our_loss(model, inputs, max_targets=12, **options):
+    total, count = answer_loss(model, jax.tree.map(jnp.asarray, inputs), jnp.ones(len(inputs.tokens)), max_targets, **options)
     return total / count
 
 
@@ -83,11 +83,11 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        state, report = trainer.step(state, trainer.frozen, Batch(inputs, np.ones(4, np.float32)), longest=12)
+        state, report = trainer.step(state, trainer.frozen, Batch(inputs, np.ones(4, np.float32)), max_targets=12)
         assert float(report["loss"]) == pytest.approx(loss.item(), rel=1e-3)
     wanted = as_ours(reference, tmp_path, dict(theirs.named_parameters()))
     start = parameters(model)
-    for path, found in state.learns.items():
+    for path, found in state.trainable.items():
         if not path.endswith("attention/k/bias"):  # Adam makes steps of full size of what is rounding there
             moved, apart = np.linalg.norm(wanted[path] - start[path]), np.linalg.norm(found - wanted[path])
             assert apart < 1e-2 * moved and apart / found.size**0.5 < 1e-4, (path, np.abs(found - wanted[path]).max())
@@ -100,8 +100,8 @@ def test_accumulation_is_the_whole_batch(random_checkpoint):
         found = []
         for parts in (1, 4):
             trainer = Trainer(model, replace(PLAIN, accumulate=parts, reduction=reduction, optimizer="sgd", beta1=0.0), 1)
-            state, report = trainer.step(trainer.start(), trainer.frozen, data, longest=12)
-            found.append((float(report["loss"]), state.learns))
+            state, report = trainer.step(trainer.start(), trainer.frozen, data, max_targets=12)
+            found.append((float(report["loss"]), state.trainable))
         assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
         for path, value in found[0][1].items():
             np.testing.assert_allclose(value, found[1][1][path], atol=1e-6, err_msg=path)
