@@ -126,6 +126,8 @@ def opened(source: Path, config: str | Path | None) -> Checkpoint:
         return read(source)
     file = Path(config).expanduser()
     directory = file if file.is_dir() else None
+    if detect(source) == "huggingface":
+        huggingface.check_method(source)
     checkpoint = read(source, huggingface.load_config(directory) if directory else huggingface.load_config_file(file))
     return checkpoint.with_files(companions(directory)) if directory else checkpoint
 

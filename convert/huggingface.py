@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +27,22 @@ MAX_SHARD = 5 * 10**9  # bytes; what transformers 4 takes by default
 
 
 def load_config(directory: Path) -> PaliGemmaConfig:
-    """The config of a Hugging Face directory; ValueError if there is none or it is another model's."""
-    return load_config_file(directory / "config.json")
+    """Read the config of a Hugging Face directory. ValueError if there is none, if it is another
+    model's, or if the weights are quantized by a method that cannot be read."""
+    file = directory / "config.json"
+    content = read_json(file)
+    config = _parse_config(file, content)
+    _check_method(directory, content)
+    return config
 
 
 def load_config_file(file: Path) -> PaliGemmaConfig:
     """The config of a config.json, and of the generation_config.json beside it if there is one (for the ids that end an answer)."""
-    config, generation = read_json(file), file.with_name("generation_config.json")
+    return _parse_config(file, read_json(file))
+
+
+def _parse_config(file: Path, config: dict[str, Any]) -> PaliGemmaConfig:
+    generation = file.with_name("generation_config.json")
     try:
         return read_config(config, read_json(generation) if generation.exists() else None)
     except (TypeError, AttributeError, KeyError) as error:
@@ -46,7 +56,7 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
 
     All keys and shapes are checked against the table before a tensor is read; one ValueError tells all that is wrong.
     """
-    config = config or load_config(directory)
+    config = config or load_config(directory)  # a given config was checked by whoever read it
     headers = {file: read_header(file) for file in _files(directory)}
     entries: dict[str, Entry] = {}
     for file, header in headers.items():
@@ -55,7 +65,6 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
             raise ValueError(f"{directory}: {key} is in {first} and in {file.name}; download them again")
         entries |= header
     found, files = pieces(HUGGINGFACE[config.decoder.model_type], config), companions(directory)
-    _check_method(directory, files)
     entries, packed = bitsandbytes.unpack(entries, directory)
     tensors = match(entries, found, NAMES, directory, "config.json", canonical_name, HUGGINGFACE_IGNORED)
     kept, notes = set(shapes(found)), []
@@ -117,8 +126,15 @@ def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
     return shapes(pieces(HUGGINGFACE[config.decoder.model_type], config))
 
 
-def _check_method(directory: Path, files: Mapping[str, Path | bytes]) -> None:
-    about = json.loads(contents(files.get("config.json", b"{}"))).get("quantization_config")
+def check_method(directory: Path) -> None:
+    """ValueError if the config.json of a directory, if any, names an unknown quantization method."""
+    file = directory / "config.json"
+    if file.exists():
+        _check_method(directory, read_json(file))
+
+
+def _check_method(directory: Path, config: Mapping[str, Any]) -> None:
+    about = config.get("quantization_config")
     if about and (method := about.get("quant_method") if isinstance(about, dict) else about) != "bitsandbytes":
         raise ValueError(
             f"{directory} is quantized by {method!r}; what bitsandbytes quantized, to nf4 or int8, can be read, and any that is not quantized"

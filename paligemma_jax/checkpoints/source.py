@@ -1,76 +1,125 @@
-"""."""
+"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a Hugging Face Hub id."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from convert import formats, orbax, peft
+from convert import formats, huggingface, orbax, peft
+from convert.checkpoint import Checkpoint
 from paligemma_jax.model.config import PaliGemmaConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
-
-
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "vae-*.npz"]
 
 
-def resolve(source: str | Path, presets: Iterable[str] = ()) -> Path:
-    """The place of a checkpoint: "tiny" (the embedded default), a directory, an .npz, or a hub id ("google/paligemma2-3b-mix-224"), downloaded.
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where the parts of a checkpoint are. Made by `resolve`, once per load, and passed on."""
 
-    presets: the names that the caller takes too, told with the others where there is no such checkpoint.
+    reference: str  # as the user named it
+    weights: Path  # of an adapter, those of its base checkpoint
+    adapter: Path | None  # directory of a LoRA adapter
+    tokenizer_dir: Path
+    codec_file: Path | None  # mask codec: vae-oid.npz, or another vae-*.npz or vae-*.safetensors
+
+    @cached_property
+    def config(self) -> PaliGemmaConfig:
+        """The model's config. In a Hugging Face directory only config.json is read for it."""
+        if formats.detect(self.weights) == "huggingface":
+            return huggingface.load_config(self.weights)
+        return self.checkpoint.config
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The opened checkpoint: names, shapes and dtypes are checked, tensors not read yet."""
+        is_huggingface = formats.detect(self.weights) == "huggingface"
+        return formats.read(self.weights, self.config if is_huggingface else None)
+
+
+def resolve(
+    reference: str | Path | CheckpointSource, presets: Iterable[str] = ()
+) -> CheckpointSource:
+    """Find the parts of a checkpoint, and download it if it is a Hub id.
+
+    Args:
+        reference: "tiny" (the embedded model), a directory, an .npz file, or a Hub id such as
+            "google/paligemma2-3b-mix-224". A resolved source is returned unchanged.
+        presets: Names that the caller accepts as well, listed in the error.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it cannot be downloaded.
     """
-    if str(source) == "tiny":
+    if isinstance(reference, CheckpointSource):
+        return reference
+    weights, adapter = _locate(reference, presets), None
+    if peft.is_adapter(weights):
+        adapter = weights
+        weights = _locate_base(adapter)
+    is_ours = (weights / orbax.CONFIG).exists()
+    tokenizer_dir = weights / orbax.FILES if is_ours else weights
+    codecs = sorted((tokenizer_dir.parent if weights.is_file() else tokenizer_dir).glob("vae-*"))
+    codec_file = next((file for file in codecs if file.suffix in (".npz", ".safetensors")), None)
+    return CheckpointSource(str(reference), weights, adapter, tokenizer_dir, codec_file)
+
+
+def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
+    if str(reference) == "tiny":
         return TINY
-    directory = Path(source).expanduser()
-    if directory.is_dir() or (directory.suffix == ".npz" and directory.is_file()):
-        return directory
-    if directory.exists():
-        raise ValueError(f"{source} is a file; give the directory that holds config.json and model.safetensors")
-    if isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        return _download(source)
-    named = "".join(f", nor {what}" for what in ("a directory", "a hub id like google/paligemma2-3b-mix-224", ", ".join(presets)) if what)
-    raise ValueError(f"no such checkpoint: {source} is neither 'tiny'{named}")
+    path = Path(reference).expanduser()
+    if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{reference} is a file: give the directory that contains config.json and "
+            "model.safetensors"
+        )
+    is_local = str(reference).startswith((".", "/", "~"))
+    if isinstance(reference, str) and reference.count("/") == 1 and not is_local:
+        return _download(reference)
+    choices = ["'tiny'", "a directory", "a hub id like google/paligemma2-3b-mix-224"]
+    if names := ", ".join(presets):
+        choices.append(f"one of {names}")
+    raise ValueError(
+        f"no such checkpoint: {reference}; give {', '.join(choices[:-1])}, or {choices[-1]}"
+    )
 
 
-def load_config(source: Path) -> PaliGemmaConfig:
-    """The config of what `resolve` found."""
-    return formats.load_config(under(source))
-
-
-def files(source: Path) -> Path:
-    """Where the tokenizer of what `resolve` found lies."""
-    source = under(source)
-    return source / orbax.FILES if (source / orbax.CONFIG).exists() else source
-
-
-def codec_file(source: Path) -> Path | None:
-    """The mask codec beside a checkpoint: vae-oid.npz as published, or another vae-*.npz or vae-*.safetensors."""
-    place = files(source)
-    found = sorted((place if place.is_dir() else place.parent).glob("vae-*"))
-    return next((file for file in found if file.suffix in (".npz", ".safetensors")), None)
-
-
-def under(source: Path) -> Path:
-    """The checkpoint itself: of a LoRA adapter, the one that its config names."""
-    if not peft.is_adapter(source):
-        return source
+def _locate_base(adapter: Path) -> Path:
+    """Find the checkpoint that an adapter's config names."""
     try:
-        return resolve(peft.base_checkpoint(source))
+        return _locate(peft.base_checkpoint(adapter), ())
     except ValueError as error:
-        raise ValueError(f"{source} is an adapter: {error}; its base_model_name_or_path is in {peft.CONFIG}") from None
+        raise ValueError(
+            f"cannot find the base checkpoint of the adapter {adapter}: {error} "
+            f"(base_model_name_or_path in {peft.CONFIG})"
+        ) from None
 
 
 def _download(repo: str) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
-        raise ValueError(f"to download {repo}, install the extra: pip install 'paligemma-jax[hub]'") from None
+        raise ValueError(
+            f"downloading {repo} requires the hub extra: pip install 'paligemma-jax[hub]'"
+        ) from None
     try:
         return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
     except errors.GatedRepoError:
-        raise ValueError(f"{repo} is gated: accept its licence on its page on the hub, then log in with `hf auth login`") from None
+        raise ValueError(
+            f"{repo} is gated: accept its license on its page on the Hub, then log in with "
+            "`hf auth login`"
+        ) from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{repo} does not exist on the hub, or is private and you are not logged in (`hf auth login`)") from None
-    except Exception as error:  # of the hub, of the network below it, of the disk
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{repo} is not a directory here, and cannot be downloaded: {first}") from None
+        raise ValueError(
+            f"{repo} does not exist on the Hub, or is private and you are not logged in "
+            "(`hf auth login`)"
+        ) from None
+    except Exception as error:  # errors of the Hub, the network or the disk
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"{repo} is not a local directory and cannot be downloaded: "
+            f"{lines[0] if lines else type(error).__name__}"
+        ) from None

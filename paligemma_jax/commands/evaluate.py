@@ -68,9 +68,9 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
     else:
         existing("--data", data)
-        from paligemma_jax.checkpoints.source import codec_file, resolve
+        from paligemma_jax.checkpoints.source import resolve
 
-        if "mask_iou" in names and codec_file(resolve(source.model)) is None:
+        if "mask_iou" in names and resolve(source.model).codec_file is None:
             raise ValueError(NO_CODEC)
         options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=source.settings())
         own = _answer(source, path, folder, max_new_tokens, beams, options)
@@ -98,12 +98,12 @@ def _run(data: Path, other: Path) -> list[Case]:
 def _report(
     own: list[Case], others: list[Case], names: list[str], folder: Path, source: ModelOptions, about: dict[str, str], shown: tuple[int, int], json: bool
 ) -> None:
-    from paligemma_jax.checkpoints.source import codec_file, resolve
+    from paligemma_jax.checkpoints.source import resolve
     from paligemma_jax.evaluation import report
     from paligemma_jax.evaluation.evaluate import evaluate
     from paligemma_jax.processing.mask_codec import load_codec
 
-    file = codec_file(resolve(source.model)) if "mask_iou" in names else None
+    file = resolve(source.model).codec_file if "mask_iou" in names else None
     found = evaluate(own, names, by=about["by"], samples=shown[1], codec=load_codec(file) if file else None, against=others, about=about)
     found.save(folder)
     report.save(found, folder, shown[0])

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.checkpoints.source import codec_file, files, load_config, resolve
+from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
@@ -39,18 +39,19 @@ def load(
     """
     devices.check_devices()
     enable_compilation_cache()
-    directory = resolve(source)
-    processor = make_processor(directory)  # before the weights: what is wrong is told at once
-    return Predictor(load_model(directory, dtype, numerics, mesh, quantize=quantize), processor, codec_file(directory))
+    checkpoint = resolve(source)
+    processor = make_processor(checkpoint)  # before the weights, so that errors come at once
+    model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize)
+    return Predictor(model, processor, checkpoint.codec_file)
 
 
-def make_processor(directory: Path) -> Processor:
-    """That of a checkpoint which `checkpoint.resolve` found. ValueError if its tokenizer and its config do not go together."""
-    config = load_config(directory)
-    tokenizer = Tokenizer(files(directory) / "tokenizer.model", config.image_token_id)
+def make_processor(source: CheckpointSource) -> Processor:
+    """The processor of a checkpoint. ValueError if its tokenizer and its config disagree."""
+    config = source.config
+    tokenizer = Tokenizer(source.tokenizer_dir / "tokenizer.model", config.image_token_id)
     words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
     if words > config.decoder.vocab_size:
-        raise ValueError(f"{directory}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
+        raise ValueError(f"{source.reference}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
     return Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
 
 

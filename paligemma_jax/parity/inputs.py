@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from convert import formats, peft
 from convert.checkpoint import Checkpoint
 from convert.layout import layout_shape
 from convert.match import Piece, pieces
@@ -17,7 +16,7 @@ from convert.quantized import dequantize_checkpoint
 from convert.table import HUGGINGFACE
 from convert.tensor import DTYPES, Index, Tensor, from_array
 from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.checkpoints.source import files, resolve
+from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.checkpoints.synthetic import synthetic_inputs, with_depth
 from paligemma_jax.inference.loading import make_processor
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
@@ -96,14 +95,13 @@ def load_parity_case(
         raise ValueError(f"no {'prompt' if images else 'image'}: give --image and --prompt, or neither for the embedded ones")
     images = images * len(prompts) if len(images) == 1 and not any("<image>" in prompt for prompt in prompts) else images
     texts = (list(images), list(prompts), list(suffixes) or None)
-    directory = files(source)
-    return ParityCase(_read(source).with_numerics(numerics), directory, processor(*texts), processor(*texts[:2]), processor, texts)
+    return ParityCase(_read(source).with_numerics(numerics), source.tokenizer_dir, processor(*texts), processor(*texts[:2]), processor, texts)
 
 
-def _read(source: Path) -> Checkpoint:
+def _read(source: CheckpointSource) -> Checkpoint:
     """The checkpoint; of an adapter the model with it merged, of a quantized one with its matrices made whole."""
-    if not peft.is_adapter(source):
-        found = formats.read(source)
-        return dequantize_checkpoint(found) if found.formats else found
+    if source.adapter is None:
+        checkpoint = source.checkpoint
+        return dequantize_checkpoint(checkpoint) if checkpoint.formats else checkpoint
     model = load_model(source)
     return Checkpoint("jax", model.config, {path: from_array(array) for path, array in parameters(model).items()})

@@ -10,7 +10,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from paligemma_jax.checkpoints.source import TINY, codec_file
+from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.data import pickled
 from paligemma_jax.data.datasets import CONVERTERS, convert
 from paligemma_jax.data.recipes import RECIPES
@@ -149,7 +149,7 @@ def test_refcoco_masks(make, tmp_path):
     wanted[0, 12:36, 8:40], wanted[1, :, 60:] = True, True
     for row, mask in zip(rows[1:], wanted):
         np.testing.assert_array_equal(Case(row, tmp_path / "out").wanted_mask(None), mask)
-    rows = make("refcoco-segment", files, [], codec=codec_file(TINY))
+    rows = make("refcoco-segment", files, [], codec=resolve("tiny").codec_file)
     assert rows[0]["suffix"].count("<seg") == 16 and rows[0]["suffix"].startswith("<loc0256><loc0128><loc0767><loc0639><seg")
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import paligemma_jax as pg
-from paligemma_jax.checkpoints.source import TINY, codec_file
+from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.evaluation import report
 from paligemma_jax.evaluation.cases import Case, collect, load, metric_names, score_cases
 from paligemma_jax.evaluation.evaluate import evaluate
@@ -210,7 +210,7 @@ def test_answers_of_parts(tmp_path):
 def test_masks_are_measured_and_drawn(tmp_path):
     """Answers that say the codes of the right masks: what is lost is what the codec loses."""
     pytest.importorskip("sklearn")
-    file = codec_file(TINY)
+    file = resolve("tiny").codec_file
     assert file is not None
     folder, codec = dataset.write_digits(str(tmp_path), ("segment",), rows=30), load_codec(file)
     rows = [json.loads(line) for line in (folder / "segment.jsonl").read_text().splitlines()]
@@ -231,7 +231,8 @@ def test_masks_are_measured_and_drawn(tmp_path):
 
 def test_what_is_missing_is_told_before_a_model_is_loaded(command, tmp_path, monkeypatch):
     monkeypatch.setattr("paligemma_jax.inference.loading.load", None)
-    monkeypatch.setattr("paligemma_jax.checkpoints.source.codec_file", lambda source: None)
+    tiny = replace(resolve("tiny"), codec_file=None)
+    monkeypatch.setattr("paligemma_jax.checkpoints.source.resolve", lambda reference: tiny)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     (data := tmp_path / "data.jsonl").write_text("{}\n")
     run = lambda *options: command(*options, "--output", tmp_path / "out")[::2]
