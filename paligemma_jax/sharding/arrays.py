@@ -1,60 +1,77 @@
-"""."""
+"""Move trees of arrays onto a mesh and back, and describe them by shape and sharding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
+from jaxtyping import PyTree
 
 from paligemma_jax.sharding.mesh import mesh_of
-from paligemma_jax.sharding.rules import partition_spec, shardings
+from paligemma_jax.sharding.rules import Leaf, partition_spec, shardings
 
 
-def distribute(tree: Any, mesh: Mesh | None) -> Any:
-    """The tree on the devices of a mesh; what is there already stays. Of several processes, each has the whole of what is not."""
+def distribute(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Put a tree of parameters or optimizer state on a mesh. None leaves it unchanged.
 
-    def put(array: Any, place: NamedSharding) -> Array:
-        return jax.device_put(array, place) if isinstance(array, Array) and mesh_of(array) else _scatter(array, place)
+    Arrays on a mesh are resharded. Of other arrays, every process must have the full value.
+    """
+    if mesh is None:
+        return tree
 
-    return jax.tree.map(put, tree, shardings(tree, mesh)) if mesh else tree
+    def put(array: Array | np.ndarray, sharding: NamedSharding) -> Array:
+        if isinstance(array, Array) and mesh_of(array):
+            return jax.device_put(array, sharding)
+        return _put_slices(array, sharding)
+
+    return jax.tree.map(put, tree, shardings(tree, mesh))
 
 
-def shard_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """A batch of arrays of the host, split by rows; of several processes each needs its `own_rows` only."""
+def shard_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
+    """Split a batch of host arrays by rows. Each process must fill in its `local_rows` only."""
     if mesh is None:
         return batch
-    return jax.tree.map(lambda array: _scatter(array, _by_rows(array.shape, mesh)), batch)
-
-
-def batch_shapes(batch: Any, mesh: Mesh) -> Any:
-    """The shapes of a batch with the shardings that `spread` gives it."""
-    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=_by_rows(array.shape, mesh)), batch)
-
-
-def _by_rows(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(["B"], shape, mesh))
+    return jax.tree.map(lambda a: _put_slices(a, _batch_sharding(a.shape, mesh)), batch)
 
 
 def local_rows(rows: int, mesh: Mesh | None) -> list[int]:
-    """Which rows of a batch the devices of this process hold."""
+    """Return the rows of a batch that this process' devices compute."""
     if mesh is None:
         return list(range(rows))
-    places = _by_rows((rows,), mesh).addressable_devices_indices_map((rows,))
-    return sorted({row for index in places.values() if index for row in range(rows)[index[0]]})
+    slices = _batch_sharding((rows,), mesh).addressable_devices_indices_map((rows,))
+    return sorted({row for index in slices.values() if index for row in range(rows)[index[0]]})
 
 
-def _scatter(array: Any, place: NamedSharding) -> Array:
+def to_host(array: Array | np.ndarray) -> np.ndarray:
+    """Return the full value of an array. Call it in all processes at once."""
+    if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def sharded_shapes(tree: PyTree, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of `distribute(tree, mesh)`, to compile a program without arrays."""
+    return jax.tree.map(shape_struct, tree, shardings(tree, mesh))
+
+
+def batch_shapes(batch: PyTree, mesh: Mesh) -> PyTree[jax.ShapeDtypeStruct]:
+    """Return the shapes of `shard_batch(batch, mesh)`."""
+    return jax.tree.map(lambda a: shape_struct(a, _batch_sharding(a.shape, mesh)), batch)
+
+
+def shape_struct(array: Leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of an array with another sharding."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(["B"], shape, mesh))
+
+
+def _put_slices(array: Array | np.ndarray, sharding: NamedSharding) -> Array:
     values = np.asarray(array)
-    return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
-
-
-def to_host(array: Any) -> np.ndarray:
-    """The whole array in this process, wherever its parts lie; all processes of a run ask at once."""
-    if getattr(array, "is_fully_addressable", True) or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

@@ -1,55 +1,61 @@
-"""."""
+"""Trace and run functions on the mesh of their arguments."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar
 
 import jax
 from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from paligemma_jax.model.constrain import constrain_with
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import partition_spec, partition_specs
 
+P, R = ParamSpec("P"), TypeVar("R")
+
 
 @contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """What is traced inside is for this mesh: `place` is heard. None changes nothing."""
+    """Trace for a mesh inside: the model's `constrain` takes effect. None changes nothing."""
     if mesh is None:
         yield
         return
-    with jax.set_mesh(mesh), constrain_with(_place):
+    with jax.set_mesh(mesh), constrain_with(_constrain_axes):
         yield
 
 
-def _place(axes: str, x: Array) -> Array:
-    return jax.lax.with_sharding_constraint(x, partition_spec(axes.split(), x.shape, jax.sharding.get_abstract_mesh()))
+def _constrain_axes(axes: str, x: Array) -> Array:
+    spec = partition_spec(axes.split(), x.shape, jax.sharding.get_abstract_mesh())
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_tree(tree: Any) -> Any:
-    """In what is traced for a mesh: the arrays of a tree where `partitions` says; elsewhere nothing."""
+def constrain_tree(tree: PyTree) -> PyTree:
+    """Constrain the arrays of a tree to their `partition_specs`, if traced for a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, partition_specs(tree, mesh))
+    if mesh.empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, partition_specs(tree, mesh))
 
 
-class mesh_jit:
-    """`jax.jit`, traced for the mesh where the first argument lies, and run there."""
+class mesh_jit(Generic[P, R]):
+    """`jax.jit` that traces and runs a function on the mesh of its first argument."""
 
-    def __init__(self, function: Callable, **options: Any):
-        self.program: Any = jax.jit(function, **options)
+    def __init__(self, function: Callable[P, R], **options: object):
+        self.jitted = jax.jit(function, **options)  # type: ignore[call-overload]
         functools.update_wrapper(self, function)
 
-    def __call__(self, first: Any, *rest: Any, **named: Any) -> Any:
-        with use_mesh(mesh_of(first)):
-            return self.program(first, *rest, **named)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        with use_mesh(mesh_of(args[0])):
+            return self.jitted(*args, **kwargs)
 
-    def lower(self, first: Any, *rest: Any, **named: Any) -> Any:
-        with use_mesh(mesh_of(first)):
-            return self.program.lower(first, *rest, **named)
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
+        with use_mesh(mesh_of(args[0])):
+            return self.jitted.lower(*args, **kwargs)
 
     def _cache_size(self) -> int:
-        return self.program._cache_size()
+        return self.jitted._cache_size()

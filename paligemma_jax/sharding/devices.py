@@ -1,4 +1,4 @@
-"""Whether jax finds the devices that are there, what to do where it does not, and how much of their memory was used."""
+"""The devices of this process: whether JAX sees them, their peak memory, their speed."""
 
 from __future__ import annotations
 
@@ -11,43 +11,64 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-EXTRAS = {
-    "cuda": "pip install 'paligemma-jax[cuda12]' (or cuda13), and see whether nvidia-smi shows the GPU",
-    "tpu": "pip install 'paligemma-jax[tpu]', on a TPU VM that no other process uses",
+INSTALL_HINTS = {
+    "cuda": "pip install 'paligemma-jax[cuda12]' (or cuda13), and check nvidia-smi for the GPU",
+    "tpu": "pip install 'paligemma-jax[tpu]', on a TPU VM where no other process uses the TPU",
 }
-# What is there where the device is; a TPU lies at the first place up to v4, at the second since v5.
-SIGNS = {"cuda": ("/proc/driver/nvidia/version",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
+# Files that exist if the device does. A TPU has the first up to v4, the second since v5.
+DEVICE_FILES = {"cuda": ("/proc/driver/nvidia/version",), "tpu": ("/dev/accel0", "/dev/vfio/0")}
 
 
 def check_devices() -> None:
-    """ValueError if JAX_PLATFORMS asks for what jax cannot find; a warning if there is an accelerator, but not for this build of jax."""
-    asked = jax.config.values["jax_platforms"] or ""
+    """Check that JAX sees the accelerator of this machine.
+
+    Warns if there is an accelerator and JAX runs on the CPU without having been asked to.
+
+    Raises:
+        ValueError: $JAX_PLATFORMS names a device that JAX cannot use.
+    """
+    requested = jax.config.values["jax_platforms"] or ""
     try:
-        found = jax.default_backend()
-    except (RuntimeError, AssertionError):  # the latter is how jax 0.10 tells of JAX_PLATFORMS=cuda without its plugin
-        first = asked.split(",")[0].replace("gpu", "cuda")
-        remedy = EXTRAS.get(first, "it can be cpu, cuda or tpu")
-        raise ValueError(f"JAX_PLATFORMS is {asked}, but jax finds no such device: {remedy}; or unset it, and jax takes what there is") from None
-    if found == "cpu" and not asked and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        for kind in (kind for kind, signs in SIGNS.items() if any(Path(sign).exists() for sign in signs)):
-            warnings.warn(f"there is a {kind.upper()} device, but jax computes on the CPU: {EXTRAS[kind]}", stacklevel=3)
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError):  # jax 0.10 asserts if the plugin of CUDA is missing
+        platform = requested.split(",")[0].replace("gpu", "cuda")
+        hint = INSTALL_HINTS.get(platform, "it must be cpu, cuda or tpu")
+        raise ValueError(
+            f"JAX_PLATFORMS is {requested}, but JAX finds no such device: {hint}; "
+            "or unset JAX_PLATFORMS to use the default device"
+        ) from None
+    if backend != "cpu" or requested or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return
+    for kind, files in DEVICE_FILES.items():
+        if any(Path(file).exists() for file in files):
+            warnings.warn(
+                f"this machine has a {kind.upper()} device, but JAX runs on the CPU: "
+                f"{INSTALL_HINTS[kind]}",
+                stacklevel=3,
+            )
 
 
 def peak_bytes() -> int:
-    """The most that was in use so far: on the device where it counts that, else of this process."""
+    """Return the peak memory so far, of the device if it reports that, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return stats["peak_bytes_in_use"] if stats else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matrix_rate(dtype: str, side: int | None = None) -> float:
-    """FLOP per second of a big square product on this machine, best of a few."""
+    """Measure the FLOP/s of a large square matrix product, best of 8."""
     side = side or (1024 if jax.default_backend() == "cpu" else 8192)
     return 2 * side**3 / best_time(jax.jit(lambda x: x @ x), jnp.ones((side, side), dtype))
 
 
-def best_time(function: Callable, x: jax.Array, repeats: int = 8) -> float:
-    """Seconds."""
+def best_time(function: Callable[[Array], Array], x: Array, repeats: int = 8) -> float:
+    """Return the shortest run of a compiled function in seconds."""
     jax.block_until_ready(function(x))
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""Several processes, on one or many hosts, that compute as one (`jax.distributed`): how they find each other, and how they end together."""
+"""Several processes, on one or many hosts, that work as one (`jax.distributed`)."""
 
 from __future__ import annotations
 
@@ -9,82 +9,110 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 VARIABLE = "PALIGEMMA_JAX_HOSTS"
+FORMAT = "HOST:PORT,COUNT,INDEX"
+
+
+class ProcessAddress(NamedTuple):
+    """The place of this process in a multi-process run."""
+
+    coordinator: str  # HOST:PORT of process 0
+    count: int
+    index: int
 
 
 def initialize(hosts: str | None) -> None:
-    """Joins the other processes of a run, before anything is computed; without `hosts` and $PALIGEMMA_JAX_HOSTS this process stays alone.
+    """Connect to the other processes of a run. Call it before any computation.
 
-    hosts: "auto", where a TPU pod, Slurm, Open MPI or Kubernetes tells who there is; else "HOST:PORT,N,I": process I of N, of which the first
-    listens on HOST:PORT. ValueError for anything else.
+    Args:
+        hosts: "auto" to detect a TPU pod, Slurm, Open MPI or Kubernetes; "HOST:PORT,COUNT,INDEX",
+            where process 0 listens on HOST:PORT; or None for $PALIGEMMA_JAX_HOSTS. If that is not
+            set either, this process runs alone.
+
+    Raises:
+        ValueError: `hosts` has another form, or "auto" detects nothing.
     """
-    told = _told(hosts)
-    if told is None or jax.distributed.is_initialized():
+    address = _parse(hosts)
+    if address is None or jax.distributed.is_initialized():
         return
-    if isinstance(told, tuple):
-        return jax.distributed.initialize(*told, cluster_detection_method="deactivate")
+    if isinstance(address, ProcessAddress):
+        jax.distributed.initialize(
+            address.coordinator, address.count, address.index, cluster_detection_method="deactivate"
+        )
+        return
     try:
         jax.distributed.initialize()
     except ValueError as error:
-        raise ValueError(f"hosts auto: nothing here tells who takes part ({error}); give HOST:PORT,N,I") from None
+        raise ValueError(
+            f"--hosts auto detected no cluster ({error}); give {FORMAT} instead"
+        ) from None
 
 
 def process_part(hosts: str | None) -> tuple[int, int]:
-    """(I, N): which of how many processes this is, for those that answer by themselves: one that ends, or is lost, ends no other.
+    """Return (index, count) of this process among processes that work independently.
 
-    `hosts` as for `join`. HOST:PORT,N,I is taken at its word, without a connection; by auto all meet, learn their numbers, and take leave.
+    A process that ends or is lost does not stop the others. `hosts` is as in `initialize`: an
+    explicit HOST:PORT,COUNT,INDEX opens no connection; "auto" connects once to learn the numbers.
     """
-    told = _told(hosts)
-    if isinstance(told, tuple):
-        return told[2], told[1]
-    return _met() if told and not jax.distributed.is_initialized() else (jax.process_index(), jax.process_count())
+    address = _parse(hosts)
+    if isinstance(address, ProcessAddress):
+        return address.index, address.count
+    if address and not jax.distributed.is_initialized():
+        return _detect_part()
+    return jax.process_index(), jax.process_count()
 
 
 @cache
-def _met() -> tuple[int, int]:
+def _detect_part() -> tuple[int, int]:
     initialize("auto")
-    found = jax.process_index(), jax.process_count()
+    part = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()
-    return found
+    return part
 
 
-def _told(hosts: str | None) -> str | tuple[str, int, int] | None:
-    """auto, or the first process's address, N and I."""
-    hosts = hosts or os.environ.get(VARIABLE)
-    if not hosts or hosts == "auto":
-        return hosts or None
-    told = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", hosts)
-    if not told or int(told[3]) >= int(told[2]):
-        raise ValueError(f"hosts {hosts!r}: give auto, or HOST:PORT,N,I for process I (from 0) of N, as in 10.0.0.1:1234,4,0")
-    return told[1], int(told[2]), int(told[3])
+def _parse(hosts: str | None) -> ProcessAddress | Literal["auto"] | None:
+    hosts = hosts or os.environ.get(VARIABLE) or None
+    if hosts is None or hosts == "auto":
+        return hosts
+    match = re.fullmatch(r"([^,]+:\d+),(\d+),(\d+)", hosts)
+    if not match or int(match[3]) >= int(match[2]):
+        raise ValueError(
+            f"--hosts must be auto or {FORMAT} with INDEX from 0 to COUNT - 1, "
+            f"such as 10.0.0.1:1234,4,0; got {hosts!r}"
+        )
+    return ProcessAddress(match[1], int(match[2]), int(match[3]))
 
 
 def is_first_process() -> bool:
-    """Is this the process that writes what is written once?"""
+    """Whether this process writes the files and messages of the run."""
     return jax.process_index() == 0
 
 
-def barrier(what: str) -> None:
-    """For all processes to come here."""
+def barrier(name: str) -> None:
+    """Wait until all processes reach the barrier of this name."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
 def any_process(flag: bool) -> bool:
-    """Does it hold in any of the processes?"""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+    """Return whether `flag` is true in any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 @contextmanager
 def exit_together() -> Iterator[None]:
-    """What ends one of several processes ends all: one that is in error leaves at once and does not wait at the exit for those that wait for it.
+    """Decorate the main function of a multi-process run, so that an error in one process ends all.
 
-    They then lose their connection, or (where a device waits without end) the heartbeat: JAX ends them within 100 s.
+    The process exits at once instead of waiting for the others at exit. They lose their connection
+    or, if a device waits without end, the heartbeat: JAX then ends them within 100 s.
     """
     try:
         yield
@@ -92,9 +120,16 @@ def exit_together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         lost = isinstance(error, jax.errors.JaxRuntimeError)
-        if not lost and not isinstance(error, ValueError):
+        message = str(error)
+        if lost:
+            detail = message.splitlines()[0][:200] if message else ""
+            message = (
+                "another process of this run is lost; restart all of them with --resume to "
+                f"continue from the last checkpoint ({detail})"
+            )
+        elif not isinstance(error, ValueError):
             traceback.print_exc()
-        reason = "another process of this run is lost: start all of them again, with --resume to go on from the last checkpoint" if lost else error
-        detail = f" ({next(iter(str(error).splitlines()), '')[:200]})" if lost else ""
-        print(f"paligemma-jax: process {jax.process_index()}: {reason}{detail}", file=sys.stderr, flush=True)
+        print(
+            f"paligemma-jax: process {jax.process_index()}: {message}", file=sys.stderr, flush=True
+        )
         os._exit(1 if lost else 2)

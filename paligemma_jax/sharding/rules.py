@@ -1,4 +1,4 @@
-"""."""
+"""How arrays are split: parameter path -> axis letters -> mesh axes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,30 @@ import math
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
-AXES = ("data", "fsdp", "tensor")
-AnyMesh = Mesh | AbstractMesh
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
+MESH_AXES = ("data", "fsdp", "tensor")
 
-# The axis letters of model/layers.py, of paths without the layer's number; a stack has one more axis, L, in front.
-# Biases, quantized kernels and the factors of LoRA go by the kernel whose place they share. What no row names (norms) is small and lies whole
-# on every device.
-ARRAY_AXES = [
+# The mesh axes that split each axis letter. Tensor parallelism splits heads, MLP and vocabulary;
+# fully sharded data parallelism splits the other axis of each matrix. Both kinds of data
+# parallelism split the rows of a batch and its images. Between blocks, the devices that share rows
+# split the tokens (sequence parallelism, arXiv:2205.05198).
+AXIS_RULES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys("VNKFT", ("tensor",)),
+    **dict.fromkeys("DW", ("fsdp",)),
+    "B": ("data", "fsdp"),
+}
+
+# The axis letters (model/layers.py) of each parameter. Paths have no layer number; stacked
+# parameters have a leading axis L. Biases, quantized kernels and LoRA factors follow the kernel of
+# their module. Parameters without a row (norms) are small and replicated.
+PARAMETER_AXES = [
     (r"decoder/embedder/(table|codes|scale)", "V D"),
     (r"projector/kernel", "D W"),
     (r"vision/patch/kernel", "W U"),
@@ -35,86 +46,84 @@ ARRAY_AXES = [
 ]
 
 
-# Heads, MLP and vocabulary are split for tensor parallelism; what is left of a matrix for fully sharded data parallelism. Rows of a batch
-# (and its images) are split over both kinds of data parallelism, the tokens between two blocks over the devices that share their rows
-# (sequence parallelism, arXiv:2205.05198).
-MESH_AXES = {
-    "V": ("tensor",),
-    "N": ("tensor",),
-    "K": ("tensor",),
-    "F": ("tensor",),
-    "T": ("tensor",),
-    "D": ("fsdp",),
-    "W": ("fsdp",),
-    "B": ("data", "fsdp"),
-}
-
-
 def axis_letters(path: str, ndim: int) -> list[str]:
-    """The letters of an array's axes, wherever in a tree it is; none for what lies whole on every device."""
-    found = re.search(r"(?:^|/)((?:vision|projector|decoder)/.*)", path)
-    if not found:
+    """Return the axis letters of an array by its path in a model, gradient or optimizer state.
+
+    Empty for arrays that every device replicates.
+    """
+    match = re.search(r"(?:^|/)((?:vision|projector|decoder)/.*)", path)
+    if not match:
         return []
-    plain = re.sub(r"/(?:base|\d+)(?=/|$)", "", found[1])
+    plain = re.sub(r"/(?:base|\d+)(?=/|$)", "", match[1])
     module, _, name = plain.rpartition("/")
-    names = (plain, f"{module}/kernel", f"{module}/table")
-    row = next((row.split() for pattern, row in ARRAY_AXES if any(re.fullmatch(pattern, name) for name in names)), None)
-    if row is None:
+    candidates = (plain, f"{module}/kernel", f"{module}/table")
+    for pattern, axes in PARAMETER_AXES:
+        if any(re.fullmatch(pattern, candidate) for candidate in candidates):
+            letters = axes.split()
+            break
+    else:
         return []
-    lead = ["L"] if re.search(r"layers/\D", found[1]) else []
+    lead = ["L"] if re.search(r"layers/\D", match[1]) else []
     own = ndim - len(lead)
     if name == "lora_a":
-        return [*lead, "R", *row[len(row) + 1 - own :]]
-    return [*lead, *row[: own - 1], "R"] if name == "lora_b" else [*lead, *row[:own]]
+        return [*lead, "R", *letters[len(letters) + 1 - own :]]
+    if name == "lora_b":
+        return [*lead, *letters[: own - 1], "R"]
+    return [*lead, *letters[:own]]
 
 
-def partition_spec(axes: Sequence[str], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
-    """Which mesh axes split each axis of an array: those of its letter, as far as they divide it and
-    no other axis has them. B comes last: it takes the data axes that the other letters leave."""
+def partition_spec(
+    axes: Sequence[str], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Return the mesh axes that split each axis of an array.
+
+    Each letter gets the mesh axes of `AXIS_RULES` that divide it and that no other axis of the
+    array uses. B comes last: it takes the data axes that the other letters leave.
+    """
     spec: list[tuple[str, ...]] = [()] * min(len(axes), len(shape))
     for i in sorted(range(len(spec)), key=lambda i: axes[i] == "B"):
-        for axis in MESH_AXES.get(axes[i], ()):
-            size, taken = mesh.shape.get(axis, 1), any(axis in other for other in spec)
-            ways = size * math.prod(mesh.shape[other] for other in spec[i])
-            if size > 1 and not taken and shape[i] % ways == 0:
+        for axis in AXIS_RULES.get(axes[i], ()):
+            size = mesh.shape.get(axis, 1)
+            used = any(axis in names for names in spec)
+            ways = size * math.prod(mesh.shape[name] for name in spec[i])
+            if size > 1 and not used and shape[i] % ways == 0:
                 spec[i] += (axis,)
-    return PartitionSpec(*(names if len(names) > 1 else names[0] if names else None for names in spec))
+    return PartitionSpec(
+        *(names if len(names) > 1 else names[0] if names else None for names in spec)
+    )
 
 
-def partition_specs(tree: Any, mesh: Any) -> Any:
-    """The `PartitionSpec` of every array, or shape, of a tree: a model, what learns, an optimizer's state.
+def partition_specs(tree: PyTree, mesh: Mesh | AbstractMesh) -> PyTree[PartitionSpec]:
+    """Return the `PartitionSpec` of every array or shape of a tree: a model, trainable parameters,
+    an optimizer state.
 
-    An axis of a kernel that its mesh axis does not divide is whole on every device, and said once.
+    A kernel axis that its mesh axis does not divide is replicated, with one warning per axis.
     """
 
-    def one(path: tuple, leaf: Any) -> PartitionSpec:
-        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        axes = axis_letters(name, len(leaf.shape))
-        if name.endswith(("kernel", "table", "codes")):
-            wanted = [(letter, size, axis, mesh.shape.get(axis, 1)) for letter, size in zip(axes, leaf.shape) for axis in MESH_AXES.get(letter, ())]
-            for letter, size, axis, ways in wanted:
-                if size % ways:
-                    _say(f"{letter} of {size} is not divisible by {axis}={ways}, so it is whole on every device ({name})")
+    def leaf_spec(key_path: tuple, leaf: Leaf) -> PartitionSpec:
+        path = jax.tree_util.keystr(key_path, simple=True, separator="/").removesuffix("/value")
+        axes = axis_letters(path, len(leaf.shape))
+        if path.endswith(("kernel", "table", "codes")):
+            for letter, size in zip(axes, leaf.shape, strict=False):
+                for axis in AXIS_RULES.get(letter, ()):
+                    if size % mesh.shape.get(axis, 1):
+                        _warn_replicated(letter, size, axis, mesh.shape[axis], path)
         return partition_spec(axes, leaf.shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(leaf_spec, tree)
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _say(text: str) -> None:
-    """Once for every axis, not for every layer."""
-    if (what := text.partition(" (")[0]) not in _said:
-        _said.add(what)
-        warnings.warn(text, stacklevel=5)
+def _warn_replicated(letter: str, size: int, axis: str, ways: int, path: str) -> None:
+    """Warn once per axis, not once per layer."""
+    reason = f"axis {letter} of size {size} is not divisible by {axis}={ways}"
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"{reason}, so every device replicates it ({path})", stacklevel=5)
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
-    """`partitions` on a mesh of devices."""
+def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
+    """Return the `NamedSharding` of every array or shape of a tree (`partition_specs`)."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))
-
-
-def sharded_shapes(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree with their shardings: what a program is compiled for, without a single array."""
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings(tree, mesh))
