@@ -19,10 +19,11 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 from support.paths import GOLDEN, TESTS
+from support.typecheck import check
 
 # Check the annotated shapes and dtypes of every call while testing; users pay nothing for them.
 TYPED = ["paligemma_jax.model"]
-install_import_hook(TYPED, "beartype.beartype")
+install_import_hook(TYPED, f"{check.__module__}.{check.__name__}")
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
