@@ -1,26 +1,28 @@
-"""Checkpoints to models: finds a source, reads it tensor by tensor, puts each where it belongs."""
+"""Load a model: read a checkpoint tensor by tensor and put each one where it belongs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert import formats, peft
+from convert import peft
 from convert.quantized import quantize_checkpoint
 from convert.tensor import Tensor
 from paligemma_jax import lora
-from paligemma_jax.checkpoints.source import under
+from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.model.precision import Quantization
+from paligemma_jax.model.precision import Quantization, WeightFormat
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.quantization.quantize import quantize_modules
 from paligemma_jax.sharding.arrays import distribute
@@ -30,76 +32,87 @@ from paligemma_jax.sharding.rules import shardings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+def abstract_model(
+    config: PaliGemmaConfig,
+    formats: Mapping[str, WeightFormat] = MappingProxyType({}),
+    dtype: str = "float32",
+) -> PaliGemma:
+    """Return a model with shapes in place of arrays, which takes no memory.
 
-
-def abstract_model(config: PaliGemmaConfig) -> PaliGemma:
-    """The model with shapes in the place of arrays: costs nothing, whatever its size."""
-    return nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
-
-
-
-
-
-
-
-
+    Args:
+        config: The model's config.
+        formats: The format of each quantized module, by its path.
+        dtype: Dtype of the parameters that are not quantized.
+    """
+    model = nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
+    shapes = {path: leaf.shape for path, leaf in parameters(model).items()}
+    model = with_parameters(model, lambda path: jax.ShapeDtypeStruct(shapes[path], dtype))
+    return jax.eval_shape(partial(quantize_modules, formats=formats), model) if formats else model
 
 
 def load_model(
-    source: Path,
+    source: CheckpointSource | str | Path,
     dtype: str | None = None,
     numerics: str | None = None,
     mesh: Mesh | str | None = None,
-    wide: Callable[[str], bool] = lambda path: False,
+    keep_float32: Callable[[str], bool] = lambda path: False,
     quantize: str | None = None,
 ) -> PaliGemma:
-    """The model of a checkpoint: a Hugging Face directory, one of this project's own, a big_vision .npz of a published variant, or a LoRA adapter.
+    """Load a model from a Hugging Face directory, a converted checkpoint, a big_vision .npz file of
+    a published variant, or a LoRA adapter.
 
-    dtype: of parameters and activations, one of DTYPES. By default the checkpoint's own; on a CPU float32, where bfloat16 is slower
-    (43 ms for 3 ms in a 2304 x 9216 product).  numerics: by default what the checkpoint means.
-    mesh: where to put the parameters (`paligemma_jax.sharding.mesh.resolve_mesh`); each device is given its slices, and only they are read.
-    wide: the paths of the parameters to hold in float32 whatever `dtype` is: those that learn.
-    quantize: what to hold in 8 or 4 bits (`Quantization.of`); each matrix is made smaller while it is read, some rows at a time.
-    An adapter is merged into the model, or laid beside its products where some are quantized.
-    ValueError if the source is not a whole PaliGemma checkpoint.
+    An adapter is merged into the weights, or attached beside them if some are quantized.
+
+    Args:
+        source: The checkpoint, or a reference to it (see `resolve`).
+        dtype: Dtype of parameters and activations, one of `DTYPES`. Default: the checkpoint's; on a
+            CPU float32, where bfloat16 is slower (43 ms against 3 ms in a 2304 x 9216 product).
+        numerics: "transformers" or "big_vision". Default: the checkpoint's.
+        mesh: Devices to load onto (see `paligemma_jax.sharding.mesh.resolve_mesh`). Only the slices
+            of this process's devices are read.
+        keep_float32: Which parameters, by path, stay in float32 whatever `dtype` is. For training.
+        quantize: What to quantize to 8 or 4 bits (see `Quantization`). Matrices are quantized while
+            they are read, some rows at a time.
+
+    Raises:
+        ValueError: The checkpoint is incomplete or damaged, or an argument is invalid.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    how = Quantization.parse(quantize)
-    checkpoint = quantize_checkpoint(formats.read(under(source)).with_numerics(numerics), how)
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype)
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source, quantization = resolve(source), Quantization.parse(quantize)
+    checkpoint = quantize_checkpoint(source.checkpoint.with_numerics(numerics), quantization)
     for note in checkpoint.notes:
-        warnings.warn(f"{source}: {note}", stacklevel=2)
-    model = abstract_model(replace(checkpoint.config, dtype=dtype, cache=how.cache))
-    model = jax.eval_shape(partial(quantize_modules, formats=checkpoint.formats), model) if checkpoint.formats else model
-    mesh = resolve_mesh(mesh, checkpoint.config)
-    places = shardings(parameters(model), mesh) if mesh else {}
-    parts, arrays = checkpoint.parts, {}
+        warnings.warn(f"{source.reference}: {note}", stacklevel=2)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
+    config = replace(checkpoint.config, dtype=dtype, cache=quantization.cache)
+    model = abstract_model(config, checkpoint.formats)
+    mesh = resolve_mesh(mesh, config)
+    placement = shardings(parameters(model), mesh) if mesh else {}
+    codes, arrays = checkpoint.parts, {}
     for path, tensor in checkpoint.tensors.items():
-        arrays[path] = _put(tensor if path in parts else tensor.cast("float32" if wide(path) else dtype), places.get(path))
+        if path not in codes:
+            tensor = tensor.cast("float32" if keep_float32(path) else dtype)
+        arrays[path] = _put(tensor, placement.get(path))
     model = with_parameters(model, arrays.pop)
-    if not peft.is_adapter(source):
+    if source.adapter is None:
         return model
-    model = lora.attach_lora(model, peft.read_adapter(source, model.config))
+    model = lora.attach_lora(model, peft.read_adapter(source.adapter, config))
     return distribute(model if checkpoint.formats else lora.merge_lora(model), mesh)
 
 
-
-
-
-
 def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:
-    """The tensor on its devices; what several of them hold is read once, and one slice at a time is on the host."""
+    """Put a tensor on its devices. A slice that several devices share is read once, and only one
+    slice at a time is in host memory."""
     if sharding is None:
         return jnp.asarray(tensor.load())
-    devices: dict[str, list] = {}
-    places = sharding.addressable_devices_indices_map(tensor.shape)
-    for device, index in places.items():
-        devices.setdefault(str(index), []).append((device, index))
-    parts = {}
-    for group in devices.values():
-        array = tensor.load(group[0][1] or ())
-        parts |= {device: jax.device_put(array, device) for device, _ in group}
-    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, [parts[device] for device in places])
-
-
+    slices = sharding.addressable_devices_indices_map(tensor.shape)
+    groups = defaultdict(list)
+    for device, index in slices.items():
+        groups[str(index)].append(device)
+    shards = {}
+    for devices in groups.values():
+        array = tensor.load(slices[devices[0]] or ())
+        shards |= {device: jax.device_put(array, device) for device in devices}
+    ordered = [shards[device] for device in slices]
+    return jax.make_array_from_single_device_arrays(tensor.shape, sharding, ordered)

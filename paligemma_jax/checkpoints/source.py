@@ -1,4 +1,4 @@
-"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a Hugging Face Hub id."""
+"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a Hub id."""
 
 from __future__ import annotations
 

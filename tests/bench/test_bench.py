@@ -75,7 +75,7 @@ def test_random_model(dtype):
 def test_a_random_model_tells_what_blocks_do_not_divide():
     """Of 160 numbers a row, blocks of 128 may run over the ends of a matrix's rows, not of a table's, which are looked up one by one."""
     with pytest.warns(UserWarning, match=r"^left as they are, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"):
-        model = synthetic.random_model(CONFIG, how=Quantization.parse("embedding=nf4-128"))
+        model = synthetic.random_model(CONFIG, quantization=Quantization.parse("embedding=nf4-128"))
     assert not quantize.weight_formats(model)
 
 
