@@ -28,7 +28,7 @@ from jax import Array
 from tqdm import tqdm
 
 from paligemma_jax.checkpoints.load import DTYPES
-from paligemma_jax.checkpoints.synthetic import load_or_random, synthetic_inputs
+from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.generate import DecodeState
 from paligemma_jax.inference.request import Request, make_request
@@ -95,7 +95,7 @@ def run(plan: BenchConfig) -> dict[str, Any]:
 
 def _measure_model(name: str, dtype: str, plan: BenchConfig, how: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     start = time.perf_counter()
-    model = jax.block_until_ready(load_or_random(name, dtype, plan.depth, how))
+    model = jax.block_until_ready(model_by_name(name, dtype, plan.depth, how))
     load_s, theirs = time.perf_counter() - start, None
     if plan.against:
         from paligemma_jax.bench.contender import transformers_model

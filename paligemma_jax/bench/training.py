@@ -26,7 +26,7 @@ from paligemma_jax.bench.generation import (
     program_bytes,
     spread,
 )
-from paligemma_jax.checkpoints.synthetic import abstract_or_random, load_or_random, synthetic_inputs
+from paligemma_jax.checkpoints.synthetic import abstract_model_by_name, model_by_name, synthetic_inputs
 from paligemma_jax.model.flops import training_flops
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.training.batches import Batch, max_targets
@@ -53,7 +53,7 @@ def _measure_model(name: str, train: str, dtype: str, plan: BenchConfig) -> Iter
                 "", "", train="lora" if train == "qlora" else train, quantize="nf4" if train == "qlora" else None, batch_size=batch,
                 learning_rate=1e-4, remat=plan.remat, dtype=dtype,
             )  # fmt: skip
-            model = load_or_random(name, dtype, plan.depth) if plan.repeats else abstract_or_random(name, dtype, plan.depth)
+            model = model_by_name(name, dtype, plan.depth) if plan.repeats else abstract_model_by_name(name, dtype, plan.depth)
             data = Batch(answering(synthetic_inputs(model.config, batch, prompt + plan.new), plan.new), np.ones(batch, np.float32))
             about = {"model": name, "train": train, "dtype": dtype, "remat": plan.remat, "batch": batch, "tokens": data.inputs.tokens.shape[1]}
             for row in _measure(model, config, data, plan):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from paligemma_jax.checkpoints.synthetic import abstract_or_random
+from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.request import make_request
 from paligemma_jax.inference.sampling import Greedy
@@ -79,7 +79,7 @@ def plan(work: PlanConfig) -> PlanResult:
     """Compiles what `work` runs. ValueError if it cannot be asked for; what does not fit is an answer."""
     where = chips.find_slice(work.on)
     estimate = work.estimate or not where.chip.axes
-    model = abstract_or_random(work.model, work.dtype)
+    model = abstract_model_by_name(work.model, work.dtype)
     if work.training and not work.lora and weight_formats(model):
         raise ValueError(f"--model {work.model} is quantized, and codes do not learn: give --lora RANK to adapt it")
     mesh = resolve_mesh(work.mesh, model.config, work.training, _devices(where, estimate), (work.batch or 0) // work.parts)

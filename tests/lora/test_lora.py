@@ -21,7 +21,7 @@ from convert.peft import Factors
 from paligemma_jax import lora
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.checkpoints.synthetic import abstract_or_random
+from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.model.stack import stack_model, unstack_model
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.quantization.quantize import quantize_model
@@ -87,7 +87,7 @@ def test_ranks_scales_and_targets():
 def test_an_adapter_is_a_small_part_of_the_model(preset):
     """At the default rank under 2 % of the model's bytes, though it is held in float32 and the model in bfloat16; with rank 8 in the encoder too."""
     config = FinetuneConfig("", "", train="lora", lora_vision_rank=8)
-    model = abstract_or_random(preset, "bfloat16")
+    model = abstract_model_by_name(preset, "bfloat16")
     held = lambda model, lora: sum(math.prod(v.shape) * v.dtype.itemsize for p, v in parameters(model).items() if ("/lora_" in p) == lora)
     assert held(jax.eval_shape(lambda model: prepare_model(model, config), model), True) < 0.02 * held(model, False)
 

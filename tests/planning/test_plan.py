@@ -16,7 +16,7 @@ from support.paths import ROOT
 from convert.formats import convert
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.checkpoints.synthetic import abstract_or_random
+from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.model.config import PRESETS
 from paligemma_jax.model.flops import prefill_flops, vision_flops
 from paligemma_jax.model.tree import parameters
@@ -180,7 +180,7 @@ def test_the_fastest_as_json(plan, monkeypatch):
 def test_a_checkpoint_that_is_quantized(plan, tmp_path):
     """Is planned as it is loaded."""
     convert(TINY, tmp_path / "small", "jax", quantize="nf4-32-double,embedding=int8")
-    found, loaded = (parameters(model) for model in (abstract_or_random(str(tmp_path / "small"), "bfloat16"), load_model(tmp_path / "small", "bfloat16")))
+    found, loaded = (parameters(model) for model in (abstract_model_by_name(str(tmp_path / "small"), "bfloat16"), load_model(tmp_path / "small", "bfloat16")))
     assert {path: (leaf.shape, leaf.dtype) for path, leaf in found.items()} == {path: (leaf.shape, leaf.dtype) for path, leaf in loaded.items()}
     assert "codes do not learn: give --lora" in plan("--model", tmp_path / "small", "--workload", "finetune", "--on", "h200")
 

@@ -10,7 +10,7 @@ import pytest
 from support.on_devices import batch, call
 
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.checkpoints.synthetic import abstract_or_random
+from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import trainer_shapes
@@ -122,7 +122,7 @@ def test_the_28b_step_compiles_as_fast_as_that_of_3b():
     """One block, looped over: 46 layers of it for 26 are no more to compile (pytest -m slow -s -k 28b tests/sharding/test_sharding.py)."""
     seconds = {}
     for name in ("3b-224", "28b-224"):
-        trainer, state, frozen = trainer_shapes(abstract_or_random(name, "float32"), FinetuneConfig("", "", train="lora", remat="full", batch_size=2))
+        trainer, state, frozen = trainer_shapes(abstract_model_by_name(name, "float32"), FinetuneConfig("", "", train="lora", remat="full", batch_size=2))
         data = batch(PaliGemmaConfig.preset(name), 2)
         begin = time.perf_counter()
         trainer.step.lower(state, frozen, data, max_targets=8).compile()

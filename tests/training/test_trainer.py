@@ -15,7 +15,7 @@ from paligemma_jax.bench.training import answering
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.checkpoints.synthetic import (
-    abstract_or_random,
+    abstract_model_by_name,
     random_model,
     synthetic_inputs,
     with_depth,
@@ -137,7 +137,7 @@ def test_the_weight_of_a_row(reduction):
 
 def test_the_logits_of_a_batch_never_exist():
     """In a step of the 3b's vocabulary nothing has it whole for an axis but the table, its gradient and its moments."""
-    model = abstract_or_random("3b-224", "bfloat16", 1)
+    model = abstract_model_by_name("3b-224", "bfloat16", 1)
     config = FinetuneConfig("", "", batch_size=2, dtype="bfloat16")
     trainer, state, frozen = trainer_shapes(model, config)
     inputs = answering(synthetic_inputs(model.config, 2, 40), 20)
@@ -202,7 +202,7 @@ def test_the_encoder_learns_at_its_own_rate():
 def test_in_bfloat16_what_is_frozen_stays_so_and_what_learns_is_float32(train, quantized):
     config = FinetuneConfig("", "", train=train, quantize=quantized, dtype="bfloat16", lora_rank=2, batch_size=2, learning_rate=1e-3)
     wide = lambda path: bool(re.fullmatch(config.pattern, path))
-    trainer = Trainer(prepare_model(load_model(TINY, "bfloat16", wide=wide, quantize=quantized), config), config, 4)
+    trainer = Trainer(prepare_model(load_model(TINY, "bfloat16", keep_float32=wide, quantize=quantized), config), config, 4)
     state, found = trainer.start(), []
     for _ in range(4):
         state, report = trainer.step(state, trainer.frozen, Batch(batch(load_model(TINY)), np.ones(2, np.float32)), max_targets=8)

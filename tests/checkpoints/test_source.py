@@ -1,0 +1,118 @@
+"""Resolving references to checkpoints: once per load, with everything that belongs to one."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from support.paths import GOLDEN
+
+import paligemma_jax as pg
+from convert import convert
+from convert.peft import Factors, write_adapter
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.source import TINY, resolve
+from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.tree import parameters
+
+HUB_ID = "google/paligemma2-3b-mix-224"
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """The hub ids that are downloaded; each is the embedded model."""
+    calls = []
+
+    def snapshot_download(repo, **options):
+        calls.append(repo)
+        return str(TINY)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often each file is read, by name."""
+    counts = Counter()
+    for method in ("read_text", "read_bytes"):
+        original = getattr(Path, method)
+
+        def read(path, *args, original=original, **kwargs):
+            counts[path.name] += 1
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, method, read)
+    return counts
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A LoRA adapter whose base checkpoint is a hub id."""
+    directory, config = tmp_path / "adapter", PaliGemmaConfig.preset("tiny")
+    D, N, H = (
+        config.decoder.hidden_size,
+        config.decoder.num_attention_heads,
+        config.decoder.head_dim,
+    )
+    a, b = np.ones((2, D), np.float32), np.ones((N, H, 2), np.float32)
+    write_adapter(directory, {"decoder/layers/0/attention/q": Factors(a, b, 1.0)}, config, HUB_ID)
+    return directory
+
+
+@pytest.mark.parametrize("with_adapter", [False, True], ids=["hub id", "adapter"])
+def test_a_load_resolves_once_and_reads_the_config_once(downloads, reads, adapter, with_adapter):
+    predictor = pg.load(adapter if with_adapter else HUB_ID)
+    assert downloads == [HUB_ID]
+    assert reads["config.json"] == 1
+    assert predictor.codec_file == resolve("tiny").codec_file
+
+
+def test_an_adapter_has_the_parts_of_its_base_checkpoint(downloads, adapter):
+    source, tiny = resolve(adapter), resolve("tiny")
+    assert (source.reference, source.adapter) == (str(adapter), adapter)
+    assert (source.weights, source.tokenizer_dir) == (TINY, TINY)
+    assert source.codec_file == tiny.codec_file is not None
+    assert source.config == tiny.config and tiny.adapter is None
+    changed = parameters(load_model(source))["decoder/layers/0/attention/q/kernel"]
+    assert not np.array_equal(
+        changed, parameters(load_model(tiny))["decoder/layers/0/attention/q/kernel"]
+    )
+
+
+def test_a_converted_checkpoint_keeps_its_tokenizer_and_codec_apart(tmp_path):
+    convert(TINY, tmp_path / "converted", "jax")
+    source = resolve(tmp_path / "converted")
+    assert source.weights == tmp_path / "converted"
+    assert source.tokenizer_dir == tmp_path / "converted" / "huggingface"
+    assert source.codec_file == source.tokenizer_dir / resolve("tiny").codec_file.name
+    assert source.config.vision == resolve("tiny").config.vision
+
+
+def test_a_mask_codec_is_found_beside_an_npz(tmp_path):
+    for name in ("weights.npz", "vae-readme.txt", "vae-oid.npz"):
+        (tmp_path / name).write_bytes(b"")
+    assert resolve(tmp_path / "weights.npz").codec_file == tmp_path / "vae-oid.npz"
+    assert resolve(GOLDEN / "pg2").codec_file is None
+
+
+def test_a_resolved_source_is_returned_unchanged():
+    source = resolve("tiny")
+    assert resolve(source) is source
+
+
+def test_the_error_lists_every_choice(tmp_path):
+    choices = "give 'tiny', a directory, a hub id like google/paligemma2-3b-mix-224, or one of a, b"
+    with pytest.raises(ValueError, match=f"no such checkpoint: nowhere; {choices}"):
+        resolve("nowhere", ["a", "b"])
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gone"}))
+    with pytest.raises(
+        ValueError, match=r"base checkpoint of the adapter .* no such checkpoint: gone"
+    ):
+        resolve(adapter)
