@@ -1,4 +1,4 @@
-"""The command `paligemma-jax`: a subcommand is a function of `commands/`. Errors of the user are one line on stderr and exit code 2."""
+"""The command `paligemma-jax`. Each subcommand is a function in `commands/`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import io
 import re
 import sys
+from collections.abc import Callable, Iterator
 
+import docstring_parser
 import tyro
 
 from paligemma_jax.commands.bench import bench
@@ -31,29 +33,59 @@ COMMANDS = {
     "bench": bench,
     "parity": parity,
 }
+ABOUT = "PaliGemma 2 in JAX. To convert checkpoints, run `python -m convert`."
 
 
 def main() -> None:
-    """Runs what sys.argv asks for; alone, the command shows its help."""
+    """Run the subcommand in sys.argv; without one, print the help."""
     arguments = sys.argv[1:] or ["--help"]
-    report_errors(lambda: _help(arguments) if arguments in (["--help"], ["-h"]) else _dispatch(arguments))
-
-
+    run = _print_help if arguments in (["--help"], ["-h"]) else _dispatch
+    report_errors(lambda: run(arguments))
 
 
 def _dispatch(arguments: list[str]) -> None:
-    about = "PaliGemma 2 in JAX. Checkpoints are converted by `python -m convert`."
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="paligemma-jax", description=about, args=arguments, config=(tyro.conf.DisallowNone,))
+    with _joined_help_lines():
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="paligemma-jax",
+            description=ABOUT,
+            args=arguments,
+            config=(tyro.conf.DisallowNone,),
+        )
 
 
-def _help(arguments: list[str]) -> None:
-    """What tyro shows, but for the names of all subcommands in the line of usage, which would not fit 80 columns; they are told below it."""
-    shown = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding)
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+def _print_help(arguments: list[str]) -> None:
+    """Print tyro's help with COMMAND in place of the list of all subcommands in the usage line,
+    which would not fit 80 columns."""
+    output = io.TextIOWrapper(io.BytesIO(), sys.stdout.encoding)
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
         _dispatch(arguments)
-    shown.seek(0)
-    print(re.sub(r"\{generate,.*\}", "COMMAND", shown.read(), count=1), end="")
+    output.seek(0)
+    print(re.sub(r"\{generate,.*\}", "COMMAND", output.read(), count=1), end="")
 
 
+@contextlib.contextmanager
+def _joined_help_lines() -> Iterator[None]:
+    """Let tyro wrap help texts to the terminal; by itself it keeps the docstrings' line breaks."""
+    names = ("parse", "parse_from_object")
+    originals = [getattr(docstring_parser, name) for name in names]
+    for name, parse in zip(names, originals, strict=True):
+        setattr(docstring_parser, name, _joining(parse))
+    try:
+        yield
+    finally:
+        for name, parse in zip(names, originals, strict=True):
+            setattr(docstring_parser, name, parse)
 
 
+def _joining(parse: Callable) -> Callable:
+    """A parser of docstrings that returns each description as one line per paragraph."""
+
+    def parse_and_join(source: object) -> docstring_parser.Docstring:
+        docstring = parse(source)
+        for parameter in docstring.params:
+            paragraphs = re.split(r"\n\s*\n", parameter.description or "")
+            parameter.description = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        return docstring
+
+    return parse_and_join

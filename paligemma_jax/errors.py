@@ -1,4 +1,8 @@
-"""."""
+"""User errors. All of them are ValueErrors, and this is the one place that prints them.
+
+Code raises ValueError for whatever a user can fix. `report_errors` turns it into one line on stderr
+and exit code 2; any other exception is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -8,40 +12,53 @@ from collections.abc import Callable
 
 
 def report_errors(run: Callable[[], None]) -> None:
-    """Runs it; what a user can mend is one line on stderr, and exit code 2."""
+    """Run a command; print a user error as one line on stderr and exit with code 2."""
     try:
         try:
             run()
         finally:
-            sys.stdout.flush()  # here, so that a closed pipe shows while it can still be caught
+            sys.stdout.flush()  # so that a closed pipe raises here, where it is caught
     except KeyboardInterrupt:
-        _stop("interrupted", 130)
-    except BrokenPipeError:  # the reader, as in `| head`, has had enough: not even the flush at exit may complain
+        _exit("interrupted", 130)
+    except BrokenPipeError:  # the reader, such as `| head`, has left; silence the flush at exit too
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        if (reason := _reason(error)) is None:
+        reason = _reason(error)
+        if reason is None:
             raise
-        _stop(reason, 2)
+        _exit(reason, 2)
 
 
 def _reason(error: Exception) -> str | None:
-    """What to tell of an error that its user can mend; None for any other, whose traceback is worth having."""
+    """The message for a user error, or None for a bug."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory: give fewer images at once, fewer new tokens, --dtype bfloat16 or a smaller checkpoint"
+        return (
+            "out of memory: use a smaller batch, fewer new tokens, --dtype bfloat16 or a smaller "
+            "checkpoint"
+        )
     if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    if isinstance(error, ImportError | RuntimeError) and "jaxlib" in str(error):  # told when jax is imported
-        return f"jax and jaxlib do not fit ({str(error).splitlines()[0]}): pip install --upgrade paligemma-jax, with the extra of your accelerator"
+        has_file = error.filename and error.strerror
+        return f"{error.filename}: {error.strerror}" if has_file else str(error)
+    if isinstance(error, ImportError | RuntimeError) and "jaxlib" in str(error):
+        return (  # raised by the import of jax
+            f"jax and jaxlib have incompatible versions ({str(error).splitlines()[0]}): run "
+            "pip install --upgrade paligemma-jax with the extra for your accelerator"
+        )
     if isinstance(error, AssertionError | RuntimeError) and "jax" in sys.modules:
-        from paligemma_jax.sharding import devices
-
-        try:
-            devices.check_devices()
-        except ValueError as missing:
-            return str(missing)
+        return _missing_accelerator()
     return str(error) if isinstance(error, ValueError) else None
 
 
-def _stop(reason: str, code: int) -> None:
+def _missing_accelerator() -> str | None:
+    from paligemma_jax.sharding.devices import check_devices
+
+    try:
+        check_devices()
+    except ValueError as missing:
+        return str(missing)
+    return None
+
+
+def _exit(reason: str, code: int) -> None:
     print(f"paligemma-jax: {reason}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -1,0 +1,1 @@
+"""The subcommands of `paligemma-jax`, one per file, and their shared options."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from paligemma_jax.commands.options import File, Loaded, ModelOptions, dumps, existing
+from paligemma_jax.commands.options import File, ModelFlags, ModelOptions, dumps, require_file
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.cases import Case
@@ -20,7 +20,7 @@ def evaluate(
     data: str,
     metric: Metrics,
     output: Folder = None,
-    source: Loaded = ModelOptions(),
+    source: ModelFlags = ModelOptions(),
     max_new_tokens: int = 128,
     batch_size: int = 16,
     beams: int = 1,
@@ -67,7 +67,7 @@ def evaluate(
         own, about["model"] = _run(path, Path(answers)), answers
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        existing("--data", data)
+        require_file("--data", data)
         from paligemma_jax.checkpoints.source import resolve
 
         if "mask_iou" in names and resolve(source.model).codec_file is None:
@@ -82,7 +82,7 @@ def _answer(source: ModelOptions, data: Path, folder: Path, new: int, beams: int
     from paligemma_jax.inference.offline import predict
     from paligemma_jax.inference.sampling import Beam, Greedy
 
-    if (of := source.part()[1]) > 1:
+    if (of := source.process_part()[1]) > 1:
         raise ValueError(f"evaluate answers in one process, not {of}: predict in all of them, then evaluate --answers their --output in one")
     predict(source.load(), data, folder, new, Beam(beams) if beams > 1 else Greedy(), **options)
     return collect(data, folder)

@@ -1,4 +1,4 @@
-"""What several subcommands ask for, in the same words. Nothing here imports jax, so that --help need not wait for it."""
+"""Options that several subcommands share. Nothing here imports jax, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -13,56 +13,76 @@ if TYPE_CHECKING:
     from paligemma_jax.inference.predictor import Predictor
     from paligemma_jax.inference.sampling import Strategy
 
-Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
-Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
-Numbers = Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")]
-Numerics = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the one that the checkpoint means)")]
-Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the checkpoint's; float32 on a CPU)")]
-Quantize = Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="(default: as the checkpoint is)")]
-Mesh = Annotated[str | None, tyro.conf.arg(metavar="SIZES", help_behavior_hint="(default: one device)")]
-Number = Annotated[float | None, tyro.conf.arg(metavar="X", help_behavior_hint="(default: off)")]
-Count = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: off)")]
-Stops = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: none)")]
-File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")]
-Depth = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")]
-Hosts = Annotated[str | None, tyro.conf.arg(metavar="WHO", help_behavior_hint="(default: this process alone)")]
+
+def _arg(metavar: str, default: str | None = None):
+    """A flag's metavar, and what the help says of a default of None."""
+    hint = f"(default: {default})" if default else None
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+
+
+Name = Annotated[str, _arg("NAME")]
+Names = Annotated[tuple[str, ...], _arg("NAME [NAME ...]")]
+Numbers = Annotated[tuple[int, ...], _arg("N [N ...]")]
+Numerics = Annotated[str | None, _arg("NAME", "the checkpoint's")]
+Dtype = Annotated[str | None, _arg("NAME", "the checkpoint's; float32 on a CPU")]
+Quantize = Annotated[str | None, _arg("FORMAT", "the checkpoint's")]
+Mesh = Annotated[str | None, _arg("SIZES", "one device")]
+Number = Annotated[float | None, _arg("X", "off")]
+Count = Annotated[int | None, _arg("N", "off")]
+Stops = Annotated[tuple[str, ...], _arg("TEXT [TEXT ...]", "none")]
+File = Annotated[str | None, _arg("FILE", "none")]
+Depth = Annotated[int | None, _arg("N", "all")]
+Hosts = Annotated[str | None, _arg("HOSTS", "a single process")]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how it is held: the flags of every subcommand that loads one."""
+    """Which model to load and how: the flags of every subcommand that loads one."""
 
     model: Name = "tiny"
-    """tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, an adapter, or a hub id like google/paligemma2-3b-mix-224."""
+    """Checkpoint: tiny (embedded), a Hugging Face directory, a converted checkpoint, a LoRA
+    adapter, or a hub id such as google/paligemma2-3b-mix-224."""
     dtype: Dtype = None
-    """float32, bfloat16 or float16."""
+    """Dtype of parameters and activations: float32, bfloat16 or float16."""
     numerics: Numerics = None
-    """transformers or big_vision, where the two compute different numbers."""
+    """Implementation to match where the two differ: transformers or big_vision."""
     quantize: Quantize = None
-    """What to hold in 8 or 4 bits: int8, int4, nf4 (the decoder's projections), or more in words: nf4-32-double,embedding=int8,vision=int8"""
+    """Storage format of weights: int8, int4, nf4 (the decoder's projections), or a list by part,
+    such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""
     mesh: Mesh = None
-    """Devices to spread the model over: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto for all of this process."""
+    """Devices to shard over: data=2,fsdp=4,tensor=2 (1 if left out), or auto for all devices of
+    this process."""
     hosts: Hosts = None
-    """Of several processes, who they are: auto (a TPU pod, Slurm, Open MPI tell), or HOST:PORT,N,I for process I of N; or set PALIGEMMA_JAX_HOSTS."""
+    """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. Also read
+    from PALIGEMMA_JAX_HOSTS."""
 
     def load(self) -> Predictor:
+        """Load the model."""
         from paligemma_jax import load
 
-        self.part()  # by auto all meet, before jax looks for devices
-        return load(self.model, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize)
+        self.process_part()  # "auto" connects all processes, before jax looks for devices
+        return load(
+            self.model,
+            dtype=self.dtype,
+            numerics=self.numerics,
+            mesh=self.mesh,
+            quantize=self.quantize,
+        )
 
-    def part(self) -> tuple[int, int]:
-        """(I, N): this process answers as the I-th of N."""
+    def process_part(self) -> tuple[int, int]:
+        """Return (index, count) of this process among those that share the work."""
         from paligemma_jax.sharding import hosts
 
         return hosts.process_part(self.hosts)
 
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same to go on with answers; devices and processes may be others."""
-        return {name: value for name, value in asdict(self).items() if name not in ("mesh", "hosts")}
+    def settings(self) -> dict[str, str | None]:
+        """The options that must not change when answers are resumed; devices may."""
+        options = asdict(self)
+        del options["mesh"], options["hosts"]
+        return options
 
 
-Loaded = Annotated[ModelOptions, tyro.conf.arg(name="")]  # the flags of a `Source` beside the others
+ModelFlags = Annotated[ModelOptions, tyro.conf.arg(name="")]  # flags without a prefix
 
 
 @dataclass(frozen=True)
@@ -111,20 +131,21 @@ class DecodingFlags:
         return Greedy() if width is None and not drawn else Sample(**drawn) if width is None else BestOf(width, Sample(**drawn))
 
 
-Decoded = Annotated[DecodingFlags, tyro.conf.arg(name="")]  # as `Loaded`
+Decoded = Annotated[DecodingFlags, tyro.conf.arg(name="")]
 
 
-def existing(flag: str, file: str) -> None:
-    """ValueError, before a model is loaded, if there is no file that `flag` names."""
+def require_file(flag: str, file: str) -> None:
+    """ValueError, before a model is loaded, if the file of a flag does not exist."""
     if not Path(file).is_file():
         raise ValueError(f"{flag} {file}: no such file")
 
 
-def placed(flag: str, file: str | None) -> None:
-    """ValueError, before anything is computed, if there is no directory for the file that `flag` names."""
+def require_parent(flag: str, file: str | None) -> None:
+    """ValueError, before any computation, if the directory of an output file does not exist."""
     if file and not Path(file).parent.is_dir():
-        raise ValueError(f"{flag} {file}: there is no directory {Path(file).parent}")
+        raise ValueError(f"{flag} {file}: no such directory: {Path(file).parent}")
 
 
 def dumps(value: object) -> str:
+    """One line of JSON."""
     return json.dumps(value, ensure_ascii=False)

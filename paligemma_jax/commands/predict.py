@@ -8,17 +8,17 @@ from typing import Any
 from paligemma_jax.commands.options import (
     Decoded,
     DecodingFlags,
-    Loaded,
+    ModelFlags,
     ModelOptions,
     dumps,
-    existing,
+    require_file,
 )
 
 
 def predict(
     data: str,
     output: str,
-    source: Loaded = ModelOptions(),
+    source: ModelFlags = ModelOptions(),
     max_new_tokens: int = 128,
     decoding: Decoded = DecodingFlags(),
     batch_size: int = 16,
@@ -40,10 +40,10 @@ def predict(
         resume: Go on with what is in --output: nothing is answered or written twice.
         json: Print what was done as one JSON object instead of a line of text.
     """
-    existing("--data", data)
+    require_file("--data", data)
     from paligemma_jax.inference.offline import predict
 
-    options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.part())
+    options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.process_part())
     options |= decoding.options() | {"seed": decoding.seed}
     done = predict(source.load(), data, output, max_new_tokens, **options)
     told = f"{done.answered} rows answered, {done.failed} failed; {done.rows_s:.1f} rows/s, {done.tokens / done.seconds:.0f} tokens/s: {done.answers}"
