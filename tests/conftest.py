@@ -33,22 +33,33 @@ WITHOUT_TORCH = importlib.util.find_spec("torch") is None
 def _needs_torch(file: Path) -> bool:
     """Whether it imports torch or transformers at its top, itself or through tests/support."""
     names = re.findall(r"^(?:import|from) (support\.\w+|\w+)", file.read_text(), re.MULTILINE)
-    helpers = [TESTS / f"{name.replace('.', '/')}.py" for name in names if name.startswith("support.")]
+    helpers = [
+        TESTS / f"{name.replace('.', '/')}.py" for name in names if name.startswith("support.")
+    ]
     return bool({"torch", "transformers"} & {*names}) or any(map(_needs_torch, helpers))
 
 
-collect_ignore = [str(file.relative_to(TESTS)) for file in TESTS.rglob("test_*.py") if WITHOUT_TORCH and _needs_torch(file)]
+collect_ignore = [
+    str(file.relative_to(TESTS))
+    for file in TESTS.rglob("test_*.py")
+    if WITHOUT_TORCH and _needs_torch(file)
+]
 
 
 def pytest_report_header() -> str:
-    return f"without torch: left out {', '.join(sorted(collect_ignore))}" if WITHOUT_TORCH else "with torch: live parity"
+    return (
+        f"without torch: left out {', '.join(sorted(collect_ignore))}"
+        if WITHOUT_TORCH
+        else "with torch: live parity"
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled():
-    """Every program of XLA's on the CPU holds memory maps, and Linux gives a process 65,530: past them it dies of a segmentation fault.
+    """Drop compiled programs after each file.
 
-    tests/inference/test_generation.py alone takes 19,000.
+    Each of XLA's programs on a CPU keeps memory maps, of which Linux allows a process 65,530; past
+    them it dies of a segmentation fault. tests/inference/test_generation.py alone takes 19,000.
     """
     yield
     jax.clear_caches()
@@ -56,7 +67,8 @@ def forget_compiled():
 
 @pytest.fixture(scope="module")
 def quick_to_compile():
-    """Without LLVM's optimizations programs take half the time to compile: for modules whose programs run a few times only."""
+    """Compile in half the time, without LLVM's optimizations: for files whose programs run only a
+    few times."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -64,14 +76,20 @@ def quick_to_compile():
 
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
-    """(kind, seed, **changes) -> (transformers model, directory in released layout, our model): see tests/support/hf_models.py."""
+    """(kind, seed, **changes) -> (transformers model, directory in released layout, our model).
+
+    See tests/support/hf_models.py.
+    """
     from support import hf_models
 
     from paligemma_jax.checkpoints.load import load_model
 
     @functools.cache
     def make(kind: str = "pg2", seed: int = 0, numerics: str = "transformers", **changes):
-        changes = {key: dict(value) if isinstance(value, tuple) else value for key, value in changes.items()}
+        changes = {
+            key: dict(value) if isinstance(value, tuple) else value
+            for key, value in changes.items()
+        }
         model = hf_models.random_model(kind, seed, **changes)
         directory = hf_models.save_checkpoint(model, tmp_path_factory.mktemp(kind))
         return model, directory, load_model(directory, numerics=numerics)
@@ -81,13 +99,13 @@ def random_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def random_directory(tmp_path):
-    """kind -> a fresh copy of a whole random checkpoint of tests/model/test_golden.py, tokenizer.model included, to load or to break."""
+    """kind -> a fresh copy of a golden checkpoint, with tokenizer.model, to load or to break."""
     return lambda kind="pg2": Path(shutil.copytree(GOLDEN / kind, tmp_path / kind))
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """(arguments) -> (exit code, stdout, stderr) of the command `paligemma-jax`, run in this process."""
+    """(arguments) -> (exit code, stdout, stderr) of `paligemma-jax`, run in this process."""
     from paligemma_jax.cli import main
 
     def run(*arguments):

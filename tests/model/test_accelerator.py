@@ -1,4 +1,7 @@
-"""On a GPU or TPU: the numbers of the CPU, by other kernels. `JAX_PLATFORMS=cuda,cpu pytest -m accelerator` (or tpu,cpu)."""
+"""A GPU or TPU computes the same numbers as the CPU.
+
+Run by hand: `JAX_PLATFORMS=cuda,cpu pytest -m accelerator` (or tpu,cpu).
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,58 @@ from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import prepare_model
 from paligemma_jax.training.trainer import Trainer
 
-pytestmark = [pytest.mark.accelerator, pytest.mark.skipif(jax.default_backend() == "cpu", reason="there is no GPU or TPU here")]
+pytestmark = [
+    pytest.mark.accelerator,
+    pytest.mark.skipif(jax.default_backend() == "cpu", reason="no GPU or TPU is present"),
+]
 PHOTO = TINY.parent / "digits.jpg"
-ANSWERS = {"caption en": "four digits: 4, 3, 2 and 3", "ocr": "4 3 2 3", "answer en how many digits?": "4"}
+ANSWERS = {
+    "caption en": "four digits: 4, 3, 2 and 3",
+    "ocr": "4 3 2 3",
+    "answer en how many digits?": "4",
+}
 
 
 def both(function):
-    """What it gives on the accelerator and on the CPU."""
-    found = [function()]
+    """The results of `function` on the accelerator and on the CPU."""
+    on_accelerator = function()
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return [*found, function()]
+        return on_accelerator, function()
 
 
 @pytest.mark.parametrize("numerics", ["transformers", "big_vision"])
 def test_logits(numerics):
-    found, expected = both(lambda: pg.load("tiny", dtype="float32", numerics=numerics).logits(PHOTO, "ocr", "4 3 2 3")[0])
+    found, expected = both(
+        lambda: pg.load("tiny", dtype="float32", numerics=numerics).logits(PHOTO, "ocr", "4 3 2 3")[
+            0
+        ]
+    )
     error = np.abs(found - expected)
     assert expected.std() > 2 and error.max() <= 2e-4 and error.mean() <= 2e-5
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}, {"quantize": "nf4,embedding=int8,vision=int8,cache=int8"}], ids=str
+    "options",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"quantize": "int8"},
+        {"quantize": "nf4,embedding=int8,vision=int8,cache=int8"},
+    ],
+    ids=str,
 )
 def test_answers(options):
-    """The default dtype is the checkpoint's bfloat16 there."""
+    """By default with the checkpoint's dtype, bfloat16."""
     assert pg.load("tiny", **options).generate([PHOTO] * 3, list(ANSWERS)) == list(ANSWERS.values())
 
 
 def test_samples():
-    drawn = lambda: pg.load("tiny", dtype="float32").generate([PHOTO] * 8, ["ocr"] * 8, sampler=pg.Sample(temperature=3.0, top_k=3), seeds=range(8))
-    found, expected = both(drawn)
+    def draw() -> list[str]:
+        sampler = pg.Sample(temperature=3.0, top_k=3)
+        predictor = pg.load("tiny", dtype="float32")
+        return predictor.generate([PHOTO] * 8, ["ocr"] * 8, sampler=sampler, seeds=range(8))
+
+    found, expected = both(draw)
     assert found == expected and len({*found}) > 1
 
 
@@ -56,17 +81,36 @@ def test_samples():
 def test_products_with_codes(kind, rows):
     rng, format = np.random.default_rng(0), WeightFormat.parse(kind)
     parts = encode(format, jnp.asarray(rng.standard_normal((48, 128), np.float32)), 1)
-    x, dense = rng.standard_normal((rows, 128), np.float32), np.asarray(decode(format, parts, (48, 128)))
-    np.testing.assert_allclose(multiply(format, jnp.asarray(x), parts["codes"], scales(parts)), x @ dense.T, atol=2e-5)
+    x, dense = (
+        rng.standard_normal((rows, 128), np.float32),
+        np.asarray(decode(format, parts, (48, 128))),
+    )
+    np.testing.assert_allclose(
+        multiply(format, jnp.asarray(x), parts["codes"], scales(parts)), x @ dense.T, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("train, quantize", [("all", None), ("lora", "nf4")])
-def test_a_step(train, quantize):
-    """Of SGD at a rate of 1: the gradient is the change. LoRA's second factors begin at 0, so only they have one."""
+def test_training_step(train, quantize):
+    """SGD at a learning rate of 1: the change is the gradient. LoRA's B starts at 0, so only B has
+    one."""
 
-    def changes() -> dict[str, np.ndarray]:
-        config = FinetuneConfig("", "", train=train, quantize=quantize, optimizer="sgd", beta1=0, learning_rate=1.0, warmup=0, clip=0, batch_size=2)
-        inputs = pg.load("tiny").processor([PHOTO] * 2, ["ocr", "caption en"], ["4 3 2 3", "four digits"])
+    def gradients() -> dict[str, np.ndarray]:
+        config = FinetuneConfig(
+            "",
+            "",
+            train=train,
+            quantize=quantize,
+            optimizer="sgd",
+            beta1=0,
+            learning_rate=1.0,
+            warmup=0,
+            clip=0,
+            batch_size=2,
+        )
+        inputs = pg.load("tiny").processor(
+            [PHOTO] * 2, ["ocr", "caption en"], ["4 3 2 3", "four digits"]
+        )
         data = Batch(inputs, np.ones(2, np.float32))
         trainer = Trainer(prepare_model(load_model(TINY, "float32"), config), config, 1)
         state = trainer.start()
@@ -74,7 +118,7 @@ def test_a_step(train, quantize):
         state, _ = trainer.step(state, trainer.frozen, data, max_targets=max_targets(data))
         return {path: before[path] - np.asarray(value) for path, value in state.trainable.items()}
 
-    found, expected = both(changes)
+    found, expected = both(gradients)
     for path, value in expected.items():
         assert np.linalg.norm(found[path] - value) <= 1e-4 * max(np.linalg.norm(value), 1e-3), path
 

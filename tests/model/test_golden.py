@@ -1,4 +1,5 @@
-"""What transformers 5.23 computed once on two small random checkpoints (tests/golden, written by make_golden.py): needs neither torch nor it."""
+"""Parity without torch: the outputs of transformers 5.23 on two small random checkpoints, saved in
+tests/golden by tests/support/make_golden.py."""
 
 from __future__ import annotations
 
@@ -18,30 +19,39 @@ import paligemma_jax as pg
 from paligemma_jax.inference import scoring
 
 KINDS = ["pg1", "pg2"]
-TOLERANCE = {"vision": 2e-6, "projector": 2e-6, "decoder": 2e-5, "logits": 1.2e-5}  # of the largest value, as in tests/model/test_parity.py
+TOLERANCE = {
+    "vision": 2e-6,
+    "projector": 2e-6,
+    "decoder": 2e-5,
+    "logits": 1.2e-5,
+}  # relative to the largest value, as in tests/model/test_parity.py
 
 
 @cache
 def golden(kind: str):
-    """(Predictor, what transformers computed by name, Inputs of the forward pass)."""
+    """(Predictor, transformers' outputs by name, Inputs of the forward pass)."""
     with np.load(GOLDEN / kind / "expected.npz") as file:
         expected = dict(file)
-    inputs = pg.Inputs(expected["tokens"], from_bytes(expected["bytes"]), expected["valid"], expected["prefix"], expected["targets"])
+    inputs = pg.Inputs(
+        expected["tokens"],
+        from_bytes(expected["bytes"]),
+        expected["valid"],
+        expected["prefix"],
+        expected["targets"],
+    )
     return pg.load(GOLDEN / kind), expected, inputs
-
-
-
-
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stages(kind):
     predictor, expected, inputs = golden(kind)
     found = predictor.stages(inputs, attention=True)
-    assert {f"stages/{name}" for name in found} == {name for name in expected if name.startswith("stages/")}
+    assert {f"stages/{name}" for name in found} == {
+        name for name in expected if name.startswith("stages/")
+    }
     for name, value in found.items():
         wanted = expected[f"stages/{name}"]
-        error = np.abs(sample(name, value, inputs.valid) - wanted).max() / np.abs(value).max()  # as in tests/model/test_parity.py
+        error = np.abs(sample(name, value, inputs.valid) - wanted).max() / np.abs(value).max()
         assert error < TOLERANCE[name.split("/")[0]], (name, error)
 
 
@@ -59,7 +69,9 @@ def test_logits_and_loss(kind):
 def test_greedy_tokens(kind):
     predictor, expected, _ = golden(kind)
     tokens, valid = expected["greedy/tokens"], expected["greedy/valid"]
-    inputs = pg.Inputs(tokens, from_bytes(expected["greedy/bytes"]), valid, valid, np.zeros_like(valid))
+    inputs = pg.Inputs(
+        tokens, from_bytes(expected["greedy/bytes"]), valid, valid, np.zeros_like(valid)
+    )
     wanted = expected["greedy/answer"]
     np.testing.assert_array_equal(tokens_of(predictor.model, inputs, wanted.shape[1]), wanted)
 
@@ -69,30 +81,45 @@ def test_processor():
     for name, given in json.loads((GOLDEN / "processor.json").read_text("utf-8")).items():
         images = [[GOLDEN / "image.png"] * n for n in given["images"]]
         inputs = processor(images, given["prompts"], given["suffixes"], padding_side=given["side"])
-        valid, targets = np.array(given["attention_mask"]) == 1, np.array(given["token_type_ids"]) == 1
+        valid, targets = (
+            np.array(given["attention_mask"]) == 1,
+            np.array(given["token_type_ids"]) == 1,
+        )
         np.testing.assert_array_equal(inputs.tokens, given["input_ids"], name)
-        np.testing.assert_array_equal([inputs.valid, inputs.targets, inputs.prefix], [valid, targets, valid & ~targets], name)
-        np.testing.assert_array_equal(np.where(inputs.targets, inputs.tokens, -100), given["labels"], name)
-        np.testing.assert_array_equal(inputs.images[-1], from_bytes(np.load(GOLDEN / "image.npy")), name)
+        np.testing.assert_array_equal(
+            [inputs.valid, inputs.targets, inputs.prefix], [valid, targets, valid & ~targets], name
+        )
+        np.testing.assert_array_equal(
+            np.where(inputs.targets, inputs.tokens, -100), given["labels"], name
+        )
+        np.testing.assert_array_equal(
+            inputs.images[-1], from_bytes(np.load(GOLDEN / "image.npy")), name
+        )
         assert [processor.decode(row) for row in inputs.tokens] == given["decoded"]
 
 
-def test_sources_are_alike():
-    """The picture as a file, opened, and as an array, gives the same answer."""
+def test_image_sources_are_equivalent():
+    """A path, a PIL image and an array give the same answer."""
     predictor, image = golden("pg2")[0], GOLDEN / "image.png"
-    answers = [predictor.generate(source, "caption en", 8) for source in (image, Image.open(image), np.asarray(Image.open(image)))]
+    answers = [
+        predictor.generate(source, "caption en", 8)
+        for source in (image, Image.open(image), np.asarray(Image.open(image)))
+    ]
     assert answers[0] == answers[1] == answers[2] and answers[0][0]
 
 
 WITHOUT = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # from here on, to import either is an ImportError
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing either is an ImportError
 import pytest
-sys.exit(pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "-k", "pg2 and (logits or greedy) or processor"]))
+tests = "pg2 and (logits or greedy) or processor"
+sys.exit(pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "-k", tests]))
 """
 
 
 def test_without_torch():
-    """The core of this file passes in a process that has neither torch nor transformers."""
-    done = subprocess.run([sys.executable, "-c", WITHOUT, __file__], capture_output=True, text=True, cwd=ROOT)
+    """The core of this file passes in a process without torch and transformers."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, __file__], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

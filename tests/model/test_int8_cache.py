@@ -1,4 +1,4 @@
-"""The KV cache in 8 bits: its rounding, what decoding from it makes of the logits, and that it is written and taken apart as the other."""
+"""The int8 KV cache: its rounding, and the error of logits decoded from it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def test_rounding():
 
 
 @pytest.mark.parametrize("form", ["list", "stack"])
-def test_decoding_from_it(form):
-    """Ten steps over the same tokens: as from a cache in float32, up to what 8 bits take; the last key is read back from its slot."""
+def test_decoding_from_an_int8_cache(form):
+    """Ten steps over the same tokens equal those from a float32 cache up to the rounding to 8 bits;
+    the last key is read back from its slot."""
     model = load_model(TINY)
     small = load_model(TINY, quantize="cache=int8")
     model, small = (stack_model(m, delete=False) if form == "stack" else m for m in (model, small))
@@ -37,33 +38,40 @@ def test_decoding_from_it(form):
     slots = inputs.tokens.shape[1] + 10
     (first, cache), (same, held) = (prefill(m, inputs, slots) for m in (model, small))
     np.testing.assert_array_equal(first, same)
-    assert sum(a.nbytes for a in jax.tree.leaves(held.k)) == pytest.approx(sum(a.nbytes for a in jax.tree.leaves(cache.k)) * (32 + 4) / (4 * 32))
+    assert sum(a.nbytes for a in jax.tree.leaves(held.k)) == pytest.approx(
+        sum(a.nbytes for a in jax.tree.leaves(cache.k)) * (32 + 4) / (4 * 32)
+    )
     step = jax.jit(type(model).decode_step)
     for _ in range(10):
         token = np.asarray(first.argmax(-1), np.int32)
         (first, cache), (found, held) = step(model, token, cache), step(small, token, held)
         spread = np.std(first, axis=-1).max()
         assert 0 < np.abs(found - first).max() < 0.05 * spread
-    layer = lambda cache: jax.tree.map(lambda a: np.asarray(a), cache.k)
-    codes, dense = (layer(held).codes[0], layer(cache)[0]) if form == "stack" else (layer(held)[0].codes, layer(cache)[0])
-    scale = layer(held).scale[0] if form == "stack" else layer(held)[0].scale
-    np.testing.assert_allclose(codes * scale, dense, atol=np.abs(dense).max() / 254 * 1.001)
+    dense = np.asarray(cache.k[0])
+    int8 = jax.tree.map(lambda a: a[0], held.k) if form == "stack" else held.k[0]
+    values = np.asarray(int8.codes) * np.asarray(int8.scale)
+    np.testing.assert_allclose(values, dense, atol=np.abs(dense).max() / 254 * 1.001)
 
 
-def test_it_still_reads():
+def test_tiny_reads_digits_with_an_int8_cache():
     photo = TINY.parent / "digits.jpg"
     small = pg.load("tiny", quantize="cache=int8")
     assert small.config.cache == "int8" and small.generate(photo, "ocr") == ["4 3 2 3"]
     assert small.generate(photo, "ocr", sampler=pg.Beam(2)) == ["4 3 2 3"]
 
 
-def test_its_error_as_the_table_measures_it():
-    """Decoded step by step the dense model's logits are the teacher-forced ones; from 8 bits they are a few thousandths of their size off."""
-    photo, ask = TINY.parent / "digits.jpg", (["ocr", "ocr"], ["4 3 2 3", "3 2"])
+def test_error_as_in_the_quantization_table():
+    """Decoded step by step, the logits equal the teacher-forced ones; with an int8 cache they are off
+    by a few thousandths of their size."""
+    photo, texts = TINY.parent / "digits.jpg", (["ocr", "ocr"], ["4 3 2 3", "3 2"])
     predictor = pg.load("tiny")
-    dense, small = (decoded(p, [photo] * 2, *ask) for p in (predictor, pg.load("tiny", quantize="cache=int8")))
-    logits, inputs = predictor.logits([photo] * 2, *ask)
+    dense, small = (
+        decoded(p, [photo] * 2, *texts) for p in (predictor, pg.load("tiny", quantize="cache=int8"))
+    )
+    logits, inputs = predictor.logits([photo] * 2, *texts)
     for row in range(2):
         first = inputs.targets[row].argmax() - 1
-        np.testing.assert_allclose(dense[:, row], logits[row, first : first + len(dense)], atol=1e-4)
+        np.testing.assert_allclose(
+            dense[:, row], logits[row, first : first + len(dense)], atol=1e-4
+        )
     assert 1e-5 < np.linalg.norm(small - dense) / np.linalg.norm(dense) < 5e-3

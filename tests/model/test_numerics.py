@@ -1,4 +1,4 @@
-"""What differs between the two numerics profiles, row by row of `NUMERICS`, each against a formula of its own."""
+"""The differences between the numerics profiles, field by field, each against its own formula."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ ROWS = ((1, 5, 12),)
 @pytest.fixture
 def both(random_checkpoint):
     reference, directory, ours = random_checkpoint("pg2", 4)
-    return reference, ours, load_model(directory, numerics="big_vision"), random_inputs(reference, ROWS)
+    return (
+        reference,
+        ours,
+        load_model(directory, numerics="big_vision"),
+        random_inputs(reference, ROWS),
+    )
 
 
 def logits(model, inputs):
@@ -33,7 +38,9 @@ def test_every_row_is_tested():
     tested = {name.removeprefix("test_row_") for name in globals() if name.startswith("test_row_")}
     assert tested == {field.name for field in fields(Numerics)}
     assert all(
-        getattr(NUMERICS["transformers"], f.name) != getattr(NUMERICS["big_vision"], f.name) or f.name == "capped_decode" for f in fields(Numerics)
+        getattr(NUMERICS["transformers"], f.name) != getattr(NUMERICS["big_vision"], f.name)
+        or f.name == "capped_decode"
+        for f in fields(Numerics)
     )
 
 
@@ -55,9 +62,15 @@ def test_row_sliding_window(both):
 
 
 def test_row_capped_prefill(both):
-    """Teacher-forced logits and the first generated token's are not capped by big_vision; transformers 5.23 caps them."""
+    """transformers 5.23 caps teacher-forced logits and the first generated token's; big_vision does
+    not."""
     _, ours, theirs, inputs = both
-    short = replace(inputs, **{name: getattr(inputs, name)[:, :22] for name in ("tokens", "valid", "prefix", "targets")})  # no window yet
+    short = replace(
+        inputs,
+        **{
+            name: getattr(inputs, name)[:, :22] for name in ("tokens", "valid", "prefix", "targets")
+        },
+    )  # no window yet
     capped, free = logits(ours, short), logits(theirs, short)
     np.testing.assert_allclose(capped, 30 * np.tanh(free / 30), atol=2e-4)
     assert np.abs(capped - free).max() > 0.1
@@ -79,26 +92,35 @@ def test_row_capped_decode(both):
 
 
 def test_row_first_position(both):
-    """1-based in transformers, 0-based in big_vision: seen in the spans, equal in exact arithmetic."""
+    """1 in transformers, 0 in big_vision; the results are equal in exact arithmetic."""
     _, ours, theirs, inputs = both
     for model, first in ((ours, 1), (theirs, 0)):
         span = prefill(model, inputs, 40)[1].span
-        np.testing.assert_array_equal(span.positions[0, : inputs.tokens.shape[1]], np.arange(inputs.tokens.shape[1]) + first)
+        np.testing.assert_array_equal(
+            span.positions[0, : inputs.tokens.shape[1]], np.arange(inputs.tokens.shape[1]) + first
+        )
 
 
 def test_rope_is_the_same():
-    """big_vision's own expression, restated from its `models/ppp/gemma.py`; transformers' is in tests/model/test_parity.py."""
+    """Against big_vision's expression, restated from `models/ppp/gemma.py`. (transformers' is in
+    tests/model/test_parity.py.)"""
     x = np.random.default_rng(0).normal(size=(1, 4400, 2, 256)).astype(np.float32)
     positions = jnp.arange(4400)[None]
     timescale = 10000.0 ** ((2.0 / 256) * jnp.arange(128, dtype=jnp.float32))
     radians = (positions[..., None] / timescale[None, None, :])[..., None, :]
     first, second = np.split(x, 2, axis=-1)
-    expected = np.concatenate([first * jnp.cos(radians) - second * jnp.sin(radians), second * jnp.cos(radians) + first * jnp.sin(radians)], -1)
+    expected = np.concatenate(
+        [
+            first * jnp.cos(radians) - second * jnp.sin(radians),
+            second * jnp.cos(radians) + first * jnp.sin(radians),
+        ],
+        -1,
+    )
     np.testing.assert_allclose(rope(jnp.asarray(x), positions, 10000.0), expected, atol=1e-6)
 
 
 def test_row_scale_query(both):
-    """Scaling queries or scores is the same in exact arithmetic: only rounding may tell them apart."""
+    """Scaling queries instead of scores changes only the rounding."""
     _, ours, _, inputs = both
     profile = dict(NUMERICS)
     attention = [layer.attention for layer in ours.decoder.layers]
@@ -118,6 +140,12 @@ def test_row_float32_activations(both, tmp_path):
     import torch
 
     directory = save_checkpoint(both[0], tmp_path, dtype=torch.bfloat16)
-    narrow, wide = load_model(directory, "bfloat16", "big_vision"), load_model(directory, "float32", "big_vision")
-    assert narrow.config.activation_dtype == "float32" and load_model(directory, "bfloat16").config.activation_dtype == "bfloat16"
+    narrow, wide = (
+        load_model(directory, "bfloat16", "big_vision"),
+        load_model(directory, "float32", "big_vision"),
+    )
+    assert (
+        narrow.config.activation_dtype == "float32"
+        and load_model(directory, "bfloat16").config.activation_dtype == "bfloat16"
+    )
     assert np.abs(logits(narrow, both[3]) - logits(wide, both[3])).max() < 2e-4

@@ -1,4 +1,5 @@
-"""Planted defects: the parity that tests/model/test_parity.py asks for is broken by each of them, most by thousands of times its tolerance."""
+"""Each planted defect breaks the parity of tests/model/test_parity.py, most by thousands of times its
+tolerance."""
 
 from __future__ import annotations
 
@@ -29,33 +30,46 @@ def _transposed(images, size):
 
 PATCHES, NORM = vision.patches, layers.RMSNorm.__call__
 
+
+def _erf_gelu(x, approximate):
+    return x * 0.5 * (1 + jax.scipy.special.erf(x * 0.5**0.5))
+
+
+def _norm_without_one(self, x):
+    return NORM(self, x) / (1 + self.scale[...]) * self.scale[...]
+
+
+def _change(span, positions=0, valid=False):
+    return masks.TokenSpan(span.positions + positions, span.prefix, span.valid | valid)
+
+
+RULE = masks.prefix_lm_mask
 DEFECTS = {
-    "erf gelu": lambda: mock.patch("jax.nn.gelu", lambda x, approximate: x * 0.5 * (1 + jax.scipy.special.erf(x * 0.5**0.5))),
-    "window off by one": lambda: _mask(lambda q, k, w: masks.prefix_lm_mask(q, k, w + 1)),
-    "no window": lambda: _mask(lambda q, k, w: masks.prefix_lm_mask(q, k, 2**30)),
-    "window narrows the prefix": lambda: _mask(_anded),
-    "wrong layers are local": lambda: mock.patch.object(DecoderConfig, "windows", lambda self, numerics: (2**30, 8, 2**30, 8, 2**30)),
-    "w for 1 + w": lambda: mock.patch.object(
-        layers.RMSNorm, "__call__", lambda self, x: NORM(self, x) / (1 + self.scale[...]) * self.scale[...]
+    "erf gelu": mock.patch("jax.nn.gelu", _erf_gelu),
+    "window off by one": _mask(lambda q, k, w: RULE(q, k, w + 1)),
+    "no window": _mask(lambda q, k, w: RULE(q, k, 2**30)),
+    "window narrows the prefix": _mask(_anded),
+    "wrong layers are local": mock.patch.object(
+        DecoderConfig, "windows", lambda self, numerics: (2**30, 8, 2**30, 8, 2**30)
     ),
-    "image height and width swapped": lambda: mock.patch.object(vision, "patches", _transposed),
-    "pads are seen": lambda: _mask(lambda q, k, w: masks.prefix_lm_mask(q, masks.TokenSpan(k.positions, k.prefix, k.valid | True), w)),
-    "no rope": lambda: mock.patch.object(decoder, "rope", lambda x, *_: x),
-    "first position off by three for keys": lambda: _mask(
-        lambda q, k, w: masks.prefix_lm_mask(q, masks.TokenSpan(k.positions + 3, k.prefix, k.valid), w)
+    "norm scales by w instead of 1 + w": mock.patch.object(
+        layers.RMSNorm, "__call__", _norm_without_one
     ),
-    "suffix sees itself both ways": lambda: _mask(lambda q, k, w: masks.prefix_lm_mask(q, k, w) | k.valid[:, None, :]),
-}  # fmt: skip
+    "image height and width swapped": mock.patch.object(vision, "patches", _transposed),
+    "pads are attended to": _mask(lambda q, k, w: RULE(q, _change(k, valid=True), w)),
+    "no rope": mock.patch.object(decoder, "rope", lambda x, **_: x),
+    "key positions off by three": _mask(lambda q, k, w: RULE(q, _change(k, positions=3), w)),
+    "suffix attends both ways": _mask(lambda q, k, w: RULE(q, k, w) | k.valid[:, None, :]),
+}
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_seen(random_checkpoint, name):
+def test_defect_is_detected(random_checkpoint, name):
     reference, _, model = random_checkpoint("pg2", 0)
     inputs = random_inputs(reference, ((1, 5, 12), (2, 3, 4)), 0, order="mixed")
     expected = hf_logits(reference, inputs)
-    run = lambda: np.abs(np.asarray(model(*map(jnp.asarray, (inputs.tokens, inputs.images, inputs.valid, inputs.prefix)))) - expected)[
-        inputs.valid
-    ].max()
-    with DEFECTS[name]():
-        broken = run()
-    assert broken > 5e-4, broken  # the tolerance is 2e-4
+    arrays = map(jnp.asarray, (inputs.tokens, inputs.images, inputs.valid, inputs.prefix))
+    with DEFECTS[name]:
+        logits = np.asarray(model(*arrays))
+    error = np.abs(logits - expected)[inputs.valid].max()
+    assert error > 5e-4, error  # the tolerance is 2e-4

@@ -1,7 +1,5 @@
-"""Twenty sharp tests against transformers in float32, each built so that one particular mistake shows.
-
-Numbers 15 and 16 are in tests/processing/test_image.py and tests/processing/test_processor.py, 18 in tests/training/test_losses.py.
-"""
+"""The semantics of PaliGemma, each in a test against transformers in float32 that would show one
+particular mistake. (Pixels and prompts: tests/processing; losses: tests/training.)"""
 
 from __future__ import annotations
 
@@ -41,22 +39,27 @@ def assert_logits(reference, model, inputs, most=2e-4):
     return expected
 
 
-
-
 @KINDS
 def test_norms_of_one_layer(random_checkpoint, kind):
-    """Random norm weights, the output of the first layer: w for 1 + w, missing post-norms, the two roles of post_attention_layernorm."""
+    """Random norm weights show w instead of 1 + w, missing post-norms, and the two roles of
+    post_attention_layernorm."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
     expected = hf_stages(reference, inputs)["decoder/layers/0"]
-    np.testing.assert_allclose(scoring.forward_stages(model, inputs)["decoder/layers/0"], expected, atol=2e-5)
+    np.testing.assert_allclose(
+        scoring.forward_stages(model, inputs)["decoder/layers/0"], expected, atol=2e-5
+    )
 
 
 def test_query_scale(random_checkpoint):
     """query_pre_attn_scalar 18, head_dim 20, heads * head_dim != hidden."""
     reference, _, model = random_checkpoint("pg2", 3)
     config = model.config.decoder
-    assert (config.query_pre_attn_scalar, config.head_dim, config.num_attention_heads * config.head_dim) == (18, 20, 80) and config.hidden_size == 56
+    assert (
+        config.query_pre_attn_scalar,
+        config.head_dim,
+        config.num_attention_heads * config.head_dim,
+    ) == (18, 20, 80) and config.hidden_size == 56
     assert_logits(reference, model, random_inputs(reference, ((1, 5, 6),)))
 
 
@@ -77,14 +80,22 @@ def test_window_on_the_suffix(random_checkpoint, window):
 
 
 @KINDS
-def test_who_sees_whom(random_checkpoint, kind):
-    """Changing the last suffix token moves nothing before it; changing the last prompt token moves the image positions."""
+def test_suffix_is_causal_and_prefix_is_not(random_checkpoint, kind):
+    """Changing the last suffix token changes nothing before it; changing the last prompt token
+    changes the image positions."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
-    run = lambda place, name: np.asarray(scoring.forward_stages(model, replace(inputs, tokens=changed(inputs.tokens, place)))[name])
+
+    def run(place, name):
+        tokens = changed(inputs.tokens, place)
+        return np.asarray(scoring.forward_stages(model, replace(inputs, tokens=tokens))[name])
+
     assert (run(-1, "logits")[0, :-1] == run(None, "logits")[0, :-1]).all()
     assert (run(-1, "logits")[0, -1] != run(None, "logits")[0, -1]).any()
-    assert (np.abs(run(-8, "decoder/layers/0") - run(None, "decoder/layers/0"))[0, :16].max(axis=1) > 1e-4).all()
+    assert (
+        np.abs(run(-8, "decoder/layers/0") - run(None, "decoder/layers/0"))[0, :16].max(axis=1)
+        > 1e-4
+    ).all()
 
 
 def changed(tokens, place):
@@ -97,39 +108,54 @@ def changed(tokens, place):
 @KINDS
 @pytest.mark.parametrize("prefix", [False, True])
 def test_all_suffix_all_prefix(random_checkpoint, kind, prefix):
-    """token_type_ids all one: plain causal; all zero: everything sees everything."""
+    """token_type_ids all one is plain causal attention; all zero is full attention."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
-    assert_logits(reference, model, replace(inputs, prefix=np.full_like(inputs.prefix, prefix), targets=np.full_like(inputs.targets, not prefix)))
+    assert_logits(
+        reference,
+        model,
+        replace(
+            inputs,
+            prefix=np.full_like(inputs.prefix, prefix),
+            targets=np.full_like(inputs.targets, not prefix),
+        ),
+    )
 
 
 @KINDS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(random_checkpoint, kind, side):
-    """A row of a batch equals the row alone; positions are 1-based and skip the pads."""
+    """A row in a batch equals the row alone; positions start at 1 and skip pads."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 9, 8), (1, 3, 2)), side=side)
     assert_logits(reference, model, inputs)
     for row in (0, 1):
         alone = one_row(inputs, row, slice(row, row + 1))
         batched = np.asarray(scoring.forward(model, inputs))[row][inputs.valid[row]]
-        np.testing.assert_allclose(batched, scoring.forward(model, alone)[0], atol=1e-5 * np.abs(batched).max())
+        np.testing.assert_allclose(
+            batched, scoring.forward(model, alone)[0], atol=1e-5 * np.abs(batched).max()
+        )
         np.testing.assert_allclose(batched, reference_alone(reference, alone), atol=2e-4)
 
 
 def reference_alone(reference, inputs):
-    with torch.no_grad():  # without position_ids: transformers' own arange + 1
+    with torch.no_grad():  # without position_ids transformers takes arange + 1
         return reference(**hf_inputs(inputs)).logits[0].numpy()
 
 
 def test_cached_decoding_across_the_window(random_checkpoint):
-    """Greedy, 20 tokens, left-padded batch: tokens equal transformers', logits equal a full recompute."""
+    """20 greedy tokens of a left-padded batch equal transformers', and their logits a full pass."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
     tokens = tokens_of(model, inputs, 20)
-    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=20, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
+    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=20, do_sample=False)[
+        :, inputs.tokens.shape[1] :
+    ].numpy()
     np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
-    grown = lambda old, new: np.concatenate([old, new], axis=1)
+
+    def grown(old, new):
+        return np.concatenate([old, new], axis=1)
+
     yes, no = np.ones_like(tokens, bool), np.zeros_like(tokens, bool)
     full = replace(
         inputs,
@@ -141,33 +167,44 @@ def test_cached_decoding_across_the_window(random_checkpoint):
     expected = hf_logits(reference, full)
     logits, cache = prefill(model, inputs, inputs.tokens.shape[1] + 24)
     for step in range(20):
-        np.testing.assert_allclose(logits, expected[:, inputs.tokens.shape[1] + step - 1], atol=2e-4)
+        np.testing.assert_allclose(
+            logits, expected[:, inputs.tokens.shape[1] + step - 1], atol=2e-4
+        )
         logits, cache = model.decode_step(jnp.asarray(tokens[:, step]), cache)
 
 
 @KINDS
 def test_right_padded_generation(random_checkpoint, kind):
-    """transformers itself fails here; the oracle is each row alone."""
+    """transformers fails here; the oracle is each row alone."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 3, 0), (1, 1, 0)), side="right")
     found = tokens_of(model, inputs, 16)
     for row, images in enumerate((slice(0, 1), slice(1, 3), slice(3, 4))):
         alone = one_row(inputs, row, images)
-        expected = reference.generate(**hf_inputs(alone), max_new_tokens=16, do_sample=False)[0, alone.tokens.shape[1] :].numpy()
+        expected = reference.generate(**hf_inputs(alone), max_new_tokens=16, do_sample=False)[
+            0, alone.tokens.shape[1] :
+        ].numpy()
         np.testing.assert_array_equal(found[row, : len(expected)], expected)
 
 
 def test_image_features_are_not_scaled(random_checkpoint):
-    """The projector's output goes in as it is; text is table * sqrt(D)."""
+    """The projector's output is not scaled; text embeddings are table * sqrt(D)."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 5, 6),))
-    stages = {name: np.asarray(value) for name, value in scoring.forward_stages(model, inputs).items()}
+    stages = {
+        name: np.asarray(value) for name, value in scoring.forward_stages(model, inputs).items()
+    }
     with torch.no_grad():
-        features = reference.get_image_features(hf_inputs(inputs)["pixel_values"]).pooler_output.numpy()
+        features = reference.get_image_features(
+            hf_inputs(inputs)["pixel_values"]
+        ).pooler_output.numpy()
     np.testing.assert_allclose(stages["projector"].reshape(features.shape), features, atol=1e-5)
     image = inputs.tokens[0] == IMAGE
     np.testing.assert_array_equal(stages["decoder/embeddings"][0, image], stages["projector"][0])
-    np.testing.assert_array_equal(stages["decoder/embeddings"][0, ~image], hf_stages(reference, inputs)["decoder/embeddings"][0, ~image])
+    np.testing.assert_array_equal(
+        stages["decoder/embeddings"][0, ~image],
+        hf_stages(reference, inputs)["decoder/embeddings"][0, ~image],
+    )
 
 
 def test_bfloat16_embedding_scale(random_checkpoint, tmp_path):
@@ -177,14 +214,18 @@ def test_bfloat16_embedding_scale(random_checkpoint, tmp_path):
     model = load_model(directory, "bfloat16")
     ids = np.arange(model.config.decoder.vocab_size)[None]
     with torch.no_grad():
-        narrow = PaliGemmaForConditionalGeneration.from_pretrained(directory, dtype=torch.bfloat16).model.language_model
+        narrow = PaliGemmaForConditionalGeneration.from_pretrained(
+            directory, dtype=torch.bfloat16
+        ).model.language_model
         expected = narrow.embed_tokens(torch.tensor(ids)).float().numpy()
-    np.testing.assert_array_equal(np.asarray(model.embed(jnp.asarray(ids), None), np.float32), expected)
+    np.testing.assert_array_equal(
+        np.asarray(model.embed(jnp.asarray(ids), None), np.float32), expected
+    )
 
 
 @KINDS
 def test_images_between_words(random_checkpoint, kind):
-    """Two images with text between them, and a second row with one: order of the features, no image-first assumption."""
+    """Two images with text between them, and a row with one: features follow the reading order."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((2, 5, 4), (1, 4, 3)), order="mixed")
     expected = assert_logits(reference, model, inputs)
@@ -194,17 +235,20 @@ def test_images_between_words(random_checkpoint, kind):
 
 @KINDS
 def test_image_ids_without_pixels(random_checkpoint, kind):
-    """`<image>` is then a token like any other, as in transformers. (Counts that do not match: tests/processing/test_processor.py.)"""
+    """Without pixels `<image>` is an ordinary token, as in transformers. (Mismatched counts:
+    tests/processing/test_processor.py.)"""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 5, 4),))
     with torch.no_grad():
-        expected = reference(**{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}).logits.numpy()
+        expected = reference(
+            **{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}
+        ).logits.numpy()
     found = scoring.forward(model, replace(inputs, images=inputs.images[:0]))
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
 def test_image_id_beyond_the_table(random_checkpoint):
-    """An `<image>` id that the embedding does not have looks up row 0 before the features are laid over it."""
+    """An `<image>` id beyond the table looks up row 0, which the features then replace."""
     reference, _, model = random_checkpoint("pg2", 3, image_id=505)
     inputs = random_inputs(reference, ((1, 5, 4),))
     assert inputs.tokens.max() == 505 >= model.config.decoder.vocab_size
@@ -213,11 +257,18 @@ def test_image_id_beyond_the_table(random_checkpoint):
 
 @pytest.mark.parametrize("size", [56, 70])
 def test_vision_tower(random_checkpoint, size):
-    """Tanh gelu (erf moves logits by 0.01 only), eps 1e-6, a last norm with random affine, biases, the order of pixels in a patch."""
+    """Tanh gelu (erf changes logits by only 0.01), eps 1e-6, a final norm with random weights, biases,
+    the order of pixels in a patch."""
     reference, _, model = random_checkpoint("pg2", 3, vision=(("image_size", size),))
     inputs = random_inputs(reference, ((1, 5, 0),))
     expected, found = hf_stages(reference, inputs), scoring.forward_stages(model, inputs)
-    for name in ("vision/patches", "vision/embeddings", "vision/layers/2", "vision/output", "projector"):
+    for name in (
+        "vision/patches",
+        "vision/embeddings",
+        "vision/layers/2",
+        "vision/output",
+        "projector",
+    ):
         np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
 
 
@@ -225,10 +276,13 @@ def test_vision_tower(random_checkpoint, size):
 @pytest.mark.parametrize("layout", ["released", "v5", "memory"])
 @pytest.mark.parametrize("form", ["whole", "shards", "head", "old config", "bfloat16", "float16"])
 def test_loading(random_checkpoint, tmp_path, kind, layout, form):
-    """Layouts, shards, tied head present or absent, dtypes, both generations of config.json: identical logits."""
+    """Identical logits from all layouts, from shards, with or without the tied head, in all dtypes,
+    with both generations of config.json."""
     reference, _, model = random_checkpoint(kind, 3)
     dtype = getattr(torch, form) if "float" in form else torch.float32
-    save_checkpoint(reference, tmp_path, layout, dtype, shards=form == "shards", head=form == "head")
+    save_checkpoint(
+        reference, tmp_path, layout, dtype, shards=form == "shards", head=form == "head"
+    )
     if form == "old config":
         old_config(tmp_path)
     loaded = load_model(tmp_path)
@@ -240,26 +294,44 @@ def test_loading(random_checkpoint, tmp_path, kind, layout, form):
 
 
 FILTERS = [
-    dict(temperature=0.7), dict(top_k=5), dict(top_p=0.9), dict(min_p=0.05), dict(repetition_penalty=1.2),
+    dict(temperature=0.7),
+    dict(top_k=5),
+    dict(top_p=0.9),
+    dict(min_p=0.05),
+    dict(repetition_penalty=1.2),
     dict(temperature=0.7, top_k=5, top_p=0.9, min_p=0.05, repetition_penalty=1.2),
-    dict(temperature=1.7, top_k=40, top_p=0.5), dict(top_p=0.01), dict(top_k=1000),
-]  # fmt: skip
+    dict(temperature=1.7, top_k=40, top_p=0.5),
+    dict(top_p=0.01),
+    dict(top_k=1000),
+]
 
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_sampling_filters(random_checkpoint, settings):
-    """The filtered logits equal those of transformers' processors; the prompt repeats ids and holds `<image>`, and there are ties."""
+    """Filtered logits equal those of transformers' processors, with ties, repeated ids and `<image>` in
+    the prompt."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 9, 0)))
-    logits = np.random.default_rng(0).normal(size=(2, model.config.decoder.vocab_size)).astype(np.float32) * 3
+    logits = (
+        np.random.default_rng(0)
+        .normal(size=(2, model.config.decoder.vocab_size))
+        .astype(np.float32)
+        * 3
+    )
     logits[:, 20:40] = np.sort(logits)[:, -4:-3]  # ties across the k-th place
     config = GenerationConfig(do_sample=True, **{"top_k": None} | settings)
-    processors = reference._get_logits_processor(config, input_ids_seq_length=inputs.tokens.shape[1])
-    for row in (0, 1):  # one by one: transformers leaves out left pads by the attention mask, here there are none
+    processors = reference._get_logits_processor(
+        config, input_ids_seq_length=inputs.tokens.shape[1]
+    )
+    for row in (0, 1):  # one by one, without pads, which transformers would mask
         ids = torch.tensor(inputs.tokens[row : row + 1][:, inputs.valid[row]]).long()
         expected = processors(ids, torch.tensor(logits[row : row + 1])).numpy()
-        found = Sample(**settings).filter(jnp.asarray(logits[row : row + 1]), generate.seen_ids(model, inputs)[row : row + 1])
-        if "top_p" in settings:  # torch sorts tied logits in no order of its own: which of them are kept means nothing, how many does
+        found = Sample(**settings).filter(
+            jnp.asarray(logits[row : row + 1]), generate.seen_ids(model, inputs)[row : row + 1]
+        )
+        if (
+            "top_p" in settings
+        ):  # torch sorts ties in no particular order: compare how many are kept
             found, expected = np.sort(found), np.sort(expected)
         assert np.isfinite(found).sum() >= 1
         np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -267,20 +339,20 @@ def test_sampling_filters(random_checkpoint, settings):
 
 @KINDS
 def test_softcaps_saturate(random_checkpoint, kind):
-    """Weights four times as large: tanh saturates in the scores and in the logits, which stay within 30."""
+    """With weights four times as large, tanh saturates; logits stay within 30."""
     reference, _, model = random_checkpoint(kind, 3, scale=4.0)
     inputs = random_inputs(reference, ((1, 5, 6),))
     expected = hf_logits(reference, inputs)
     found = np.asarray(scoring.forward(model, inputs))
     if kind == "pg2":
         assert 29 < np.abs(found).max() <= 30
-    # weights four times as large make the softmax that much sharper: the noise grows by their square
+    # The softmax is much sharper with such weights: rounding errors grow by their square.
     assert np.abs(found - expected).max() / np.abs(expected).max() < 3e-3
     assert np.mean(np.argmax(found, -1) == np.argmax(expected, -1)) == 1
 
 
-def test_eos_of_one_row(random_checkpoint):
-    """A row that has said eos gives pads from then on and does not disturb the other; eos itself is kept."""
+def test_eos_ends_one_row(random_checkpoint):
+    """After eos, which is kept, a row continues with pads and does not disturb the other."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (1, 3, 0)))
     free = tokens_of(model, inputs, 16)
@@ -289,14 +361,18 @@ def test_eos_of_one_row(random_checkpoint):
     end = list(free[0]).index(eos)
     np.testing.assert_array_equal(stopped[0], [*free[0, : end + 1], *[0] * (15 - end)])
     np.testing.assert_array_equal(stopped[1], free[1])
-    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=16, do_sample=False, eos_token_id=[eos, 450])
-    np.testing.assert_array_equal(stopped[:, : expected.shape[1] - inputs.tokens.shape[1]], expected[:, inputs.tokens.shape[1] :].numpy())
+    expected = reference.generate(
+        **hf_inputs(inputs), max_new_tokens=16, do_sample=False, eos_token_id=[eos, 450]
+    )
+    np.testing.assert_array_equal(
+        stopped[:, : expected.shape[1] - inputs.tokens.shape[1]],
+        expected[:, inputs.tokens.shape[1] :].numpy(),
+    )
 
 
-
-
-def test_896_like_first_token_sees_exactly_the_window():
-    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token sees W keys in local layers, all in global ones."""
+def test_first_token_after_a_prompt_longer_than_the_window():
+    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token attends to
+    W keys in local layers and to all in global ones."""
     valid = np.ones((1, 20), bool)
     tokens = token_span(jnp.asarray(valid), jnp.asarray(valid & (np.arange(20) < 19)), 1)
     last = jax.tree.map(lambda a: a[:, -1:], tokens)
@@ -305,14 +381,16 @@ def test_896_like_first_token_sees_exactly_the_window():
     assert prefix_lm_mask(tokens, tokens, 16)[0, :19, :19].all()
 
 
-def test_896_like_generation(random_checkpoint):
+def test_generation_after_a_prompt_longer_than_the_window(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 3, text=(("sliding_window", 16),))
     inputs = random_inputs(reference, ((1, 3, 0),))
-    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=12, do_sample=False)[:, inputs.tokens.shape[1] :].numpy()
+    expected = reference.generate(**hf_inputs(inputs), max_new_tokens=12, do_sample=False)[
+        :, inputs.tokens.shape[1] :
+    ].numpy()
     np.testing.assert_array_equal(tokens_of(model, inputs, 12)[:, : expected.shape[1]], expected)
 
 
-def test_reference_models_have_what_hides_mistakes_elsewhere():
-    """The checkpoints of these tests are random in every weight: nothing is zero or one by default."""
+def test_every_weight_of_the_random_models_is_random():
+    """No norm is one and no bias zero, which would hide mistakes."""
     for name, p in random_model("pg2", 3).named_parameters():
         assert len(p.unique()) > p.numel() // 2, name
