@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Depth, File, Names, Numbers, dumps, placed
+from paligemma_jax.commands.options import Depth, File, Names, Numbers, dumps, require_parent
 
 Dtype = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: float32 on a CPU, else bfloat16)")]
 Formats = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FORMAT [FORMAT ...]")]
@@ -53,7 +53,7 @@ def bench(
         chart: Draw tokens/s to this file, as in speed.png.
         json: Print one JSON object instead of the table; times in seconds.
     """
-    placed("--chart", chart)
+    require_parent("--chart", chart)
     if chart and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("to draw a chart, install the extra: pip install 'paligemma-jax[bench]'")
     if chart and (train or Path(chart).suffix not in (".png", ".svg", ".pdf")):

@@ -13,10 +13,10 @@ from paligemma_jax.commands.options import (
     Decoded,
     DecodingFlags,
     File,
-    Loaded,
+    ModelFlags,
     ModelOptions,
     dumps,
-    placed,
+    require_parent,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
 def generate(
     image: Images,
     prompt: Texts,
-    source: Loaded = ModelOptions(),
+    source: ModelFlags = ModelOptions(),
     max_new_tokens: int = 128,
     decoding: Decoded = DecodingFlags(),
     draw: File = None,
@@ -73,7 +73,7 @@ def _drawings(images: list[list[str]], draw: str) -> dict[str, Path]:
     file, paths = Path(draw), list(dict.fromkeys(path for (path,) in images))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--draw {draw}: no picture can be written as {file.suffix or 'a file without a suffix'}; name it .png or .jpg")
-    placed("--draw", draw)
+    require_parent("--draw", draw)
     return {path: file if len(paths) == 1 else file.with_stem(f"{file.stem}-{n}") for n, path in enumerate(paths, 1)}
 
 

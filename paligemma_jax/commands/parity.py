@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, placed
+from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, require_parent
 
 Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: embedded)")]
 Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: embedded)")]
@@ -45,7 +45,7 @@ def parity(
         html: Write a report with pictures to this file.
         json: Print one JSON object instead of the table.
     """
-    placed("--html", html)
+    require_parent("--html", html)
     from paligemma_jax.parity import html as pages
     from paligemma_jax.parity import report as text
     from paligemma_jax.parity.run import ParityConfig, run
