@@ -87,9 +87,7 @@ class KVCache:
 
         return replace(self, span=jax.tree.map(put, self.span, new), length=self.length + 1)
 
-    def write(
-        self, k: CachedLayers, v: CachedLayers, after: Float[Array, "B 1 D"]
-    ) -> KVCache:
+    def write(self, k: CachedLayers, v: CachedLayers, after: Float[Array, "B 1 D"]) -> KVCache:
         """Fill the last slot with the keys and values of one token.
 
         `after` is a value computed from the cache's previous contents. It is added times zero, so

@@ -155,8 +155,8 @@ def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, .
 
 
 def _values(format: WeightFormat, codes: Array) -> Array:
-    """Values of the codes 0..15 in units of their scale. nf4 takes 15 selections instead of a table:
-    a CPU vectorizes them, and other compilers fuse them into the product."""
+    """Values of the codes 0..15 in units of their scale. nf4 takes 15 selections instead of a
+    table: a CPU vectorizes them, and other compilers fuse them into the product."""
     if format.kind == "int4":
         return codes.astype(jnp.int8).astype(jnp.float32) - 8
     values: list = list(NF4)

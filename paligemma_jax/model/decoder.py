@@ -138,9 +138,7 @@ class Embedder(nnx.Module):
         table = table.astype(x.dtype)
         return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
-    def decode_at(
-        self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]
-    ) -> Float32[Array, "*B"]:
+    def decode_at(self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]) -> Float32[Array, "*B"]:
         """The logit of one token for each x."""
         rows = self.rows(tokens, x.dtype)
         return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=jnp.float32)

@@ -31,8 +31,8 @@ def prefill_flops(config: PaliGemmaConfig, tokens: int) -> int:
 
 
 def decode_bytes(config: PaliGemmaConfig, cached: int, rows: int, itemsize: int) -> int:
-    """Bytes read for one more token in each of `rows` rows: the decoder's weights once (the table is
-    the head), and `cached` keys and values per row."""
+    """Bytes read for one more token in each of `rows` rows: the decoder's weights once (the table
+    is the head), and `cached` keys and values per row."""
     decoder = config.decoder
     norms = decoder.num_hidden_layers * (4 if decoder.post_norms else 2) + 1
     head = decoder.vocab_size * decoder.hidden_size

@@ -81,9 +81,7 @@ class QuantizedLinear(nnx.Module):
         codes, scale = constrain(axes, codes), constrain(axes, scale)
         rows = math.prod(codes.shape[: -self.contracted])
         per_row = () if self.format.kind == "int8" else (-1,)
-        return multiply(
-            self.format, x, codes.reshape(rows, -1), scale.reshape(rows, *per_row)
-        )
+        return multiply(self.format, x, codes.reshape(rows, -1), scale.reshape(rows, *per_row))
 
 
 class QuantizedEmbedder(QuantizedLinear, Embedder):
@@ -96,7 +94,5 @@ class QuantizedEmbedder(QuantizedLinear, Embedder):
     def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
         codes, scale = self.codes[...], scales(self.parts)
         if parts > 1:
-            codes, scale = (
-                a.reshape(-1, parts, *a.shape[1:])[:, part] for a in (codes, scale)
-            )
+            codes, scale = (a.reshape(-1, parts, *a.shape[1:])[:, part] for a in (codes, scale))
         return jax.checkpoint(self.multiply)(x, codes, scale)

@@ -41,9 +41,7 @@ def quantize_modules(model: Model, formats: Mapping[str, WeightFormat]) -> Model
         parts = encode_stack(matrix)
         if is_embedder:
             return QuantizedEmbedder(format, module.axes, module.shape, contracted, parts)
-        return QuantizedLinear(
-            format, module.axes, module.shape, contracted, parts, module.bias
-        )
+        return QuantizedLinear(format, module.axes, module.shape, contracted, parts, module.bias)
 
     return replace_modules(model, make)
 

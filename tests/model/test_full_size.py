@@ -1,8 +1,8 @@
 """The 3b-224 preset with random float32 weights (12 GB): transformers in one process, this model in
 another, and the same numbers from both.
 
-Run by hand: `pytest -m full_size tests/model/test_full_size.py -s`. It needs 16 GB of memory, 13 GB of
-disk, and about ten minutes on two cores.
+Run by hand: `pytest -m full_size tests/model/test_full_size.py -s`. It needs 16 GB of memory, 13 GB
+of disk, and about ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ loaded = time.perf_counter() - start
 error = np.abs(np.asarray(scoring.forward(model, batch("scored")))[:, 240:] - saved["logits"])
 allowed = np.ones(model.config.decoder.vocab_size, bool)
 allowed[1] = False  # as min_new_tokens does
-tokens = generate.generate(model, batch("prompts"), saved["tokens"].shape[1], allowed=allowed).tokens
+new = saved["tokens"].shape[1]
+tokens = generate.generate(model, batch("prompts"), new, allowed=allowed).tokens
 report(load_s=loaded, total_s=time.perf_counter() - start,
        max_error=float(error.max()), mean_error=float(error.mean()),
        std=float(saved["logits"].std()), smallest_gap=float(saved["gaps"].min()),

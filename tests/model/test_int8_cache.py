@@ -61,8 +61,8 @@ def test_tiny_reads_digits_with_an_int8_cache():
 
 
 def test_error_as_in_the_quantization_table():
-    """Decoded step by step, the logits equal the teacher-forced ones; with an int8 cache they are off
-    by a few thousandths of their size."""
+    """Decoded step by step, the logits equal the teacher-forced ones; with an int8 cache they are
+    off by a few thousandths of their size."""
     photo, texts = TINY.parent / "digits.jpg", (["ocr", "ocr"], ["4 3 2 3", "3 2"])
     predictor = pg.load("tiny")
     dense, small = (

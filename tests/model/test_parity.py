@@ -47,8 +47,8 @@ def test_every_stage(random_checkpoint):
 
 # Largest error over largest value; measured errors are 2 to 5 times smaller. Depth and the sharp
 # attention of the test models amplify errors. The image encoder's attention weights have their own
-# rung because softmax amplifies the rounding of large scores: against float64, transformers itself is
-# off by up to 1.5e-6 there (on an AMD EPYC), and this model by 0.6 to 1.1 times as much.
+# rung because softmax amplifies the rounding of large scores: against float64, transformers itself
+# is off by up to 1.5e-6 there (on an AMD EPYC), and this model by 0.6 to 1.1 times as much.
 TOLERANCE = {
     "vision": 2e-6,
     "vision weights": 3e-6,
@@ -122,7 +122,7 @@ def test_rope():
 
 @pytest.mark.parametrize("kind", ["pg1", "pg2"])
 def test_bfloat16(random_checkpoint, tmp_path, kind):
-    """The error of bfloat16 against float32 on the same weights is at most 1.3 times transformers'."""
+    """The error of bfloat16 against float32 is at most 1.3 times transformers'."""
     reference = random_checkpoint(kind, 0)[0]
     directory = save_checkpoint(reference, tmp_path, dtype=torch.bfloat16)
     from transformers import PaliGemmaForConditionalGeneration

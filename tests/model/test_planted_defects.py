@@ -1,5 +1,5 @@
-"""Each planted defect breaks the parity of tests/model/test_parity.py, most by thousands of times its
-tolerance."""
+"""Each planted defect breaks the parity of tests/model/test_parity.py, most by thousands of times
+its tolerance."""
 
 from __future__ import annotations
 

@@ -257,8 +257,8 @@ def test_image_id_beyond_the_table(random_checkpoint):
 
 @pytest.mark.parametrize("size", [56, 70])
 def test_vision_tower(random_checkpoint, size):
-    """Tanh gelu (erf changes logits by only 0.01), eps 1e-6, a final norm with random weights, biases,
-    the order of pixels in a patch."""
+    """Tanh gelu (erf changes logits by only 0.01), eps 1e-6, a final norm with random weights,
+    biases, the order of pixels in a patch."""
     reference, _, model = random_checkpoint("pg2", 3, vision=(("image_size", size),))
     inputs = random_inputs(reference, ((1, 5, 0),))
     expected, found = hf_stages(reference, inputs), scoring.forward_stages(model, inputs)
@@ -308,8 +308,8 @@ FILTERS = [
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_sampling_filters(random_checkpoint, settings):
-    """Filtered logits equal those of transformers' processors, with ties, repeated ids and `<image>` in
-    the prompt."""
+    """Filtered logits equal those of transformers' processors, with ties, repeated ids and `<image>`
+    in the prompt."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 9, 0)))
     logits = (
@@ -371,8 +371,8 @@ def test_eos_ends_one_row(random_checkpoint):
 
 
 def test_first_token_after_a_prompt_longer_than_the_window():
-    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token attends to
-    W keys in local layers and to all in global ones."""
+    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token attends
+    to W keys in local layers and to all in global ones."""
     valid = np.ones((1, 20), bool)
     tokens = token_span(jnp.asarray(valid), jnp.asarray(valid & (np.arange(20) < 19)), 1)
     last = jax.tree.map(lambda a: a[:, -1:], tokens)

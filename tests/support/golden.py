@@ -12,7 +12,7 @@ def from_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def sample(name: str, value: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """float64[2 + SAMPLES]: mean, standard deviation and SAMPLES values of a stage, without pads."""
+    """float64[2 + SAMPLES]: mean, standard deviation, SAMPLES values of a stage; no pads."""
     if name.startswith(("decoder", "logits")):
         value = value[
             np.broadcast_to(valid[:, None] if "weights" in name else valid, value.shape[:-1])

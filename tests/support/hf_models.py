@@ -65,8 +65,8 @@ def random_model(
     vision: dict | None = None,
     image_id: int = IMAGE,
 ):
-    """A float32 PaliGemmaForConditionalGeneration with every weight random, norms and biases too, and
-    logits with a standard deviation of about 4."""
+    """A float32 PaliGemmaForConditionalGeneration with every weight random, norms and biases too,
+    and logits with a standard deviation of about 4."""
     torch.manual_seed(seed)
     text = TEXT[kind] | (text or {})
     config_class = Gemma2Config if kind == "pg2" else GemmaConfig
@@ -196,8 +196,8 @@ def random_inputs(
     order: str = "first",
     length: int | None = None,
 ) -> Inputs:
-    """A ragged batch of random ids and pixels, from rows of (images, prompt tokens, suffix tokens). The
-    `order` "mixed" puts text between images."""
+    """A ragged batch of random ids and pixels, from rows of (images, prompt tokens, suffix tokens).
+    The `order` "mixed" puts text between images."""
     rng = np.random.default_rng(seed)
     config = model.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2

@@ -1,8 +1,8 @@
 """Write tests/golden: two small random checkpoints and transformers' outputs on them, for the tests
 that run without torch.
 
-Run by hand (`PYTHONPATH=tests python tests/support/make_golden.py`) to extend the set, never to make a
-failing test pass.
+Run by hand (`PYTHONPATH=tests python tests/support/make_golden.py`) to extend the set, never to make
+a failing test pass.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def greedy(model) -> dict[str, np.ndarray]:
 
 
 def with_byte_pixels(inputs: Inputs) -> tuple[Inputs, np.ndarray]:
-    """`inputs` with pixels rounded to integers from 0 to 255, and those integers: a quarter of the size."""
+    """`inputs` with pixels rounded to integers from 0 to 255, and those integers."""
     pixels = to_bytes(inputs.images)
     return replace(inputs, images=from_bytes(pixels)), pixels
 
