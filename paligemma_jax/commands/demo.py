@@ -25,36 +25,43 @@ def demo(
     quantize: Quantize = None,
     mesh: Mesh = None,
 ) -> None:
-    """Show a page in the browser that answers prompts about pictures.
+    """Serve a web page that answers prompts about pictures.
 
     Example: paligemma-jax demo --model google/paligemma2-3b-mix-224
 
     Args:
-        model: As for generate; several are asked side by side, as a checkpoint and its adapter.
-        host: Who may come: 127.0.0.1 is this machine alone, 0.0.0.0 everybody in the network, without a password.
-        port: Where; 0 takes any that is free.
-        users: How many are answered at the same time; others wait in a queue.
-        dtype: float32, bfloat16 or float16.
-        numerics: transformers or big_vision, where the two compute different numbers.
-        quantize: As for generate: int8, int4, nf4, ...
-        mesh: As for generate: auto, or data=2,tensor=2, ...
+        model: One or several models, as for `generate`. Several answer side by side.
+        host: Address to bind to: 127.0.0.1 for this machine only, 0.0.0.0 for all, without a
+            password.
+        port: Port; 0 picks a free one.
+        users: Number of concurrent requests; further ones wait in a queue.
+        dtype: Data type of the parameters: float32, bfloat16 or float16.
+        numerics: Numerics profile: transformers or big_vision.
+        quantize: Weight format, as for `generate`: int8, int4, nf4, ...
+        mesh: Device mesh, as for `generate`: auto, or data=2,tensor=2, ...
     """
+    _check(port, users, limits)
+    from paligemma_jax.demo.ask import SAMPLE_PICTURE
+    from paligemma_jax.demo.server import serve
+
+    predictors = {
+        name: ModelOptions(name, dtype, numerics, quantize, mesh).load() for name in model
+    }
+    for predictor in predictors.values():  # compile before the first visitor comes
+        next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that uploads are deleted then too
+    with serve(predictors, limits, host, port, users) as address:
+        print(f"{address}  (press Ctrl-C to stop)", flush=True)
+        Event().wait()
+
+
+def _check(port: int, users: int, limits: Limits) -> None:
     if find_spec("gradio") is None:
-        raise ValueError("the page needs an extra: pip install 'paligemma-jax[demo]'")
+        raise ValueError("the demo needs Gradio: pip install 'paligemma-jax[demo]'")
     if not 0 <= port < 2**16:
-        raise ValueError(f"--port {port}: it can be 0 (any that is free) to 65535")
+        raise ValueError(f"--port must be from 0 (any free port) to 65535, got {port}")
     if users < 1:
-        raise ValueError(f"--users {users}: it can be 1 or more")
+        raise ValueError(f"--users must be at least 1, got {users}")
     for name, value in vars(limits).items():
         if not value > 0:
-            raise ValueError(f"--max.{name.replace('_', '-')} {value}: it has to be above 0")
-    from paligemma_jax.demo.ask import PICTURE
-    from paligemma_jax.demo.server import served
-
-    predictors = {one: ModelOptions(one, dtype, numerics, quantize, mesh).load() for one in model}
-    for predictor in predictors.values():
-        next(predictor.stream(PICTURE, "caption en"), None)  # compiles, so that the first visitor need not wait
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder of uploads goes then too
-    with served(predictors, limits, host, port, users) as address:
-        print(f"{address}  (Ctrl-C ends it)", flush=True)
-        Event().wait()
+            raise ValueError(f"--max.{name.replace('_', '-')} must be greater than 0, got {value}")

@@ -1,134 +1,175 @@
-"""One question to one or several models at a time: settings -> strategy, pictures and prompt -> answers as they grow."""
+"""Send one prompt to one or several models and stream the replies."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from PIL import Image
 
 from paligemma_jax.demo.limits import Limits
+from paligemma_jax.demo.tokens import score_answer
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.inference.sampling import Beam, Greedy, Sample
 from paligemma_jax.processing.locations import Detections, parse_detections
 from paligemma_jax.processing.processor import round_up
 
-PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
-EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4", "segment 3")  # about it
-TASKS = {"Caption": "caption en", "Ask": "answer en ", "Read text": "ocr", "Detect": "detect ", "Segment": "segment "}
+SAMPLE_PICTURE = Path(__file__).parents[1] / "assets" / "digits.jpg"
+EXAMPLES = ("caption en", "ocr", "answer en how many digits?", "detect 4", "segment 3")
+TASKS = {
+    "Caption": "caption en",
+    "Ask": "answer en ",
+    "Read text": "ocr",
+    "Detect": "detect ",
+    "Segment": "segment ",
+}
 METHODS = ("Greedy", "Sample", "Beam")
-PROGRAMS = 64  # kinds of question after which compiled programs are forgotten: a process can hold some thousand (Linux: 65,530 memory maps)
-SIDE = 1600  # pixels: the longer side of the picture with boxes
+MAX_PROGRAMS = 64  # each holds memory maps, of which Linux gives a process 65,530
+MAX_SIDE = 1600  # pixels of the picture that boxes are drawn on
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the page, as they come from the browser: `strategy` looks at them."""
+    """The settings of the page as the browser sends them; pass them through `checked`."""
 
     method: str = "Greedy"
     temperature: float = 1.0
-    top_k: float = 0  # 0 is off
+    top_k: float = 0  # 0 disables it
     top_p: float = 1.0
     beams: float = 4
     max_new_tokens: float = 128
     seed: float = 0
 
     def checked(self, limits: Limits) -> Settings:
-        """Whole numbers where they are wanted. ValueError says which setting is beyond the limits."""
-        whole = {}
-        for name, top in (("top_k", 2**20), ("beams", limits.beams), ("max_new_tokens", limits.new_tokens), ("seed", 2**31 - 1)):
-            value, least = getattr(self, name), 0 if name in ("top_k", "seed") else 1
-            if not isinstance(value, int | float) or not least <= value <= top or value != int(value):
-                raise ValueError(f"{name.replace('_', ' ')} is {value}: it can be a whole number from {least} to {top}.")
-            whole[name] = int(value)
-        return replace(self, **whole)
+        """Return the settings with integers as int. Raises ValueError for one out of range."""
+        ranges = {
+            "top_k": (0, 2**20),
+            "beams": (1, limits.beams),
+            "max_new_tokens": (1, limits.new_tokens),
+            "seed": (0, 2**31 - 1),
+        }
+        integers = {}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high or value % 1:
+                label = name.replace("_", " ")
+                raise ValueError(f"{label} must be an integer from {low} to {high}, got {value}.")
+            integers[name] = int(value)
+        return replace(self, **integers)
 
     def strategy(self) -> Greedy | Sample | Beam:
-        """What `checked` settings ask for; rounded, because every other strategy is another program to compile."""
+        """Return the decoding strategy. Values are rounded: each new one compiles a program."""
         if self.method == "Sample":
-            return Sample(round(float(self.temperature), 1), int(self.top_k) or None, None if self.top_p == 1 else round(float(self.top_p), 2))
+            top_p = None if self.top_p == 1 else round(float(self.top_p), 2)
+            return Sample(round(float(self.temperature), 1), int(self.top_k) or None, top_p)
         if self.method == "Beam":
             return Beam(int(self.beams))
         return Greedy()
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What one model has said so far."""
+class Reply:
+    """The reply of one model so far."""
 
     text: str = ""
     done: bool = False
     error: str | None = None
-    picture: Image.Image | None = field(default=None, compare=False, repr=False)  # the first, at most SIDE wide and high
-    found: Detections = field(default_factory=Detections)  # what the text points at on it; with masks when all is said
+    picture: Image.Image | None = field(default=None, compare=False, repr=False)
+    """The first picture, scaled down to `MAX_SIDE`."""
+    detections: Detections = field(default_factory=Detections)
+    """Boxes on `picture`; with scores and masks once the answer is complete."""
 
 
 def with_task(task: str, prompt: str) -> str:
-    """The prompt of a task; what was asked of another task goes along: "detect cat" becomes "segment cat"."""
-    start, prompt = TASKS[task], (prompt or "").lstrip()
-    about = next((prompt[len(old) :] for old in TASKS.values() if old.endswith(" ") and prompt.startswith(old)), "")
-    return start + about.strip() if start.endswith(" ") else start
+    """Return the prompt of a task. It keeps the object: "detect cat" becomes "segment cat"."""
+    prefix, prompt = TASKS[task], (prompt or "").lstrip()
+    if not prefix.endswith(" "):
+        return prefix
+    for other in TASKS.values():
+        if other.endswith(" ") and prompt.startswith(other):
+            return prefix + prompt.removeprefix(other).strip()
+    return prefix
 
 
-def ask(predictors: Sequence[Predictor], limits: Limits, files: Sequence[str | None], prompt: str, settings: Settings) -> Iterator[list[Shown]]:
-    """What every model has said so far, after each piece of any of them; they take turns. An error is a sentence in `Shown`."""
+def ask(
+    predictors: Sequence[Predictor],
+    limits: Limits,
+    files: Sequence[str | None],
+    prompt: str,
+    settings: Settings,
+) -> Iterator[list[Reply]]:
+    """Yield the replies of all models after each new piece of text; the models take turns.
+
+    Exceptions do not propagate: they become `Reply.error`.
+    """
     try:
-        images, prompt, settings = limits.open(files), limits.prompt(prompt), settings.checked(limits)
+        images, prompt = limits.open_images(files), limits.check_prompt(prompt)
+        settings = settings.checked(limits)
         streams = [_stream(predictor, images, prompt, settings) for predictor in predictors]
     except Exception as error:
-        yield [Shown(done=True, error=sentence(error))] * len(predictors)
+        yield [Reply(done=True, error=error_message(error))] * len(predictors)
         return
     picture = images[0].copy()
-    picture.thumbnail((SIDE, SIDE))
-    shown = [Shown(picture=picture)] * len(streams)
-    while not all(one.done for one in shown):
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    replies = [Reply(picture=picture)] * len(streams)
+    while not all(reply.done for reply in replies):
         for n, stream in enumerate(streams):
-            if not shown[n].done:
-                shown[n] = _next(predictors[n], stream, shown[n], picture)
-                yield list(shown)
+            if not replies[n].done:
+                replies[n] = _advance(predictors[n], stream, replies[n], images, prompt)
+                yield list(replies)
 
 
-def _next(predictor: Predictor, stream: Iterator[str], shown: Shown, picture: Image.Image) -> Shown:
-    """`shown` and one piece more; boxes as soon as they are said."""
+def _advance(
+    predictor: Predictor,
+    stream: Iterator[str],
+    reply: Reply,
+    images: Sequence[Image.Image],
+    prompt: str,
+) -> Reply:
+    """Return the reply with the next piece of text, or complete it at the end of the stream."""
+    assert reply.picture is not None
     try:
         piece = next(stream, None)
         if piece is not None:
-            text = shown.text + piece
-            return replace(shown, text=text, found=parse_detections(text, picture.size))
-        masked = any(thing.codes for thing in shown.found)
-        return replace(shown, done=True, found=predictor.detections(shown.text, picture) if masked else shown.found)
+            text = reply.text + piece
+            return replace(reply, text=text, detections=parse_detections(text, reply.picture.size))
+        if not reply.detections:
+            return replace(reply, done=True)
+        answer = score_answer(predictor, images, prompt, reply.text)
+        return replace(reply, done=True, detections=predictor.detections(answer, reply.picture))
     except Exception as error:
-        return replace(shown, done=True, error=sentence(error))
+        return replace(reply, done=True, error=error_message(error))
 
 
-def _stream(predictor: Predictor, images: list[Any], prompt: str, settings: Settings) -> Iterator[str]:
-    strategy, new = settings.strategy(), int(settings.max_new_tokens)
-    _bound((strategy, round_up(new), len(images), round_up(len(prompt))))
-    if isinstance(strategy, Beam):  # knows its first word when it knows its last
-        return iter(predictor.generate([images], [prompt], new, strategy))
-    return predictor.stream(images, prompt, new, strategy, seed=int(settings.seed))
+def _stream(
+    predictor: Predictor, images: list[Image.Image], prompt: str, settings: Settings
+) -> Iterator[str]:
+    strategy, max_new_tokens = settings.strategy(), int(settings.max_new_tokens)
+    _limit_programs((strategy, round_up(max_new_tokens), len(images), round_up(len(prompt))))
+    if isinstance(strategy, Beam):  # no token is final before the last one
+        return iter(predictor.generate([images], [prompt], max_new_tokens, strategy))
+    return predictor.stream(images, prompt, max_new_tokens, strategy, seed=int(settings.seed))
 
 
-_kinds: set[Any] = set()
+_program_keys: set[Hashable] = set()
 
 
-def _bound(kind: Any) -> None:
-    """Forgets all compiled programs after `PROGRAMS` kinds of question."""
-    _kinds.add(kind)
-    if len(_kinds) > PROGRAMS:
-        _kinds.clear()
+def _limit_programs(key: Hashable) -> None:
+    """Clear the compilation cache of jax after `MAX_PROGRAMS` different requests."""
+    _program_keys.add(key)
+    if len(_program_keys) > MAX_PROGRAMS:
+        _program_keys.clear()
         jax.clear_caches()
 
 
-def sentence(error: Exception) -> str:
-    """What a visitor is told; of what is no fault of theirs the log has the rest."""
+def error_message(error: Exception) -> str:
+    """Return the message for the visitor. Errors that are not theirs are logged in full."""
     if isinstance(error, ValueError):
         return str(error)
     logging.getLogger(__name__).exception("the demo failed to answer", exc_info=error)
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "The machine is out of memory: ask for a shorter answer, fewer beams or fewer pictures."
-    return "Something went wrong here; whoever runs this page finds the reason in its terminal."
+        return "Out of memory. Use fewer new tokens, beams or pictures."
+    return "Something went wrong. The server log has the details."

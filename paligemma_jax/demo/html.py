@@ -1,52 +1,75 @@
-"""Answers as HTML. Whatever comes from a model, a file or a visitor is escaped."""
+"""Answers as HTML. Text from a model, a file or a visitor is always escaped."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from html import escape
 
-from paligemma_jax.demo.ask import Shown
+from paligemma_jax.demo.ask import Reply
 from paligemma_jax.demo.tokens import Token
+from paligemma_jax.processing.locations import Detection
 
-WAITING = '<div class="answer waiting" aria-busy="true"><span></span><span></span><span></span></div>'
-NOTHING = '<div class="answer nothing">The answer appears here.</div>'
+WAITING = (
+    '<div class="answer waiting" aria-busy="true"><span></span><span></span><span></span></div>'
+)
+EMPTY = '<span class="empty">(empty answer)</span>'
+INVITATION = """<div class="invitation"><h2>Ask about the picture</h2>
+<p>Choose a task or write a prompt, then press Run. The answer appears here.</p>
+<p>Or try an example with the sample picture:</p></div>"""
 
 
-def answer(shown: Shown) -> str:
-    """The text so far, with a cursor until it is done; what it points at in words, its `<loc>` behind a click; or the sentence of an error."""
-    if shown.error:
-        return f'<div class="answer failed" role="alert">{escape(shown.error)}</div>'
-    if not shown.text and not shown.done:
+def answer(reply: Reply) -> str:
+    """Return the answer so far, or the error.
+
+    A cursor follows an unfinished answer. Finished detections are shown by label and score, with
+    the text and its `<loc>` tokens folded away.
+    """
+    if reply.error:
+        return f'<div class="answer failed" role="alert">{escape(reply.error)}</div>'
+    if not reply.text.strip() and not reply.done:
         return WAITING
-    text = escape(shown.text) if shown.text else "<i>nothing</i>"
-    if shown.found and shown.done:
-        counts = Counter(thing.label for thing in shown.found)
-        things = " ".join(
-            f"<span class=thing>{escape(label) or 'thing'}{f'<small> ×{n}</small>' if n > 1 else ''}</span>" for label, n in counts.items()
-        )
-        text = f"{things}<details><summary>as the model says it</summary><code>{text}</code></details>"
-    elif "<loc" in shown.text:
+    text = escape(reply.text) if reply.text.strip() else EMPTY
+    if reply.detections and reply.done:
+        raw = f"<details><summary>raw output</summary><code>{text}</code></details>"
+        text = " ".join(map(_chip, reply.detections)) + raw
+    elif "<loc" in reply.text:
         text = f"<code>{text}</code>"
-    return f'<div class="answer" aria-live="polite">{text}{"" if shown.done else "<b class=cursor></b>"}</div>'
+    cursor = "" if reply.done else "<b class=cursor></b>"
+    return f'<div class="answer" aria-live="polite">{text}{cursor}</div>'
 
 
-def tokens(found: list[Token]) -> str:
-    """A chip a token: what was said and how likely it was, and below it what else it could have been."""
-    return f'<div class="tokens">{"".join(map(_chip, found))}</div>'
+def _chip(detection: Detection) -> str:
+    """The label of a box and its score."""
+    score = "" if detection.score is None else f" <small>{detection.score:.2f}</small>"
+    return f"<span class=detected>{escape(detection.label or 'object')}{score}</span>"
 
 
-def _chip(token: Token) -> str:
-    others = "".join(f"<li><span>{_word(text)}</span> <i>{p:.0%}</i></li>" for text, p in token.others if p >= 0.005)
-    return f'<div style="--p:{token.probability:.3f}"><p><b>{_word(token.text)}</b> <i>{token.probability:.0%}</i></p><ul>{others}</ul></div>'
+def tokens(answer_tokens: Sequence[Token]) -> str:
+    """One chip per token: its text and probability, and the alternatives below."""
+    return f'<div class="tokens">{"".join(map(_token, answer_tokens))}</div>'
 
 
-def _word(text: str | None) -> str:
-    return "<em>end</em>" if text is None else escape(text).replace(" ", "␣").replace("\n", "⏎") or "∅"
+def _token(token: Token) -> str:
+    alternatives = "".join(
+        f"<li><span>{_visible(text)}</span> <i>{probability:.0%}</i></li>"
+        for text, probability in token.alternatives
+        if probability >= 0.005
+    )
+    title = f"<b>{_visible(token.text)}</b> <i>{token.probability:.0%}</i>"
+    style = f"--p:{token.probability:.3f}"
+    return f'<div style="{style}"><p>{title}</p><ul>{alternatives}</ul></div>'
 
 
-def header(names: list[str]) -> str:
-    return f"<header><h1>PaliGemma 2</h1><p>{' and '.join(f'<code>{escape(one)}</code>' for one in names)}</p></header>"
+def _visible(text: str | None) -> str:
+    if text is None:
+        return "<em>end</em>"
+    return escape(text).replace(" ", "␣").replace("\n", "⏎") or "∅"
 
 
-def name(text: str) -> str:
-    return f'<div class="model">{escape(text)}</div>'
+def header(names: Sequence[str]) -> str:
+    models = " and ".join(f"<code>{escape(name)}</code>" for name in names)
+    return f"<header><h1>PaliGemma 2</h1><p>{models}</p></header>"
+
+
+def model_name(name: str) -> str:
+    return f'<div class="model">{escape(name)}</div>'

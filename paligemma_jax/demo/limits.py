@@ -1,4 +1,4 @@
-"""What a visitor of the page may send: told in a sentence where it is too much, before anything is decoded or computed."""
+"""Limits on what a visitor may send, checked before anything is decoded or computed."""
 
 from __future__ import annotations
 
@@ -11,60 +11,72 @@ from PIL import Image
 
 from paligemma_jax.processing.image import load_image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # none of them is a program, as EPS is
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, which is a program
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds one question."""
+    """Limits per request."""
 
     megabytes: float = 10.0
-    """The largest picture file."""
+    """Maximum file size of a picture, in MB."""
     megapixels: float = 50.0
-    """The largest picture, decoded: a small file may hold a huge one."""
+    """Maximum size of a decoded picture, in megapixels."""
     images: int = 4
-    """Pictures in one question."""
+    """Maximum number of pictures per prompt."""
     characters: int = 1000
-    """The longest prompt."""
+    """Maximum length of the prompt, in characters."""
     new_tokens: int = 512
-    """The longest answer."""
+    """Maximum length of the answer, in tokens."""
     beams: int = 8
-    """The widest beam."""
+    """Maximum number of beams."""
 
-    def open(self, files: Sequence[str | None]) -> list[Image.Image]:
-        """RGB pictures, turned upright, of the files that are there. ValueError names the one that is too large, or none."""
-        files = [file for file in files if file]
-        if not files:
-            raise ValueError("There is no picture yet: drop, paste or take one, or try an example.")
-        if len(files) > self.images:
-            raise ValueError(f"{len(files)} pictures are too many: at most {self.images} go into one question.")
-        return [self._open(Path(str(file))) for file in files]
+    def open_images(self, files: Sequence[str | None]) -> list[Image.Image]:
+        """Return the pictures in RGB, rotated upright; None entries are skipped.
 
-    def prompt(self, text: str) -> str:
-        """The text without spaces around it, if it may be asked."""
+        Raises:
+            ValueError: if there is no picture, or one exceeds a limit or cannot be decoded.
+        """
+        paths = [Path(file) for file in files if file]
+        if not paths:
+            raise ValueError("No picture yet. Upload, paste or take one, or try an example.")
+        if len(paths) > self.images:
+            raise ValueError(f"Too many pictures: got {len(paths)}, the limit is {self.images}.")
+        return [self._open_image(path) for path in paths]
+
+    def check_prompt(self, text: str) -> str:
+        """Return the prompt without surrounding spaces, or raise ValueError."""
         text = (text or "").strip()
         if not text:
-            raise ValueError("The prompt is empty: choose a task, or write one.")
+            raise ValueError("The prompt is empty. Choose a task or write a prompt.")
         if len(text) > self.characters:
-            raise ValueError(f"The prompt has {len(text)} characters: at most {self.characters} are taken.")
+            raise ValueError(
+                f"The prompt must be at most {self.characters} characters, got {len(text)}."
+            )
         if "<image>" in text:
-            raise ValueError("<image> cannot be written here: the pictures go before the prompt by themselves.")
+            raise ValueError("Remove <image> from the prompt: pictures are inserted automatically.")
         return text
 
-    def _open(self, file: Path) -> Image.Image:
-        name = file.name
-        if (size := os.path.getsize(file) / 1e6) > self.megabytes:
-            raise ValueError(f"{name} has {size:.1f} MB: at most {self.megabytes:g} MB are taken.")
+    def _open_image(self, path: Path) -> Image.Image:
+        name = path.name
+        megabytes = os.path.getsize(path) / 1e6
+        if megabytes > self.megabytes:
+            raise ValueError(
+                f"{name} is too large: {megabytes:.1f} MB, the limit is {self.megabytes:g} MB."
+            )
+        limit = f"the limit is {self.megapixels:g} megapixels"
         try:
-            with Image.open(file, formats=FORMATS) as image:  # its header only
-                pixels = image.width * image.height / 1e6
+            with Image.open(path, formats=FORMATS) as image:  # reads the header only
+                megapixels = image.width * image.height / 1e6
         except Image.DecompressionBombError:
-            raise ValueError(f"{name} has too many pixels: at most {self.megapixels:g} million are taken.") from None
+            raise ValueError(f"{name} has too many pixels: {limit}.") from None
         except Exception:
-            raise ValueError(f"{name} is no picture that can be read here: take JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.") from None
-        if pixels > self.megapixels:
-            raise ValueError(f"{name} has {pixels:.0f} megapixels: at most {self.megapixels:g} are taken.")
+            raise ValueError(
+                f"{name} is not a supported picture. Use JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
+            ) from None
+        if megapixels > self.megapixels:
+            raise ValueError(f"{name} is too large: {megapixels:.0f} megapixels, {limit}.")
         try:
-            return load_image(file)
+            return load_image(path)
         except ValueError:
-            raise ValueError(f"{name} is damaged or cut off: it cannot be read to its end.") from None
+            raise ValueError(f"{name} is damaged or incomplete.") from None

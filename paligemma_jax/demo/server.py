@@ -1,11 +1,12 @@
-"""The page on a port: to this machine alone unless told otherwise, with a fence around Gradio's many routes and a folder of its own."""
+"""The web server: on this machine only by default, and restricted to the routes of the page."""
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,85 +16,111 @@ from paligemma_jax.demo.limits import Limits
 from paligemma_jax.inference.predictor import Predictor
 
 STYLE = Path(__file__).with_name("style.css")
-ROUTES = re.compile(  # what the page itself asks for; Gradio has three times as many, to edit, proxy, record, fetch addresses, ...
+# The routes that the page requests. Gradio has three times as many: to proxy, record, fetch URLs.
+ROUTES = re.compile(
     r"/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(assets|static)/.*|"
-    r"gradio_api/(info|queue/(join|data)|upload|upload_progress|file=(?!\w+:/).*|heartbeat/\w+|startup-events|cancel|app_id|reset))?/?"
+    r"gradio_api/(info|queue/(join|data)|upload|upload_progress|file=(?!\w+:/).*|"
+    r"heartbeat/\w+|startup-events|cancel|app_id|reset))?/?"
 )
-SENTENCE = 1_000_000  # bytes of a request that uploads nothing
+MAX_BODY = 1_000_000  # bytes of a request that is not an upload
+MAX_DRAIN = 100_000_000  # bytes
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no web fonts
+MONO = ("ui-monospace", "monospace")
+
+Message = MutableMapping[str, Any]  # Any: ASGI messages are untyped
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass
-class Fence:
-    """ASGI: answers 404 to any other route, and 413 to a body that is too long, none of which is kept."""
+class RouteFilter:
+    """ASGI middleware: 404 for other routes and 413 for long bodies, of which nothing is kept."""
 
-    app: Callable[..., Awaitable[None]]
+    app: Callable[[Message, Receive, Send], Awaitable[None]]
     limits: Limits
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
         if not ROUTES.fullmatch(path):
-            return await _refuse(send, 404, "no such page")
-        room = self.limits.megabytes * 1e6 + SENTENCE if path.startswith("/gradio_api/upload") else SENTENCE
-        if int(dict(scope["headers"]).get(b"content-length", b"0")) > room:
+            return await _refuse(send, 404, "not found")
+        limit: float = MAX_BODY
+        if path.startswith("/gradio_api/upload"):
+            limit += self.limits.megabytes * 1e6
+        if int(dict(scope["headers"]).get(b"content-length", b"0")) > limit:
             await _drain(receive)
-            return await _refuse(send, 413, f"a file may have {self.limits.megabytes:g} MB")
-        taken = 0
+            return await _refuse(send, 413, f"the limit is {self.limits.megabytes:g} MB")
+        received = 0
 
-        async def counted() -> dict:
-            nonlocal taken
+        async def receive_limited() -> Message:
+            nonlocal received
             message = await receive()
-            taken += len(message.get("body", b""))
-            return message if taken <= room else {"type": "http.disconnect"}
+            received += len(message.get("body", b""))
+            return message if received <= limit else {"type": "http.disconnect"}
 
-        await self.app(scope, counted, send)
+        await self.app(scope, receive_limited, send)
 
 
-async def _drain(receive: Callable, most: int = 100_000_000) -> None:
-    """Lets the body go by: who is answered before all is sent may find the connection reset in the place of the answer."""
-    message: dict = {"more_body": True}
-    while message.get("more_body") and most > 0:
+async def _drain(receive: Receive) -> None:
+    """Discard the body. A client that is still sending may see a reset instead of the reply."""
+    drained = 0
+    while drained < MAX_DRAIN:
         message = await receive()
-        most -= len(message.get("body", b""))
+        drained += len(message.get("body", b""))
+        if not message.get("more_body"):
+            return
 
 
-async def _refuse(send: Callable, status: int, reason: str) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+async def _refuse(send: Send, status: int, reason: str) -> None:
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": reason.encode()})
 
 
 @contextmanager
-def served(predictors: dict[str, Predictor], limits: Limits = Limits(), host: str = "127.0.0.1", port: int = 7860, users: int = 2):
-    """Serves while the block runs and yields the address; its folder of uploads goes with it. ValueError if the port is taken."""
+def serve(
+    predictors: dict[str, Predictor],
+    limits: Limits = Limits(),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    users: int = 2,
+) -> Iterator[str]:
+    """Serve the page inside a `with` block and yield its address. Uploads are deleted at the end.
+
+    Raises:
+        ValueError: if the port is in use or not permitted.
+    """
     with tempfile.TemporaryDirectory(prefix="paligemma-demo-") as folder:
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}  # read by Gradio when it is imported and when it runs
-        page = _page(predictors, limits, users)
+        # Gradio reads these both when it is imported and when it runs.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        from paligemma_jax.demo.page import build
+
+        page = build(predictors, limits, users).queue(max_size=32)
         try:
-            _, address, _ = page.launch(**_options(limits, host, port, folder))
+            _, address, _ = page.launch(**_launch_options(limits, host, port, folder))
         except OSError:
-            raise ValueError(f"port {port} of {host} is taken or not allowed: choose another with --port (0 takes any that is free)") from None
+            raise ValueError(
+                f"port {port} on {host} is in use or not permitted; "
+                "choose another one with --port (0 picks a free port)"
+            ) from None
         try:
             yield address
         finally:
             page.close(verbose=False)
 
 
-def _page(predictors: dict[str, Predictor], limits: Limits, users: int) -> Any:
-    from paligemma_jax.demo.page import build
-
-    return build(predictors, limits, users).queue(max_size=32)
-
-
-def _options(limits: Limits, host: str, port: int, folder: str) -> dict[str, Any]:
+def _launch_options(limits: Limits, host: str, port: int, folder: str) -> dict[str, Any]:
+    """Options of `gr.Blocks.launch`: no tunnel, no telemetry, no files but the uploads."""
     from gradio.themes import Base
     from starlette.middleware import Middleware
 
-    sans = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # fonts of the reader's machine: the page asks no other server
-    theme = Base(primary_hue="blue", neutral_hue="slate", radius_size="lg", font=sans, font_mono=("ui-monospace", "monospace"))
+    theme = Base(
+        primary_hue="blue", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO
+    )
     return dict(
         server_name=host,
-        server_port=port or _free(host),
+        server_port=port or _free_port(host),
         share=False,
         quiet=True,
         prevent_thread_lock=True,
@@ -106,13 +133,11 @@ def _options(limits: Limits, host: str, port: int, folder: str) -> dict[str, Any
         pwa=False,
         theme=theme,
         css_paths=STYLE,
-        app_kwargs={"middleware": [Middleware(Fence, limits=limits)]},
+        app_kwargs={"middleware": [Middleware(RouteFilter, limits=limits)]},
     )
 
 
-def _free(host: str) -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind((host, 0))
-        return one.getsockname()[1]
+def _free_port(host: str) -> int:
+    with socket.socket() as server:
+        server.bind((host, 0))
+        return server.getsockname()[1]

@@ -1,33 +1,35 @@
-"""The page in a headless Chromium, as a visitor meets it. Left out where there is none (Debian: apt-get install chromium)."""
+"""The page in a headless Chromium. Skipped without one (Debian: apt-get install chromium)."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.paths import DIGITS
 
 import paligemma_jax as pg
 from paligemma_jax.demo.limits import Limits
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-DIGITS = Path(pg.__file__).parent / "assets" / "digits.jpg"
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 CAPTION = "four digits: 4, 3, 2 and 3"
-WAIT = 90_000  # ms, for a machine that is busy and compiles
-playwright.expect.set_options(timeout=WAIT)
+TIMEOUT = 90_000  # ms, on a busy machine that compiles
+playwright.expect.set_options(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="module")
 def address():
-    from paligemma_jax.demo.server import served
+    from paligemma_jax.demo.server import serve
 
     predictor = pg.load("tiny")
     "".join(predictor.stream(DIGITS, "caption en"))
-    with served({"tiny": predictor}, Limits(megabytes=1), port=0) as address:
+    with serve({"tiny": predictor}, Limits(megabytes=1), port=0) as address:
         yield address
 
 
@@ -41,105 +43,166 @@ def browser():
 
 @pytest.fixture
 def visit(browser, address):
-    """(viewport) -> a page of a visitor of its own; at the end no page has asked another server or failed in its own scripts."""
-    contexts, complaints = [], []
+    """(viewport) -> the page of a new visitor. No page may fail or contact another server."""
+    contexts, problems = [], []
 
-    def go(viewport=DESKTOP):
+    def check_request(request):
+        if not request.url.startswith((address, "blob:", "data:")):
+            problems.append(request.url)
+
+    def open_page(viewport=DESKTOP):
         contexts.append(browser.new_context(viewport=viewport))
         page = contexts[-1].new_page()
-        page.set_default_timeout(WAIT)
-        page.on("request", lambda request: request.url.startswith((address, "blob:", "data:")) or complaints.append(request.url))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.set_default_timeout(TIMEOUT)
+        page.on("request", check_request)
+        page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
         page.wait_for_selector("#run")
         return page
 
-    yield go
+    yield open_page
     for context in contexts:
         context.close()
-    assert not complaints
+    assert not problems
 
 
-def says(page, text, panel=0):
-    playwright.expect(page.locator(f"#answer-{panel} .answer")).to_have_text(text)
-    playwright.expect(page.locator("#run")).to_be_visible()  # Stop has gone: the answer is complete
+def expect(page, selector):
+    return playwright.expect(page.locator(selector))
+
+
+def expect_answer(page, text, panel=0):
+    expect(page, f"#answer-{panel} .answer").to_have_text(text)
+    expect(page, "#run").to_be_visible()  # in place of Stop: the answer is complete
+
+
+def run_prompt(page, prompt):
+    page.fill("#prompt textarea", prompt)
+    page.click("#run")
+
+
+def replace_picture(page, file):
+    page.click("#picture button[aria-label='Remove Image']")
+    page.set_input_files("#picture input[type=file]", file)
+    page.wait_for_selector("#picture img")
+
+
+def test_invitation_stands_in_for_the_first_answer(visit):
+    page = visit()
+    expect(page, "#invitation").to_contain_text("Ask about the picture")
+    expect(page, "#question #tasks button").to_have_count(5)
+    expect(page, "#question #examples").to_have_count(0)  # one row of choices, not two
+    page.click("#examples >> text=ocr")
+    expect_answer(page, "4 3 2 3")
+    expect(page, "#invitation").to_be_hidden()
 
 
 def test_upload_and_ask(visit, tmp_path):
     """A picture from the visitor's disk, a task, a prompt, the Enter key."""
     Image.open(DIGITS).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png")
     page = visit()
-    page.click("#picture button[aria-label='Remove Image']")
-    page.set_input_files("#picture input[type=file]", tmp_path / "turned.png")
-    page.wait_for_selector("#picture img")
+    replace_picture(page, tmp_path / "turned.png")
     page.click("#tasks >> text=Ask")
-    playwright.expect(page.locator("#prompt textarea")).to_have_value("answer en ")
-    playwright.expect(page.locator("#prompt textarea")).to_be_focused()
+    expect(page, "#prompt textarea").to_have_value("answer en ")
+    expect(page, "#prompt textarea").to_be_focused()
     page.keyboard.type("how many digits?")
     page.keyboard.press("Enter")
-    says(page, "4")
+    expect_answer(page, "4")
 
 
-def test_text_grows(visit):
+def test_text_streams(visit):
     page = visit()
     page.evaluate(
-        """() => { window.seen = []; new MutationObserver(() => seen.push(document.querySelector('#answer-0 .answer')?.innerText))
-        .observe(document.querySelector('#answer-0'), {subtree: true, childList: true, characterData: true}); }"""
+        """() => {
+        window.texts = [];
+        const record = () => texts.push(document.querySelector('#answer-0 .answer')?.innerText);
+        const changes = {subtree: true, childList: true, characterData: true};
+        new MutationObserver(record).observe(document.querySelector('#answer-0'), changes);
+        }"""
     )
     page.click("#tasks >> text=Caption")
-    says(page, CAPTION)
-    seen = [text for text in page.evaluate("seen") if text]
-    assert any(CAPTION.startswith(text) and text != CAPTION for text in seen), seen
+    expect_answer(page, CAPTION)
+    texts = [text for text in page.evaluate("texts") if text]
+    assert any(CAPTION.startswith(text) and text != CAPTION for text in texts), texts
 
 
-def test_errors_are_sentences(visit, tmp_path):
+def test_errors_are_shown_as_messages(visit, tmp_path):
     page = visit()
-    page.fill("#prompt textarea", "")
-    page.click("#run")
-    says(page, "The prompt is empty: choose a task, or write one.")
-    (tmp_path / "note.png").write_text("no picture")
+    run_prompt(page, "")
+    expect_answer(page, "The prompt is empty. Choose a task or write a prompt.")
     page.click("#picture button[aria-label='Remove Image']")
     page.click("#tasks >> text=Read text")
-    says(page, "There is no picture yet: drop, paste or take one, or try an example.")
+    expect_answer(page, "No picture yet. Upload, paste or take one, or try an example.")
+    (tmp_path / "note.png").write_text("no picture")
     page.set_input_files("#picture input[type=file]", tmp_path / "note.png")
     page.wait_for_selector("#picture img")
     page.click("#run")
-    says(page, "note.png is no picture that can be read here: take JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.")
-    assert page.locator("#answer-0 [role=alert]").count() == 1
-    page.click("#examples >> text=ocr")
-    says(page, "4 3 2 3")
+    expect_answer(
+        page, "note.png is not a supported picture. Use JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
+    )
+    expect(page, "#answer-0 [role=alert]").to_have_count(1)
+    page.click("#examples >> text=ocr")  # the invitation stays below an error
+    expect_answer(page, "4 3 2 3")
 
 
-def test_boxes_and_how_sure(visit):
-    """The boxes are drawn, the words behind them and every token's probability are there on demand; the next question clears all that."""
+def test_boxes_with_scores_and_token_probabilities(visit):
+    """Boxes are drawn; the text and the token probabilities are a click away; the next run clears
+    everything."""
     page = visit()
     page.click("#examples >> text=detect 4")
-    playwright.expect(page.locator("#answer-0 .thing")).to_have_text("4")
-    width = page.wait_for_selector("#model-0 .drawn img").evaluate("async e => { await e.decode(); return e.naturalWidth; }")
+    expect(page, "#answer-0 .detected").to_have_text(re.compile(r"^4 0\.\d\d$"))
+    drawing = page.wait_for_selector("#model-0 .drawing img")
+    width = drawing.evaluate("async image => { await image.decode(); return image.naturalWidth; }")
     assert width == Image.open(DIGITS).width
-    page.click("#answer-0 summary")
+    page.click("#answer-0 summary >> text=raw output")
     assert page.inner_text("#answer-0 code").startswith("<loc")
-    page.click("#sure")
-    playwright.expect(page.locator("#tokens-0 .tokens > div")).to_have_count(7)  # four <loc>, " ", "4" and the end
-    page.click("#examples >> text=ocr")
-    says(page, "4 3 2 3")
-    assert page.locator("#model-0 .drawn img").count() == 0 and page.locator("#tokens-0 .tokens").count() == 0
+    page.click("#probabilities")
+    expect(page, "#tokens-0 .tokens > div").to_have_count(7)  # four <loc>, " ", "4" and the end
+    run_prompt(page, "ocr")
+    expect_answer(page, "4 3 2 3")
+    expect(page, "#model-0 .drawing img").to_have_count(0)
+    expect(page, "#tokens-0 .tokens").to_have_count(0)
+
+
+def test_empty_answer_is_labeled(visit):
+    page = visit()
+    run_prompt(page, "detect 7")
+    expect_answer(page, "(empty answer)")
+
+
+def test_new_picture_clears_the_answer(visit, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    page = visit()
+    run_prompt(page, "detect 4")
+    expect(page, "#answer-0 .detected").to_have_count(1)
+    page.wait_for_selector("#model-0 .drawing img")
+    replace_picture(page, tmp_path / "black.png")
+    expect(page, "#answer-0 .answer").to_have_count(0)
+    expect(page, "#model-0 .drawing img").to_have_count(0)
+    expect(page, "#probabilities").to_be_hidden()
+    expect(page, "#invitation").to_be_visible()
 
 
 def test_two_visitors_at_once(visit):
     pages = [visit(), visit(PHONE)]
-    for page, example in zip(pages, ("caption en", "ocr")):
+    for page, example in zip(pages, ("caption en", "ocr"), strict=True):
         page.click(f"#examples >> text={example}")
-    for page, answer in zip(pages, (CAPTION, "4 3 2 3")):
-        says(page, answer)
+    for page, answer in zip(pages, (CAPTION, "4 3 2 3"), strict=True):
+        expect_answer(page, answer)
 
 
 def test_phone(visit):
-    """Nothing is wider than the screen or cut off, and the answer comes into view by itself."""
+    """Nothing overflows, the answer scrolls into view, and the settings come after it."""
     page = visit(PHONE)
     page.click("#run")
-    says(page, CAPTION)
+    expect_answer(page, CAPTION)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     for button in page.locator("#tasks button").all():
-        assert button.evaluate("e => e.scrollWidth <= e.clientWidth")
-    page.wait_for_function("document.querySelector('#answer-0 .answer').getBoundingClientRect().bottom <= innerHeight")
+        assert button.evaluate("button => button.scrollWidth <= button.clientWidth")
+    page.wait_for_function(
+        "document.querySelector('#answer-0 .answer').getBoundingClientRect().bottom <= innerHeight"
+    )
+    run, answer, settings = (
+        page.locator(selector).bounding_box()["y"]
+        for selector in ("#run", "#answer-0", "#settings")
+    )
+    assert run < answer < settings

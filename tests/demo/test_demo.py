@@ -1,4 +1,4 @@
-"""The page's limits and answers, and what its server gives away; in a browser: tests/demo/test_browser.py."""
+"""Limits, replies and HTML of the demo, and what its server exposes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from urllib.parse import quote, urlparse
 import numpy as np
 import pytest
 from PIL import Image
+from support.paths import DIGITS as DIGITS_FILE
 
 import paligemma_jax as pg
 from paligemma_jax.commands.demo import demo
 from paligemma_jax.demo import html
-from paligemma_jax.demo.ask import Settings, Shown, ask, with_task
+from paligemma_jax.demo.ask import Reply, Settings, ask, with_task
 from paligemma_jax.demo.limits import Limits
-from paligemma_jax.demo.tokens import Token, probabilities
-from paligemma_jax.processing.locations import parse_detections, with_masks
+from paligemma_jax.demo.tokens import Token, token_probabilities
+from paligemma_jax.processing.locations import Detection, Detections, parse_detections, with_masks
 
-DIGITS = str(Path(pg.__file__).parent / "assets" / "digits.jpg")
+DIGITS = str(DIGITS_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +30,22 @@ def predictor():
     return pg.load("tiny")
 
 
-def last(*arguments):
+@pytest.fixture
+def unscored(monkeypatch):
+    """For predictors without a model: answers have no scores."""
+    monkeypatch.setattr("paligemma_jax.demo.ask.score_answer", lambda *arguments: arguments[-1])
+
+
+def final_replies(*arguments):
     return list(ask(*arguments))[-1]
 
 
-# what a visitor may send
+# limits
 
 
 @pytest.fixture
 def picture(tmp_path):
-    """(name, size) -> a file with a black picture of that size."""
+    """(name, size) -> the path of a black picture."""
 
     def make(name="black.png", size=(8, 8)):
         Image.new("L", size).save(tmp_path / name)
@@ -48,88 +55,105 @@ def picture(tmp_path):
 
 
 def test_pictures_are_opened_upright_and_in_order(picture):
-    first, second = Limits().open([DIGITS, None, picture()])
-    assert first.size == Image.open(DIGITS).size and second.size == (8, 8) and {first.mode, second.mode} == {"RGB"}
+    first, second = Limits().open_images([DIGITS, None, picture()])
+    assert (
+        first.size == Image.open(DIGITS).size
+        and second.size == (8, 8)
+        and {first.mode, second.mode} == {"RGB"}
+    )
 
 
 def test_too_many_pictures(picture):
-    with pytest.raises(ValueError, match="3 pictures are too many: at most 2"):
-        Limits(images=2).open([DIGITS] * 3)
-    with pytest.raises(ValueError, match="no picture yet"):
-        Limits().open([None, None])
+    with pytest.raises(ValueError, match="Too many pictures: got 3, the limit is 2"):
+        Limits(images=2).open_images([DIGITS] * 3)
+    with pytest.raises(ValueError, match="No picture yet"):
+        Limits().open_images([None, None])
 
 
 def test_large_file(picture, tmp_path):
     file = Path(picture("large.bmp", (1000, 1100)))
-    assert Limits(megabytes=1.2).open([str(file)])
-    with pytest.raises(ValueError, match=r"^large.bmp has 1.1 MB: at most 1 MB"):
-        Limits(megabytes=1).open([str(file)])
+    assert Limits(megabytes=1.2).open_images([str(file)])
+    with pytest.raises(ValueError, match=r"^large.bmp is too large: 1.1 MB, the limit is 1 MB"):
+        Limits(megabytes=1).open_images([str(file)])
 
 
 def test_decompression_bombs(picture, monkeypatch):
-    """Neither is decoded: one by our limit, one by PIL's own, which is an error above twice its figure."""
+    """Neither is decoded: one exceeds our limit, one twice the limit of Pillow, where it raises."""
     monkeypatch.setattr("paligemma_jax.demo.limits.load_image", lambda file: pytest.fail("decoded"))
-    with pytest.raises(ValueError, match=r"bomb\.png has 2 megapixels: at most 1 are taken"):
-        Limits(megapixels=1).open([picture("bomb.png", (2000, 1000))])
+    with pytest.raises(
+        ValueError, match=r"bomb\.png is too large: 2 megapixels, the limit is 1 meg"
+    ):
+        Limits(megapixels=1).open_images([picture("bomb.png", (2000, 1000))])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
-        Limits(megapixels=1000).open([picture("bomb.png", (2000, 1000))])
+        Limits(megapixels=1000).open_images([picture("bomb.png", (2000, 1000))])
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"]
+    "content",
+    [
+        b"",
+        b"hello",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+    ],
 )
-def test_other_files(content, tmp_path):
-    """Also what PIL would hand to Ghostscript."""
+def test_files_that_are_not_pictures(content, tmp_path):
+    """Including EPS, which Pillow would pass to Ghostscript."""
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^x\.png is no picture that can be read here"):
-        Limits().open([str(tmp_path / "x.png")])
+    with pytest.raises(ValueError, match=r"^x\.png is not a supported picture"):
+        Limits().open_images([str(tmp_path / "x.png")])
 
 
-def test_cut_off_file(tmp_path):
+def test_truncated_file(tmp_path):
     (tmp_path / "half.jpg").write_bytes(Path(DIGITS).read_bytes()[:50_000])
-    with pytest.raises(ValueError, match=r"^half\.jpg is damaged or cut off"):
-        Limits().open([str(tmp_path / "half.jpg")])
+    with pytest.raises(ValueError, match=r"^half\.jpg is damaged or incomplete"):
+        Limits().open_images([str(tmp_path / "half.jpg")])
 
 
 def test_prompts():
     limits = Limits(characters=10)
-    assert limits.prompt(" detect 4\n") == "detect 4"
-    for text, reason in (("", "empty"), (" \n", "empty"), ("x" * 11, "11 characters: at most 10"), ("<image>ocr", "<image> cannot")):
+    assert limits.check_prompt(" detect 4\n") == "detect 4"
+    for text, reason in (
+        ("", "empty"),
+        (" \n", "empty"),
+        ("x" * 11, "at most 10 characters, got 11"),
+        ("<image>ocr", "Remove <image>"),
+    ):
         with pytest.raises(ValueError, match=reason):
-            limits.prompt(text)
+            limits.check_prompt(text)
 
 
-def test_limits_above_0():
-    with pytest.raises(ValueError, match=r"--max\.new-tokens 0: it has to be above 0"):
+def test_limits_must_be_positive():
+    with pytest.raises(ValueError, match=r"--max\.new-tokens must be greater than 0, got 0"):
         demo(limits=Limits(new_tokens=0))
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"max_new_tokens": 513}, "max new tokens is 513: it can be a whole number from 1 to 512"),
-        ({"beams": 9}, "beams is 9: it can be a whole number from 1 to 8"),
-        ({"seed": 0.5}, "seed is 0.5"),
-        ({"top_k": -1}, "top k is -1"),
-        ({"seed": "x"}, "seed is x"),
+        ({"max_new_tokens": 513}, "max new tokens must be an integer from 1 to 512, got 513"),
+        ({"beams": 9}, "beams must be an integer from 1 to 8, got 9"),
+        ({"seed": 0.5}, "seed must be an integer from 0 to 2147483647, got 0.5"),
+        ({"top_k": -1}, "top k must be an integer from 0 to 1048576, got -1"),
+        ({"seed": "x"}, "seed must be an integer from 0 to 2147483647, got x"),
         ({"method": "Sample", "temperature": 0}, "temperature"),
         ({"method": "Sample", "top_p": 2}, "top_p"),
-        ({"max_new_tokens": None}, "max new tokens is None"),
-        ({"seed": float("nan")}, "seed is nan"),
+        ({"max_new_tokens": None}, "max new tokens must be an integer from 1 to 512, got None"),
+        ({"seed": float("nan")}, "seed must be an integer from 0 to 2147483647, got nan"),
     ],
 )
-def test_settings_beyond_the_limits(change, reason, predictor):
-    """The browser's sliders do not allow them; a request by hand does."""
-    (shown,) = last([predictor], Limits(), [DIGITS], "ocr", Settings(**change))
-    assert shown.done and shown.error and reason in shown.error and not shown.text
+def test_settings_out_of_range(change, reason, predictor):
+    """The sliders of the page do not allow them; a handmade request does."""
+    (reply,) = final_replies([predictor], Limits(), [DIGITS], "ocr", Settings(**change))
+    assert reply.done and reply.error and reason in reply.error and not reply.text
 
 
-# what it answers
+# replies
 
 
-class Seen:
-    """A predictor that says what it is asked."""
+class Echo:
+    """A predictor that answers with its own arguments."""
 
     def stream(self, images, prompt, new, sampler, seed):
         yield f"{prompt} {[image.size for image in images]} {new} {sampler} {seed}"
@@ -139,31 +163,42 @@ class Seen:
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, expected",
     [
         (Settings(), "ocr [(8, 8), (9, 9)] 128 Greedy() 0"),
-        (Settings("Sample", 0.7000001, 0, 1.0, seed=3), f"ocr [(8, 8), (9, 9)] 128 {pg.Sample(0.7)} 3"),
-        (Settings("Sample", 1.5, 7, 0.9, max_new_tokens=9), f"ocr [(8, 8), (9, 9)] 9 {pg.Sample(1.5, 7, 0.9)} 0"),
+        (
+            Settings("Sample", 0.7000001, 0, 1.0, seed=3),
+            f"ocr [(8, 8), (9, 9)] 128 {pg.Sample(0.7)} 3",
+        ),
+        (
+            Settings("Sample", 1.5, 7, 0.9, max_new_tokens=9),
+            f"ocr [(8, 8), (9, 9)] 9 {pg.Sample(1.5, 7, 0.9)} 0",
+        ),
         (Settings("Beam", beams=3), f"['ocr'] [(8, 8), (9, 9)] 128 {pg.Beam(3)}"),
     ],
 )
-def test_what_the_model_is_asked(settings, said, picture):
+def test_arguments_of_the_predictor(settings, expected, picture):
     files = [picture("a.png"), None, picture("b.png", (9, 9))]
-    assert last([Seen()], Limits(), files, " ocr", settings) == [Shown(said, done=True)]
+    assert final_replies([Echo()], Limits(), files, " ocr", settings) == [
+        Reply(expected, done=True)
+    ]
 
 
-def test_streams(predictor):
-    """Text grows piece by piece, and is done at the end only."""
-    steps = [shown for (shown,) in ask([predictor], Limits(), [DIGITS], "caption en", Settings())]
+def test_text_streams(predictor):
+    """Text grows piece by piece; only the last reply is done."""
+    steps = [reply for (reply,) in ask([predictor], Limits(), [DIGITS], "caption en", Settings())]
     assert len(steps) > 2 and not any(step.done for step in steps[:-1])
-    assert all(b.text.startswith(a.text) for a, b in pairwise(steps)) and len({step.text for step in steps}) > 2
+    assert all(after.text.startswith(before.text) for before, after in pairwise(steps))
+    assert len({step.text for step in steps}) > 2
     assert steps[-1].text == predictor.generate(DIGITS, "caption en")[0]
 
 
 def test_two_models_take_turns(predictor):
     steps = list(ask([predictor, predictor], Limits(), [DIGITS], "caption en", Settings()))
-    assert steps[0][0].text and not steps[0][1].text and steps[1][1].text  # the second need not wait for the end of the first
-    assert steps[-1] == [Shown("four digits: 4, 3, 2 and 3", done=True)] * 2
+    assert (
+        steps[0][0].text and not steps[0][1].text and steps[1][1].text
+    )  # the second model does not wait for the first to finish
+    assert steps[-1] == [Reply("four digits: 4, 3, 2 and 3", done=True)] * 2
 
 
 def test_one_model_fails_alone(predictor):
@@ -172,9 +207,13 @@ def test_one_model_fails_alone(predictor):
             yield "four"
             raise RuntimeError("a secret path")
 
-    broken, good = last([Broken(), predictor], Limits(), [DIGITS], "ocr", Settings())
-    assert broken.text == "four" and broken.error.startswith("Something went wrong") and "secret" not in broken.error
-    assert good == Shown("4 3 2 3", done=True)
+    broken, good = final_replies([Broken(), predictor], Limits(), [DIGITS], "ocr", Settings())
+    assert (
+        broken.text == "four"
+        and broken.error.startswith("Something went wrong")
+        and "secret" not in broken.error
+    )
+    assert good == Reply("4 3 2 3", done=True)
 
 
 @pytest.mark.parametrize(
@@ -192,170 +231,261 @@ def test_task_buttons(prompt, task, expected):
     assert with_task(task, prompt) == expected
 
 
-def test_boxes_and_masks():
-    """Boxes as soon as they are said; masks when all is said, from the model's codec; without a codec the reason beside the boxes."""
+def test_boxes_and_masks(unscored):
+    """Boxes appear while the text streams and masks at the end; without a codec, boxes and an
+    error."""
     masked = "<loc0000><loc0000><loc1023><loc0512>" + "<seg001>" * 16 + " 4"
 
     class Pointing:
         def stream(self, *_, **__):
             yield from (masked[:20], masked[20:60], masked[60:])
 
-        def detections(self, text, picture):
+        def detections(self, answer, picture):
             if codec is None:
-                raise ValueError("no mask codec beside the checkpoint")
-            return with_masks(parse_detections(text, picture.size), picture.size, codec)
+                raise ValueError("no mask codec")
+            return with_masks(parse_detections(answer, picture.size), picture.size, codec)
 
     codec = pg.load("tiny").codec
-    steps = [shown for (shown,) in ask([Pointing()], Limits(), [DIGITS], "segment 4", Settings())]
-    assert [len(step.found) for step in steps] == [0, 1, 1, 1] and steps[-1].found[0].label == "4"
-    assert [thing.mask is not None for step in steps for thing in step.found] == [False, False, True]
+    steps = [reply for (reply,) in ask([Pointing()], Limits(), [DIGITS], "segment 4", Settings())]
+    assert [len(step.detections) for step in steps] == [0, 1, 1, 1] and steps[-1].detections[
+        0
+    ].label == "4"
+    assert [box.mask is not None for step in steps for box in step.detections] == [
+        False,
+        False,
+        True,
+    ]
     codec = None
-    (shown,) = last([Pointing()], Limits(), [DIGITS], "segment 4", Settings())
-    assert shown.error == "no mask codec beside the checkpoint" and len(shown.found) == 1
+    (reply,) = final_replies([Pointing()], Limits(), [DIGITS], "segment 4", Settings())
+    assert reply.error == "no mask codec" and len(reply.detections) == 1
 
 
-def test_boxes_scale_with_the_picture(picture):
-    """They are drawn on a copy that fits a screen."""
+def test_large_pictures_are_scaled_down_for_drawing(unscored, picture):
 
     class Pointing:
         def stream(self, *_, **__):
             yield "<loc0000><loc0000><loc1023><loc1023> all"
 
-    (shown,) = last([Pointing()], Limits(), [picture("wide.png", (4000, 1000))], "detect all", Settings())
-    assert shown.picture.size == (1600, 400) and shown.found[0].box == (0, 0, 1600, 400)
+        def detections(self, answer, picture):
+            return parse_detections(answer, picture.size)
+
+    (reply,) = final_replies(
+        [Pointing()], Limits(), [picture("wide.png", (4000, 1000))], "detect all", Settings()
+    )
+    assert reply.picture.size == (1600, 400) and reply.detections[0].box == (0, 0, 1600, 400)
 
 
-def test_probabilities(predictor):
-    """Of every token, as generation found them; they are the likeliest, for greedy took them."""
+def test_boxes_have_the_scores_of_detect(predictor):
+    (reply,) = final_replies([predictor], Limits(), [DIGITS], "detect 3", Settings())
+    expected = predictor.detect(DIGITS, "3")
+    assert len(reply.detections) == len(expected) == 2
+    for detection, reference in zip(reply.detections, expected, strict=True):
+        assert detection.score == pytest.approx(reference.score, abs=1e-4)
+        assert f"<small>{detection.score:.2f}</small>" in html.answer(reply)
+
+
+def test_token_probabilities(predictor):
+    """They are those of generation; greedy took the most likely tokens."""
     answer = predictor.answers(DIGITS, "caption en", 32)[0]
-    found = probabilities(predictor, [Image.open(DIGITS)], "caption en", answer.text)
-    np.testing.assert_allclose([token.probability for token in found], np.exp(answer.log_probabilities), atol=1e-5)
-    assert "".join(token.text or "" for token in found) == answer.text and found[-1].text is None
-    for token in found:
-        values = [p for _, p in token.others]
-        assert len(values) == 3 and values == sorted(values, reverse=True) and values[0] <= token.probability and sum(values) + token.probability <= 1
+    tokens = token_probabilities(predictor, [Image.open(DIGITS)], "caption en", answer.text)
+    np.testing.assert_allclose(
+        [token.probability for token in tokens], np.exp(answer.log_probabilities), atol=1e-5
+    )
+    assert "".join(token.text or "" for token in tokens) == answer.text and tokens[-1].text is None
+    for token in tokens:
+        values = [probability for _, probability in token.alternatives]
+        assert len(values) == 3 and values == sorted(values, reverse=True)
+        assert values[0] <= token.probability and sum(values) + token.probability <= 1
 
 
-def test_programs_are_forgotten(monkeypatch, picture):
-    """Every other setting compiles; visitors may not fill the process."""
+def test_compiled_programs_are_limited(monkeypatch, picture):
+    """New settings compile new programs; visitors must not exhaust the process."""
     cleared, file = [], picture()
     monkeypatch.setattr("jax.clear_caches", lambda: cleared.append(1))
     for n in range(130):
-        last([Seen()], Limits(), [file], "ocr", Settings("Beam", beams=n % 8 + 1, max_new_tokens=32 * (n // 8) + 1))
+        settings = Settings("Beam", beams=n % 8 + 1, max_new_tokens=32 * (n // 8) + 1)
+        final_replies([Echo()], Limits(), [file], "ocr", settings)
     assert len(cleared) == 2
 
 
 def test_html_is_escaped():
     bad = "<script>alert(1)</script>${1+1}{{x}}"
-    for shown in (Shown(bad), Shown(bad, done=True), Shown(error=bad)):
-        assert "<script" not in html.answer(shown) and "&lt;script&gt;" in html.answer(shown)
+    for reply in (Reply(bad), Reply(bad, done=True), Reply(error=bad)):
+        assert "<script" not in html.answer(reply) and "&lt;script&gt;" in html.answer(reply)
+    boxes = Reply("<loc", done=True, detections=Detections([Detection(bad, (0, 0, 1, 1))]))
+    assert "<script" not in html.answer(boxes) and "&lt;script&gt;" in html.answer(boxes)
     token = html.tokens([Token(bad, 0.5, ((bad, 0.25), (None, 0.125)))])
     assert "<script" not in token and "50%" in token and "25%" in token and "12%" in token
-    assert "<script" not in html.header([bad]) + html.name(bad)
+    assert "<script" not in html.header([bad]) + html.model_name(bad)
 
 
-# what its server gives away
+@pytest.mark.parametrize("text", ["", " ", "\n"])
+def test_empty_answers_are_labeled(text):
+    assert "(empty answer)" in html.answer(Reply(text, done=True))
+    assert "(empty answer)" not in html.answer(Reply(text))  # not before it is complete
+
+
+# the server
 
 
 @pytest.fixture(scope="module")
 def address(predictor):
-    from paligemma_jax.demo.server import served
+    from paligemma_jax.demo.server import serve
 
-    with served({"tiny": predictor}, Limits(megabytes=1), port=0) as address:
+    with serve({"tiny": predictor}, Limits(megabytes=1), port=0) as address:
         yield address.rstrip("/")
 
 
-def ask_server(url, data=None, **headers):
+def request(url, data=None, **headers):
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=20) as reply:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, data, headers), timeout=20
+        ) as reply:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
 
 
 def upload(address, content, name="x.png"):
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n' % (name.encode(), content)
-    return ask_server(f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"})
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n'
+        % (name.encode(), content)
+    )
+    return request(
+        f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}
+    )
 
 
-def test_page_asks_no_other_server(address):
-    status, page = ask_server(address)
-    assert status == 200 and b"googleapis" not in page and b"gstatic" not in page and b"huggingface.co" not in page
+def test_page_refers_to_no_other_server(address):
+    status, page = request(address)
+    assert (
+        status == 200
+        and b"googleapis" not in page
+        and b"gstatic" not in page
+        and b"huggingface.co" not in page
+    )
 
 
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "../../../../etc/passwd", __file__, "pyproject.toml", "~/.bashrc", "/proc/self/environ", "/tmp", DIGITS]
+    "path",
+    [
+        "/etc/passwd",
+        "../../../../etc/passwd",
+        __file__,
+        "pyproject.toml",
+        "~/.bashrc",
+        "/proc/self/environ",
+        "/tmp",
+        DIGITS,
+    ],
 )
-def test_no_file_outside(address, path):
+def test_other_files_are_not_served(address, path):
     for route in ("file=", "file/"):
         for written in (path, quote(path, safe="")):
-            status, body = ask_server(f"{address}/gradio_api/{route}{written}")
+            status, body = request(f"{address}/gradio_api/{route}{written}")
             assert status in (403, 404) and b"root:" not in body
 
 
-def test_own_folder_only(address):
-    """An upload is served back; from its folder no path leads out."""
+def test_only_uploads_are_served(address):
+    """No path leads out of the folder of uploads."""
     status, body = upload(address, b"hello")
     (path,) = json.loads(body)
-    assert status == 200 and ask_server(f"{address}/gradio_api/file={path}") == (200, b"hello")
-    assert ask_server(f"{address}/gradio_api/file={Path(path).parent}/../../../etc/passwd")[0] in (403, 404)
+    assert status == 200 and request(f"{address}/gradio_api/file={path}") == (200, b"hello")
+    assert request(f"{address}/gradio_api/file={Path(path).parent}/../../../etc/passwd")[0] in (
+        403,
+        404,
+    )
 
 
 @pytest.mark.parametrize(
     "route",
-    ["gradio_api/file=http://127.0.0.1/x", "gradio_api/file=https:/example.com", "gradio_api/proxy=https://example.com", "gradio_api/vibe-code"]
-    + ["monitoring", "docs", "openapi.json", "gradio_api/openapi.json", "gradio_api/run/answer", "gradio_api/call/answer", "gradio_api/token"],
+    [
+        "gradio_api/file=http://127.0.0.1/x",
+        "gradio_api/file=https:/example.com",
+        "gradio_api/proxy=https://example.com",
+        "gradio_api/vibe-code",
+    ]
+    + [
+        "monitoring",
+        "docs",
+        "openapi.json",
+        "gradio_api/openapi.json",
+        "gradio_api/run/answer",
+        "gradio_api/call/answer",
+        "gradio_api/token",
+    ],
 )
-def test_no_other_route(address, route):
-    assert ask_server(f"{address}/{route}")[0] == 404
+def test_other_routes_are_not_served(address, route):
+    assert request(f"{address}/{route}")[0] == 404
 
 
-def test_long_uploads(address):
+def test_large_uploads_are_refused(address):
     assert upload(address, b"x" * 900_000)[0] == 200
-    assert upload(address, b"x" * 1_500_000)[0] == 413  # Gradio's limit
-    assert upload(address, b"x" * 3_000_000)[0] == 413  # the fence's, by the length that is announced
-    assert ask_server(f"{address}/gradio_api/queue/join", b"x" * 1_500_000)[0] == 413
+    assert upload(address, b"x" * 1_500_000)[0] == 413  # by Gradio
+    assert upload(address, b"x" * 3_000_000)[0] == 413  # by its content length
+    assert request(f"{address}/gradio_api/queue/join", b"x" * 1_500_000)[0] == 413
 
 
-def run_by_hand(address, picture):
-    """What the queue says to a request that no browser sends: Run, with this as the first picture."""
-    config = json.loads(ask_server(f"{address}/config")[1])
-    number, answer = next((n, one) for n, one in enumerate(config["dependencies"]) if len(one["inputs"]) > 5)
+def post_run(address, picture):
+    """Return the reply to a handmade request: Run, with `picture` as the first picture."""
+    config = json.loads(request(f"{address}/config")[1])
+    number, answer = next(
+        (n, event) for n, event in enumerate(config["dependencies"]) if len(event["inputs"]) > 5
+    )
     values = [picture] + [None] * (len(answer["inputs"]) - 9) + ["ocr", *vars(Settings()).values()]
     body = {"data": values, "fn_index": answer.get("id", number), "session_hash": "byhand"}
-    status, _ = ask_server(f"{address}/gradio_api/queue/join", json.dumps(body).encode(), **{"Content-Type": "application/json"})
+    status, _ = request(
+        f"{address}/gradio_api/queue/join",
+        json.dumps(body).encode(),
+        **{"Content-Type": "application/json"},
+    )
     assert status == 200
-    return ask_server(f"{address}/gradio_api/queue/data?session_hash=byhand")[1].decode()
+    return request(f"{address}/gradio_api/queue/data?session_hash=byhand")[1].decode()
 
 
-def test_pictures_by_hand(address):
-    """Paths and addresses in the place of an upload are neither read nor fetched; an upload is."""
+def test_paths_and_urls_in_place_of_an_upload_are_refused(address):
+    """They are neither read nor fetched."""
     meta = {"meta": {"_type": "gradio.FileData"}}
     (path,) = json.loads(upload(address, Path(DIGITS).read_bytes())[1])
-    assert "4 3 2 3" in run_by_hand(address, {"path": path, **meta})
+    assert "4 3 2 3" in post_run(address, {"path": path, **meta})
     for bad in ("/etc/passwd", DIGITS, "http://127.0.0.1:9/x.png", "https://example.com/x.png"):
-        said = run_by_hand(address, {"path": bad, **meta})
-        assert '"success":false' in said.replace(" ", "") and "4 3 2 3" not in said and "root:" not in said
-        assert ("no addresses" in said) == ("://" in bad)
+        reply = post_run(address, {"path": bad, **meta})
+        assert '"success":false' in reply.replace(" ", "")
+        assert "4 3 2 3" not in reply and "root:" not in reply
+        assert ("URLs are not fetched" in reply) == ("://" in bad)
 
 
-def test_loopback_unless_told_otherwise(address):
+def test_loopback_by_default(address):
     assert urlparse(address).hostname == "127.0.0.1"
 
 
-def test_taken_port(address, predictor):
-    from paligemma_jax.demo.server import served
+def test_port_in_use(address, predictor):
+    from paligemma_jax.demo.server import serve
 
-    with pytest.raises(ValueError, match=r"port \d+ of 127.0.0.1 is taken"), served({"tiny": predictor}, port=urlparse(address).port):
+    with (
+        pytest.raises(ValueError, match=r"port \d+ on 127.0.0.1 is in use"),
+        serve({"tiny": predictor}, port=urlparse(address).port),
+    ):
         pass
 
 
 def test_missing_extra(command, monkeypatch):
     monkeypatch.setattr("paligemma_jax.commands.demo.find_spec", lambda name: None)
-    assert command("demo") == (2, "", "paligemma-jax: the page needs an extra: pip install 'paligemma-jax[demo]'\n")
+    assert command("demo") == (
+        2,
+        "",
+        "paligemma-jax: the demo needs Gradio: pip install 'paligemma-jax[demo]'\n",
+    )
 
 
-@pytest.mark.parametrize("flag,value", [("--port", "99999"), ("--port", "-1"), ("--users", "0")])
-def test_numbers_that_cannot_be(command, flag, value):
+@pytest.mark.parametrize(
+    "flag, value, reason",
+    [
+        ("--port", "99999", "must be from 0 (any free port) to 65535, got 99999"),
+        ("--port", "-1", "must be from 0 (any free port) to 65535, got -1"),
+        ("--users", "0", "must be at least 1, got 0"),
+    ],
+)
+def test_port_and_users_out_of_range(command, flag, value, reason):
     code, _, err = command("demo", flag, value)
-    assert code == 2 and err.startswith(f"paligemma-jax: {flag} {value}: it can be")
+    assert code == 2 and err == f"paligemma-jax: {flag} {reason}\n"
