@@ -9,8 +9,13 @@ import tyro
 
 from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, require_parent
 
-Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: embedded)")]
-Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: embedded)")]
+EMBEDDED = "(default: embedded)"
+Images = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint=EMBEDDED)
+]
+Texts = Annotated[
+    tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint=EMBEDDED)
+]
 
 
 def parity(
@@ -26,34 +31,39 @@ def parity(
     html: File = None,
     json: bool = False,
 ) -> None:
-    """Compare with transformers, stage by stage, on the same inputs.
+    """Compare with transformers stage by stage on the same inputs.
 
     Example: paligemma-jax parity --html parity.html
 
-    Exit code 1 if a stage is beyond its tolerance: the first one is told.
+    Exits with 1 and names the first stage outside its tolerance, if there is one.
 
     Args:
-        model: tiny (embedded), a checkpoint as for generate, or a preset (3b-224, 10b-448, 28b-896, pg1-3b-224, ...) with random weights.
-        dtype: float32, or bfloat16: then errors against float32 are compared, ours with transformers' own.
-        numerics: transformers or big_vision; for the latter transformers is adapted, and what cannot be is told.
-        image: Image files, one for each prompt, or one for all of them.
-        prompt: What to ask.
-        suffix: What the model is to say, one for each prompt.
-        new: Greedy tokens to compare; 0 leaves them out, and with them all that needs this model whole in memory.
-        gradients: Compare the gradient of every parameter too; both models have to fit into memory.
-        depth: Of a preset, only so many layers in each tower.
-        html: Write a report with pictures to this file.
+        model: Checkpoint as for generate, or a preset with random weights (3b-224, 10b-448,
+            28b-896, pg1-3b-224, ...).
+        dtype: float32, or bfloat16, where each model's error against float32 is measured and the
+            two errors are compared.
+        numerics: transformers or big_vision. For big_vision, transformers is adapted; the report
+            lists how.
+        image: Image files: one for each prompt, or one for all of them.
+        prompt: Prompts.
+        suffix: Answers to compute the logits of, one for each prompt.
+        new: Greedy tokens to generate and compare. With 0, this model is loaded one layer at a
+            time.
+        gradients: Compare the gradient of every parameter too. Both models must fit in memory.
+        depth: Number of layers of each tower, for a preset.
+        html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
     require_parent("--html", html)
-    from paligemma_jax.parity import html as pages
-    from paligemma_jax.parity import report as text
+    from paligemma_jax.parity.html import write_html
+    from paligemma_jax.parity.report import as_dict, format_report, verdict
     from paligemma_jax.parity.run import ParityConfig, run
 
-    report = run(ParityConfig(model, dtype, numerics, image, prompt, suffix, new, gradients, depth))
-    print(dumps(text.as_dict(report)) if json else text.table(report))
+    config = ParityConfig(model, dtype, numerics, image, prompt, suffix, new, gradients, depth)
+    report = run(config)
+    print(dumps(as_dict(report)) if json else format_report(report))
     if html:
-        pages.write_html(report, html)
-    if report.first is not None:
-        print(f"paligemma-jax: {text.verdict(report).splitlines()[0]}", file=sys.stderr)
+        write_html(report, html)
+    if report.first_divergence is not None:
+        print(f"paligemma-jax: {verdict(report).splitlines()[0]}", file=sys.stderr)
         raise SystemExit(1)

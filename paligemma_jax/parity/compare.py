@@ -1,25 +1,30 @@
-"""How far apart two arrays are, and when that is too far."""
+"""How far a value is from its reference, and when that is too far."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from paligemma_jax.processing.processor import Inputs
 
-BLOCK = 2**20  # numbers at a time, in float64
-# float32, of the norm: what one stage adds on the same input; measured are 1e-6, and 5e-6 of softmax weights, whose exponents reach 50.
-LOCAL, WEIGHTS = 4e-6, 2e-5
-GROWTH = 1e-5  # what has come together from the first stage on, times the root of the number of layers gone through
-LOSS, GRADIENT = 1e-5, 1e-4
-NARROW = 1.3  # bfloat16: times the error that transformers itself makes against float32
+BLOCK = 2**20  # elements at a time in float64
+# Relative errors in float32 that one stage may add. Measured are 1e-6, and 5e-6 for attention
+# weights, whose exponents reach 50.
+LOCAL_LIMIT, WEIGHTS_LIMIT = 4e-6, 2e-5
+ACCUMULATED_LIMIT = 1e-5  # times the square root of the number of layers so far
+LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
+RATIO_LIMIT = 1.3  # in bfloat16: ours over transformers' own error against float32
 
 
 @dataclass(frozen=True)
 class Error:
-    """Of `found` against `wanted`. relative: norm of the difference over norm of what is wanted; cosine: 1 - cos, which is about half its square."""
+    """The distance of a value from its reference.
+
+    `relative` is the norm of the difference over the norm of the reference. `cosine` is 1 - the
+    cosine of the angle between the two, about half the square of `relative`.
+    """
 
     max: float
     mean: float
@@ -29,69 +34,88 @@ class Error:
 
 @dataclass(frozen=True)
 class StageError:
-    """One stage. `accumulated`: of all that came before it; `local`: on the input that transformers has there.
+    """The errors of one stage: accumulated since the inputs, and local (computed from
+    transformers' input to the stage).
 
-    In bfloat16 both are against float32, beside them stands what transformers' own bfloat16 makes of the same, and what is judged is
-    the ratio of the two relative errors.
+    In bfloat16 both are measured against float32, and what counts is their ratio to `baseline`,
+    the errors that transformers itself makes in bfloat16.
     """
 
     stage: str
     accumulated: Error
     local: Error | None
-    limits: tuple[float, float]  # of what is judged of the two
-    own: tuple[Error | None, Error | None] = (None, None)  # transformers' accumulated and local one
+    limits: tuple[float, float]  # of the checked values: accumulated, local
+    baseline: tuple[Error | None, Error | None] = (None, None)  # accumulated, local
 
     @property
-    def judged(self) -> tuple[float, float]:
-        """Accumulated and local: relative errors, or in bfloat16 their ratios to transformers' own."""
-        return _judged(self.accumulated, self.own[0]), _judged(self.local, self.own[1])
+    def checked(self) -> tuple[float, float]:
+        """What the limits apply to: relative errors, in bfloat16 their ratios to the baseline."""
+        return _checked(self.accumulated, self.baseline[0]), _checked(self.local, self.baseline[1])
 
     @property
     def diverges(self) -> bool:
-        """Does an error begin here? Without a local one, is there any?"""
-        return not self.judged[1] <= self.limits[1] if self.local else self.beyond
+        """Whether an error begins here, or, without a local error, whether there is one."""
+        return not self.checked[1] <= self.limits[1] if self.local else self.over_limit
 
     @property
-    def beyond(self) -> bool:
-        """Is what has come together too much?"""
-        return not self.judged[0] <= self.limits[0]
+    def over_limit(self) -> bool:
+        """Whether the accumulated error is too large."""
+        return not self.checked[0] <= self.limits[0]
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"judged": self.judged, "diverges": self.diverges, "beyond": self.beyond}
+    def as_dict(self) -> dict:
+        flags = {"diverges": self.diverges, "over_limit": self.over_limit}
+        return asdict(self) | {"checked": self.checked} | flags
 
 
-def _judged(error: Error | None, own: Error | None) -> float:
+def _checked(error: Error | None, baseline: Error | None) -> float:
     if error is None:
         return 0.0
-    if own is None:
+    if baseline is None:
         return error.relative
-    return error.relative / own.relative if own.relative else (np.inf if error.relative else 1.0)
+    if baseline.relative:
+        return error.relative / baseline.relative
+    return math.inf if error.relative else 1.0
 
 
-def error(found: np.ndarray, wanted: np.ndarray) -> Error:
-    """In float64, block by block; a NaN or an infinity on one side alone makes all of it NaN."""
-    assert found.shape == wanted.shape, (found.shape, wanted.shape)
-    a, b = found.reshape(-1), wanted.reshape(-1)
-    most, total, norm, own, other, product = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for start in range(0, len(a), BLOCK):
-        x, y = (part[start : start + BLOCK].astype(np.float64) for part in (a, b))
-        off = np.abs(x - y)
-        most, total = np.maximum(most, off.max()), total + off.sum()
-        norm, own, other, product = norm + off @ off, own + x @ x, other + y @ y, product + x @ y
-    cosine = 1 - product / np.sqrt(own * other) if own and other else float(own != other)
-    relative = np.sqrt(norm / other) if other else (np.inf if norm else 0.0)
-    return Error(float(most), float(total / max(1, len(a))), float(relative), max(0.0, float(cosine)) if cosine == cosine else float("nan"))
+def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
+    """Measure in float64, block by block. Where only one side is NaN or infinite, all is NaN."""
+    assert value.shape == reference.shape, (value.shape, reference.shape)
+    value, reference = value.reshape(-1), reference.reshape(-1)
+    largest, total, difference_square = 0.0, 0.0, 0.0
+    value_square, reference_square, product = 0.0, 0.0, 0.0
+    for start in range(0, len(value), BLOCK):
+        x = value[start : start + BLOCK].astype(np.float64)
+        y = reference[start : start + BLOCK].astype(np.float64)
+        difference = np.abs(x - y)
+        largest = np.maximum(largest, difference.max())
+        total += difference.sum()
+        difference_square += difference @ difference
+        value_square, reference_square = value_square + x @ x, reference_square + y @ y
+        product += x @ y
+    if value_square and reference_square:
+        cosine = 1 - product / np.sqrt(value_square * reference_square)
+    else:
+        cosine = float(value_square != reference_square)
+    if reference_square:
+        relative = np.sqrt(difference_square / reference_square)
+    else:
+        relative = math.inf if difference_square else 0.0
+    mean = total / max(1, len(value))
+    cosine = float(np.maximum(0.0, cosine))  # NaN stays NaN
+    return Error(float(largest), float(mean), float(relative), cosine)
 
 
-def seen(name: str, value: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """A stage without what pads compute, which is of no consequence: [n, ...]."""
-    if not name.startswith(("decoder", "logits")):
+def without_padding(stage: str, value: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """A stage's values [n, ...] at valid tokens: what is computed at pads has no effect."""
+    if not stage.startswith(("decoder", "logits")):
         return value
-    return value[np.broadcast_to(inputs.valid[:, None] if name.endswith("weights") else inputs.valid, value.shape[:-1])]
+    valid = inputs.valid[:, None] if stage.endswith("weights") else inputs.valid
+    return value[np.broadcast_to(valid, value.shape[:-1])]
 
 
-def limits(name: str, layers: int, narrow: bool) -> tuple[float, float]:
-    """The limits of a float32 stage, or in bfloat16 of any, after so many layers."""
-    if narrow:
-        return NARROW, NARROW
-    return GROWTH * (1 + layers) ** 0.5, WEIGHTS if name.endswith("weights") else LOCAL
+def error_limits(stage: str, layers: int, by_ratio: bool) -> tuple[float, float]:
+    """The limits (accumulated, local) of a stage after so many layers."""
+    if by_ratio:
+        return RATIO_LIMIT, RATIO_LIMIT
+    local = WEIGHTS_LIMIT if stage.endswith("weights") else LOCAL_LIMIT
+    return ACCUMULATED_LIMIT * (1 + layers) ** 0.5, local

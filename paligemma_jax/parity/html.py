@@ -1,98 +1,148 @@
-"""A `Report` as one HTML file that needs nothing beside it."""
+"""A parity report as one self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
 import os
+import re
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
 from paligemma_jax.parity import plots
 from paligemma_jax.parity.compare import StageError
-from paligemma_jax.parity.report import NOTE, adapted, cells, head, verdict
+from paligemma_jax.parity.report import (
+    adaptations,
+    cost,
+    format_number,
+    note,
+    ratio_numbers,
+    summary,
+    verdict,
+)
 from paligemma_jax.parity.run import Report
 
+# On a narrow screen, figures scroll by themselves, columns of class `detail` are hidden, and stage
+# names break after a slash.
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.verdict { padding: .7rem 1rem; border-radius: .4rem; margin: 1rem 0; white-space: pre-wrap; font-weight: 600; }
+.verdict { padding: .7rem 1rem; border-radius: .4rem; margin: 1rem 0; white-space: pre-wrap;
+  font-weight: 600; }
 .good { background: #e2f3e5; color: #14532d; } .bad { background: #fde4e1; color: #7f1d1d; }
-img { max-width: 100%; } p, li { color: #444; } pre { white-space: pre-wrap; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; width: 100%; }
-th, td { text-align: right; padding: .15rem .6rem; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace; } thead th { position: sticky; top: 0; background: #fff; }
-tr.part td:first-child { padding-left: 1.6rem; color: #666; } tr.diverges { background: #fde4e1; } tr.beyond { background: #fff4d6; }
+img { width: 100%; min-width: 40rem; } .figure { overflow-x: auto; } p, li { color: #444; }
+table { border-collapse: collapse; font-size: 13px; width: 100%; }
+th, td { text-align: left; padding: .15rem .6rem; border-bottom: 1px solid #eee; }
+thead th { position: sticky; top: 0; background: #fff; }
+.stages :is(th, td) { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.stages :is(th, td):first-child { text-align: left; white-space: normal; overflow-wrap: normal; }
+.stages td:first-child { font-family: ui-monospace, monospace; }
+tr.part td:first-child { padding-left: 1.6rem; color: #666; }
+tr.diverges { background: #fde4e1; } tr.over-limit { background: #fff4d6; }
+@media (max-width: 600px) {
+  table { font-size: 12px; } th, td { padding: .15rem .25rem; } .detail { display: none; }
+  tr.part td:first-child { padding-left: .8rem; }
+}
 """
-FIGURES = (
-    ("Errors by stage", plots.errors, "Red rings are beyond the limit. An error of exactly 0 is drawn at the bottom."),
-    ("Logits", plots.logits, "Of the first row, all valid positions; a sample."),
-    (
-        "Who sees whom",
-        plots.masks,
-        "Attention weights of the first row, mean over heads, logarithmic; red lines part pads, image, prompt and suffix. "
-        "Image and prompt see each other both ways, the suffix is causal, and the window of a local layer narrows only what is causal.",
-    ),
-    ("Errors by token", plots.tokens, "What has come together in the decoder of the first row."),
+# Titles, and whether the column is a detail.
+FLOAT32_COLUMNS = (
+    *(("max", True), ("mean", True), ("relative", False), ("1 - cosine", True), ("limit", False)),
+    *(("local max", True), ("local", False), ("limit", False)),
 )
+RATIO_COLUMNS = (
+    *(("relative", True), ("transformers", True), ("ratio", False), ("limit", False)),
+    *(("local", True), ("transformers", True), ("local ratio", False), ("limit", False)),
+)
+FIGURES: dict[str, tuple[Callable[[Report], bytes], str]] = {
+    "Errors by stage": (
+        plots.draw_errors,
+        "Red rings mark stages over their limit. An error of exactly 0 is drawn at the bottom.",
+    ),
+    "Logits": (plots.draw_logits, "A sample of the first row's logits at all valid positions."),
+    "Attention masks": (
+        plots.draw_masks,
+        "Attention weights of the first row, averaged over heads, on a logarithmic scale. Lines "
+        "separate pads, image, prompt and suffix. Attention is bidirectional over image and prompt "
+        "and causal over the suffix; the window of a local layer narrows only the causal part.",
+    ),
+    "Errors by token": (
+        plots.draw_tokens,
+        "Accumulated errors of the decoder layers at each token of the first row.",
+    ),
+}
 
 
 def write_html(report: Report, file: str) -> None:
-    """Beside its place first, so that it is there whole or not at all."""
+    """Write the report to `file`, replaced in one step."""
     path = Path(file).expanduser()
     part = path.with_name(path.name + ".part")
-    part.write_text(page(report), encoding="utf-8")
+    part.write_text(render_page(report), encoding="utf-8")
     os.replace(part, path)
 
 
-def page(report: Report) -> str:
-    good = "bad" if report.first else "good"
-    first, *about = head(report).split("\n")
-    sections = [f"<h1>Parity of {escape(report.plan.model)}</h1>", f"<p>{escape(first)}.<br>{escape(about[0])}.</p>"]
-    sections.append(f'<div class="verdict {good}">{escape(verdict(report))}</div>')
-    if changed := adapted(report):
-        items = "".join(f"<li><code>{name}</code>: {escape(text)}</li>" for name, text in changed.items())
-        sections.append(f"<h2>How transformers was made to compute this profile</h2><ul>{items}</ul>")
-    for title, draw, text in FIGURES:
-        if draw is plots.masks and not any(name.endswith("weights") for name in report.pictures):
+def render_page(report: Report) -> str:
+    title = f"Parity of {escape(report.config.model)}"
+    sections = [
+        f"<h1>{title}</h1>",
+        f"<p>{escape(summary(report))}.<br>{escape(cost(report))}.</p>",
+        f'<div class="verdict {"bad" if report.first_divergence else "good"}">'
+        f"{escape(verdict(report))}</div>",
+    ]
+    adapted = adaptations(report).items()
+    if adapted:
+        items = "".join(f"<li><code>{name}</code>: {escape(text)}</li>" for name, text in adapted)
+        sections.append(f"<h2>How transformers was adapted to this profile</h2><ul>{items}</ul>")
+    for heading, (draw, text) in FIGURES.items():
+        if draw is plots.draw_masks and not plots.has_attention(report):
             continue
-        image = base64.b64encode(draw(report)).decode()
-        sections.append(f'<h2>{title}</h2><p>{text}</p><img alt="{title}" src="data:image/png;base64,{image}">')
+        image = f"data:image/png;base64,{base64.b64encode(draw(report)).decode()}"
+        figure = f'<div class="figure"><img alt="{heading}" src="{image}"></div>'
+        sections.append(f"<h2>{heading}</h2><p>{text}</p>{figure}")
     if report.tokens and report.tokens.texts:
-        lines = "".join(
-            f"<tr><td>{escape(ours)}</td><td>{escape(theirs)}</td><td>{'' if at is None else at}</td></tr>"
-            for ours, theirs, at in zip(*report.tokens.texts, report.tokens.first)
-        )
-        sections.append(f"<h2>Greedy answers</h2><table><tr><th>this model</th><th>transformers</th><th>differ from token</th></tr>{lines}</table>")
-    sections.append(f'<h2>Every stage</h2><p>{escape(NOTE[report.narrow])}</p><div class="wide">{_table(report)}</div>')
+        sections.append(f"<h2>Greedy answers</h2>{_answers_table(report)}")
+    sections.append(f"<h2>All stages</h2><p>{escape(note(report))}</p>{_stages_table(report)}")
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return (
-        f"<!doctype html><html lang=en>{meta}<title>parity of {escape(report.plan.model)}</title><style>{STYLE}</style>{''.join(sections)}</html>\n"
+    head = f"{meta}<title>{title}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>\n"
+
+
+def _answers_table(report: Report) -> str:
+    tokens = report.tokens
+    assert tokens is not None and tokens.texts is not None
+    lines = "".join(
+        f"<tr><td>{escape(ours)}<td>{escape(theirs)}<td>{'' if at is None else at}"
+        for ours, theirs, at in zip(*tokens.texts, tokens.first_differences, strict=True)
     )
+    titles = "<tr><th>this model<th>transformers<th>first differing token"
+    return f"<table><thead>{titles}</thead>{lines}</table>"
 
 
-def _table(report: Report) -> str:
-    names = ["stage", "max", "mean", "relative", "1 - cosine", "limit", "local max", "local relative", "limit"]
-    if report.narrow:
-        names = ["stage", "relative", "theirs", "times", "limit", "local relative", "theirs", "times", "limit"]
-    lines = "".join(_line(row, report.narrow) for row in report.rows)
-    return f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>{lines}</table>"
+def _stages_table(report: Report) -> str:
+    columns = RATIO_COLUMNS if report.by_ratio else FLOAT32_COLUMNS
+    classes = [' class="detail"' if detail else "" for _, detail in columns]
+    titles = "".join(f"<th{c}>{title}" for c, (title, _) in zip(classes, columns, strict=True))
+    lines = []
+    for row in report.rows:
+        numbers = map(format_number, _numbers(row, report.by_ratio))
+        cells = "".join(f"<td{c}>{number}" for c, number in zip(classes, numbers, strict=True))
+        stage = escape(row.stage).replace("/", "/<wbr>")
+        lines.append(f'<tr class="{_row_class(row)}"><td>{stage}{cells}')
+    head = f"<thead><tr><th>stage{titles}</thead>"
+    return f'<table class="stages">{head}{"".join(lines)}</table>'
 
 
-def _line(row: StageError, narrow: bool) -> str:
-    off, local, (own, own_local) = row.accumulated, row.local, row.own
-    if narrow:
-        values = [off.relative, own and own.relative, own and row.judged[0], own and row.limits[0]]
-        values += [local and local.relative, own_local and own_local.relative, own_local and row.judged[1], own_local and row.limits[1]]
-    else:
-        values = [off.max, off.mean, off.relative, off.cosine, row.limits[0]]
-        values += [local and local.max, local and local.relative, local and row.limits[1]]
-    kind = (
-        "diverges"
-        if row.diverges
-        else "beyond"
-        if row.beyond
-        else "part"
-        if "/layers/" in row.stage and row.stage.endswith(("/weights", "/output"))
-        else ""
-    )
-    return f'<tr class="{kind}"><td>{escape(row.stage)}</td>{"".join(f"<td>{text}</td>" for text in cells(*values))}</tr>'
+def _numbers(row: StageError, by_ratio: bool) -> list[float | None]:
+    error, local = row.accumulated, row.local
+    if by_ratio:
+        return [*ratio_numbers(row, 0), *ratio_numbers(row, 1)]
+    numbers = [error.max, error.mean, error.relative, error.cosine, row.limits[0]]
+    return numbers + ([local.max, local.relative, row.limits[1]] if local else [None] * 3)
+
+
+def _row_class(row: StageError) -> str:
+    if row.diverges:
+        return "diverges"
+    if row.over_limit:
+        return "over-limit"
+    return "part" if re.search(r"/layers/.*/(weights|output)$", row.stage) else ""

@@ -1,124 +1,166 @@
-"""The pictures of a parity report, each as PNG bytes."""
+"""The figures of a parity report, each as PNG bytes."""
 
 from __future__ import annotations
 
 import io
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from paligemma_jax.parity.run import Report
 
-PARTS = {"attention/weights": "o", "attention/output": "s", "mlp/output": "^", "": "."}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Marker and colour of a stage by the end of its name. Red is for failures alone.
+PARTS = {
+    "attention/weights": ("o", "#0072b2"),
+    "attention/output": ("s", "#56b4e9"),
+    "mlp/output": ("^", "#009e73"),
+    "": (".", "0.25"),
+}
+FAILURE, EDGE = "#d62728", "0.55"
 FLOOR = 1e-9  # where an error of exactly 0 is drawn on a logarithmic axis
 POINTS = 20_000
 
 
-def errors(report: Report) -> bytes:
-    """Relative errors by stage: what comes together above, what each stage adds below, with the limits."""
-    rows = [row for row in report.rows if row.local and not row.stage.startswith(("pixels", "ids", "valid", "targets", "loss"))]
-    figure, (above, below) = _figure(11, 6.2, 2, sharex=True)
+def draw_errors(report: Report) -> bytes:
+    """Relative errors by stage with their limits: accumulated above, local below."""
+    unplotted = ("pixels", "ids", "valid", "targets", "loss")
+    rows = [row for row in report.rows if row.local and not row.stage.startswith(unplotted)]
     x = np.arange(len(rows))
-    for axes, which, title in ((above, 0, "from the inputs on"), (below, 1, "of the stage alone, on transformers' input")):
-        errors = [(row.accumulated, row.local)[which] for row in rows]
-        values = np.array([max(error.relative, FLOOR) for error in errors if error])
-        for part, marker in PARTS.items():
-            mine = np.array([row.stage.endswith(part) if part else not row.stage.endswith(tuple(PARTS)[:3]) for row in rows])
-            axes.plot(x[mine], values[mine], marker, ms=5, label=part or "stage", color=f"C{list(PARTS).index(part)}")
-        if report.narrow:
-            own = [row.own[which] for row in rows]
-            axes.step(x, [max(error.relative, FLOOR) for error in own if error], where="mid", color="0.6", lw=1, label="transformers' own")
+    endings = [next(end for end in PARTS if row.stage.endswith(end)) for row in rows]
+    figure, (above, below) = _figure(11, 6.2, 2, sharex=True)
+    for index, axes in enumerate((above, below)):
+        values = _relative([(row.accumulated, row.local)[index] for row in rows])
+        for ending, (marker, colour) in PARTS.items():
+            chosen = np.array([end == ending for end in endings])
+            label = ending or "stage"
+            axes.plot(x[chosen], values[chosen], marker, ms=5, label=label, color=colour)
+        grey = dict(where="mid", color="0.6", lw=1)
+        if report.by_ratio:
+            baseline = _relative([row.baseline[index] for row in rows])
+            axes.step(x, baseline, label="transformers' own", **grey)
         else:
-            axes.step(x, [row.limits[which] for row in rows], where="mid", color="0.6", lw=1, ls="--", label="limit")
-        bad = np.array([(row.beyond, row.diverges)[which] for row in rows])
-        axes.plot(x[bad], values[bad], "o", ms=12, mfc="none", mec="red", label="beyond" if bad.any() else None)
-        axes.set(yscale="log", ylabel="relative error", title=title)
-    whole = [i for i, row in enumerate(rows) if "/layers/" not in row.stage or row.stage.endswith("/attention/weights")]
-    below.set_xticks(whole, [_short(rows[i].stage) for i in whole], rotation=90, fontsize=7)
+            limits = [row.limits[index] for row in rows]
+            axes.step(x, limits, ls="--", label="limit", **grey)
+        failed = np.array([(row.over_limit, row.diverges)[index] for row in rows])
+        if failed.any():
+            ring = dict(ms=12, mfc="none", mec=FAILURE, label="over the limit")
+            axes.plot(x[failed], values[failed], "o", **ring)
+        axes.set(yscale="log", ylabel="relative error")
+    above.set_title("accumulated since the inputs")
+    below.set_title("of the stage alone, on transformers' input")
+    named = [i for i in x if "/layers/" not in rows[i].stage or endings[i] == "attention/weights"]
+    below.set_xticks(named, [_short(rows[i].stage) for i in named], rotation=90, fontsize=7)
     above.legend(frameon=False, fontsize=8, ncol=3)
     return _png(figure)
 
 
-def logits(report: Report) -> bytes:
-    """Ours over theirs, and how far apart they are."""
-    found, wanted = report.pictures["logits"]
+def draw_logits(report: Report) -> bytes:
+    """Our logits and their differences over transformers'."""
     valid = report.case.inputs.valid[0]
-    found, wanted = found[valid].reshape(-1), wanted[valid].reshape(-1)
-    some = np.random.default_rng(0).choice(len(found), min(POINTS, len(found)), replace=False)
-    found, wanted = found[some], wanted[some]
+    ours, theirs = (logits[valid].reshape(-1) for logits in report.first_row["logits"])
+    rng = np.random.default_rng(0)
+    sample = rng.choice(len(ours), min(POINTS, len(ours)), replace=False)
+    ours, theirs = ours[sample], theirs[sample]
+    difference = ours - theirs
+    largest = np.abs(difference).max()
     figure, (left, right) = _figure(11, 4, 1, 2)
-    left.plot(wanted, found, ".", ms=2, alpha=0.4)
+    left.plot(theirs, ours, ".", ms=2, alpha=0.4)
     left.axline((0, 0), slope=1, color="0.6", lw=1)
-    left.set(xlabel="transformers", ylabel="this model", title=f"{len(found):,} logits")
-    right.plot(wanted, found - wanted, ".", ms=2, alpha=0.4)
-    right.set(xlabel="transformers", ylabel="difference", title=f"largest {np.abs(found - wanted).max():.1e}")
+    left.set(xlabel="transformers", ylabel="this model", title=f"{len(ours):,} logits")
+    right.plot(theirs, difference, ".", ms=2, alpha=0.4)
+    right.set(xlabel="transformers", ylabel="difference", title=f"largest {largest:.1e}")
     return _png(figure)
 
 
-def masks(report: Report) -> bytes:
-    """Attention weights, mean over the heads, of a local and a global layer: transformers', ours, and where one sees what the other does not."""
-    names = [name for name in report.pictures if name.endswith("weights")][:2]
-    figure, axes = _figure(11, 3.9 * len(names), len(names), 3)
-    inputs, config = report.case.inputs, report.case.checkpoint.config.decoder
-    windows = config.windows(report.case.checkpoint.config.profile)
-    edges = [int(i) + 0.5 for i in np.flatnonzero(np.diff(_kinds(report)))]
-    for line, name in zip(np.atleast_2d(axes), names):
-        found, wanted = report.pictures[name]
+def has_attention(report: Report) -> bool:
+    """Whether attention weights were compared."""
+    return any(name.endswith("weights") for name in report.first_row)
+
+
+def draw_masks(report: Report) -> bytes:
+    """Attention weights averaged over heads, of a local and a global layer: transformers', ours,
+    and the pairs of tokens that are masked in one model only."""
+    names = [name for name in report.first_row if name.endswith("weights")][:2]
+    inputs, config = report.case.inputs, report.case.checkpoint.config
+    windows = config.decoder.windows(config.profile)
+    figure, grid = _figure(11, 3.9 * len(names), len(names), 3)
+    for line, name in zip(np.atleast_2d(grid), names, strict=True):
+        ours, theirs = report.first_row[name]
         window = windows[int(name.split("/")[2])]
-        for one, weights, who in zip(line, (wanted, found), ("transformers", "this model")):
+        kind = f"window {window}" if window < inputs.tokens.shape[1] else "no window"
+        for axes, weights, model in ((line[0], theirs, "transformers"), (line[1], ours, "ours")):
             mean = np.where(weights.max(axis=0) > 0, weights.mean(axis=0), np.nan)
-            one.imshow(np.log10(np.maximum(mean, 1e-6)), cmap="viridis", vmin=-4, vmax=0)
-            one.set_title(f"{who}, {_short(name)}, {f'window {window}' if window < inputs.tokens.shape[1] else 'sees all'}", fontsize=9)
-        seen = (wanted > 0).any(axis=0).astype(int) - (found > 0).any(axis=0)
-        line[2].imshow(np.where(inputs.valid[0][:, None], seen, 0), cmap="coolwarm", vmin=-1, vmax=1)
-        line[2].set_title(f"seen by one of them alone: {np.count_nonzero(seen[inputs.valid[0]])}", fontsize=9)
-        for one in line:
-            for edge in edges:
-                one.axhline(edge, color="red", lw=0.4)
-                one.axvline(edge, color="red", lw=0.4)
-            one.set(xlabel="key", ylabel="query")
+            axes.imshow(np.log10(np.maximum(mean, 1e-6)), cmap="viridis", vmin=-4, vmax=0)
+            axes.set_title(f"{model}, {_short(name)}, {kind}", fontsize=9)
+        difference = (theirs > 0).any(axis=0).astype(int) - (ours > 0).any(axis=0)
+        difference = np.where(inputs.valid[0][:, None], difference, 0)
+        line[2].imshow(difference, cmap="coolwarm", vmin=-1, vmax=1)
+        line[2].set_title(f"masked in one model only: {np.count_nonzero(difference)}", fontsize=9)
+        for axes in line:
+            for edge in _token_edges(report):
+                axes.axhline(edge, color=EDGE, lw=0.6)
+                axes.axvline(edge, color=EDGE, lw=0.6)
+            axes.set(xlabel="key", ylabel="query")
     return _png(figure)
 
 
-def tokens(report: Report) -> bytes:
+def draw_tokens(report: Report) -> bytes:
     """Relative error of every decoder layer at every token of the first row."""
-    names = [name for name in report.pictures if re.fullmatch(r"decoder/layers/\d+", name)]
-    off = [np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b, axis=-1) for a, b in (report.pictures[name] for name in names)]
-    figure, axes = _figure(11, 1.4 + 0.22 * len(names), 1)
-    grid = np.log10(np.maximum(np.where(report.case.inputs.valid[0], np.array(off), np.nan), FLOOR))
-    image = axes.imshow(grid, aspect="auto", cmap="magma", interpolation="nearest")
-    for edge in np.flatnonzero(np.diff(_kinds(report))):
-        axes.axvline(edge + 0.5, color="cyan", lw=0.8)
-    axes.set(xlabel="token: pads, image, prompt, suffix (their edges are drawn)", ylabel="decoder layer")
+    layers = [
+        np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
+        for name, (ours, theirs) in report.first_row.items()
+        if re.fullmatch(r"decoder/layers/\d+", name)
+    ]
+    errors = np.where(report.case.inputs.valid[0], np.array(layers), np.nan)
+    figure, axes = _figure(11, 1.4 + 0.22 * len(layers), 1)
+    image = axes.imshow(
+        np.log10(np.maximum(errors, FLOOR)), aspect="auto", cmap="viridis", interpolation="nearest"
+    )
+    for edge in _token_edges(report):
+        axes.axvline(edge, color="white", lw=1)
+    axes.set(xlabel="token (lines separate pads, image, prompt and suffix)")
+    axes.set(ylabel="decoder layer")
     figure.colorbar(image, label="log10 of the relative error", pad=0.01)
     return _png(figure)
 
 
-def _kinds(report: Report) -> np.ndarray:
-    """Of the first row's tokens: 0 pad, 1 image, 2 prompt, 3 suffix."""
-    inputs = report.case.inputs
-    image = inputs.tokens[0] == report.case.checkpoint.config.image_token_id
-    return np.where(inputs.targets[0], 3, np.where(image, 1, np.where(inputs.valid[0], 2, 0)))
+def _token_edges(report: Report) -> np.ndarray:
+    """Where pads, image, prompt and suffix of the first row meet."""
+    inputs, image_id = report.case.inputs, report.case.checkpoint.config.image_token_id
+    kinds = [inputs.targets[0], inputs.tokens[0] == image_id, inputs.valid[0]]
+    return np.flatnonzero(np.diff(np.select(kinds, [3, 1, 2], 0))) + 0.5
+
+
+def _relative(errors: list) -> np.ndarray:
+    return np.array([max(error.relative, FLOOR) for error in errors])
 
 
 def _short(stage: str) -> str:
     return stage.replace("/layers/", " ").replace("/attention/weights", "").replace("/", " ")
 
 
-def _figure(width: float, height: float, rows: int, columns: int = 1, **options: Any) -> Any:
+def _figure(
+    width: float, height: float, rows: int, columns: int = 1, sharex: bool = False
+) -> tuple[Figure, Axes | np.ndarray]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("to draw a report, install the extra: pip install 'paligemma-jax[parity]'") from None
+        raise ValueError(
+            "drawing a report needs an extra: pip install 'paligemma-jax[parity]'"
+        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, **options)
-    for one in np.atleast_1d(axes).flat:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    grid = figure.subplots(rows, columns, sharex=sharex)
+    for axes in np.atleast_1d(grid).flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

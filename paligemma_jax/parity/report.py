@@ -1,144 +1,216 @@
-"""A `Report` as a table for the terminal and as plain numbers."""
+"""A parity report as text for the terminal and as plain numbers."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from typing import Any
+from importlib.metadata import version
 
 from paligemma_jax.model.config import NUMERICS, Numerics
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.run import Report
 
-# What of a profile transformers can be made to compute too, where it differs from its own.
-ADAPTED = {
-    "sliding_window": "every layer of transformers is set to full attention",
-    "capped_prefill": "the final softcap is taken out of transformers' config",
-    "capped_decode": "not compared: greedy tokens are the same with and without the softcap",
-    "first_position": "transformers is given positions from 0 (its generate counts from 1; equal in exact arithmetic)",
-    "scale_query": "left as it is in transformers; equal in exact arithmetic",
+# How transformers is made to compute the other profile, by field of `Numerics`.
+ADAPTATIONS = {
+    "sliding_window": "every layer of transformers uses full attention",
+    "capped_prefill": "the final softcap is removed from transformers' config",
+    "capped_decode": "not compared: the softcap does not change greedy tokens",
+    "first_position": "transformers gets positions from 0 (its generate counts from 1; equal in "
+    "exact arithmetic)",
+    "scale_query": "unchanged in transformers; equal in exact arithmetic",
     "float32_activations": "transformers runs in float32 on the same weights",
 }
-NOTE = {
-    False: "Errors against transformers: from the inputs on; and local, of the stage alone, on transformers' own output of the stage before it.\n"
-    "relative: norm of the difference / norm of the reference.",
-    True: "Relative errors against transformers in float32 on the same weights: from the inputs on; and local, of the stage alone, on the output\n"
-    "that transformers has in bfloat16 of the stage before it. What counts is how many times larger they are than transformers' own.",
-}
+FLOAT32_NOTE = """\
+Errors against transformers, accumulated since the inputs. Local: the error of one stage alone,
+computed from transformers' output of the previous stage.
+relative: norm of the difference / norm of the reference."""
+RATIO_NOTE = """\
+Relative errors against transformers in float32 on the same weights, accumulated since the inputs.
+Local: the error of one stage alone, computed from transformers' bfloat16 output of the previous
+stage. The limits apply to the ratio of our error to transformers' own error in bfloat16."""
+FLOAT32_COLUMNS = ("max", "mean", "relative", "1-cosine", "limit", "local", "limit")
+RATIO_COLUMNS = ("relative", "transformers", "ratio", "limit") + (
+    "local",
+    "transformers",
+    "ratio",
+    "limit",
+)
 
 
-def as_dict(report: Report) -> dict[str, Any]:
+def as_dict(report: Report) -> dict:
     """Plain numbers, for --json."""
-    tokens = report.tokens and {
-        "ours": report.tokens.ours.tolist(),
-        "theirs": report.tokens.theirs.tolist(),
-        "gaps": report.tokens.gaps.tolist(),
-        "texts": report.tokens.texts,
-        "first_difference": report.tokens.first,
-    }
-    plan = asdict(report.plan) | {"numerics": report.case.checkpoint.config.numerics}
-    rows = [row.as_dict() for row in report.rows]
-    return {"plan": plan, "first_divergence": report.first, "stages": rows, "tokens": tokens, "adapted": adapted(report), **report.about}
-
-
-def adapted(report: Report) -> dict[str, str]:
-    """Where the profile is not transformers' own: what was done about it, by field of `Numerics`."""
-    mine, own = report.case.checkpoint.config.profile, NUMERICS["transformers"]
+    tokens = report.tokens
     return {
-        f.name: ADAPTED[f.name]
-        for f in fields(Numerics)
-        if mine != own and (getattr(mine, f.name) != getattr(own, f.name) or f.name == "capped_decode")
+        "config": asdict(report.config) | {"numerics": report.case.checkpoint.config.numerics},
+        "first_divergence": report.first_divergence,
+        "stages": [row.as_dict() for row in report.rows],
+        "tokens": tokens
+        and {
+            "ours": tokens.ours.tolist(),
+            "transformers": tokens.transformers.tolist(),
+            "gaps": tokens.gaps.tolist(),
+            "texts": tokens.texts,
+            "first_differences": tokens.first_differences,
+        },
+        "adaptations": adaptations(report),
+        "transformers": version("transformers"),
+        "seconds": report.seconds,
+        "peak_bytes": report.peak_bytes,
     }
 
 
-def table(report: Report) -> str:
-    """The whole report, 112 columns at most."""
-    note = f"{NOTE[report.narrow]}\nA layer's line is its output, and of its parts the one nearest to its limit."
-    parts = [head(report), _align(_lines(report)), note]
-    parts += [_tokens(report)] if report.tokens else []
+def adaptations(report: Report) -> dict[str, str]:
+    """How transformers was made to compute another profile than its own, by field of `Numerics`."""
+    profile, default = report.case.checkpoint.config.profile, NUMERICS["transformers"]
+    if profile == default:
+        return {}
+    names = [field.name for field in fields(Numerics)]
+    return {
+        name: ADAPTATIONS[name]
+        for name in names
+        if getattr(profile, name) != getattr(default, name) or name == "capped_decode"
+    }
+
+
+def format_report(report: Report) -> str:
+    """The complete report, at most 112 columns wide."""
+    adapted = [f"  {name}: {text}" for name, text in adaptations(report).items()]
+    parts = ["\n".join([summary(report), cost(report), *adapted])]
+    parts.append(_align(_table(report)))
+    parts.append(f"{note(report)}\nA layer's local error is that of its worst part.")
+    if report.tokens:
+        parts.append("\n".join(_greedy_lines(report)))
     return "\n\n".join([*parts, verdict(report)])
 
 
-def verdict(report: Report) -> str:
-    if report.first is None:
-        return f"within tolerance: {len(report.rows)} stages" + (f", {_equal(report)}" if report.tokens else "")
-    if report.first == "tokens":
-        return "first divergence: tokens (every stage is within tolerance)"
-    row = next(row for row in report.rows if row.stage == report.first)
-    which = row.diverges and row.local is not None
-    others = [other.stage for other in report.rows if other.diverges and other is not row]
-    where = f"first divergence: {row.stage}, {'local' if which else 'accumulated'} {row.judged[which]:.1e}, limit {row.limits[which]:.1e}"
-    if not others:
-        return where
-    return f"{where}\nand, on transformers' input, in {', '.join(others[:4])}" + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-
-
-def head(report: Report) -> str:
-    """What was compared; what it took; how transformers was adapted."""
-    inputs, about, plan = report.case.inputs, report.about, report.plan
+def summary(report: Report) -> str:
+    """What was compared."""
+    config, inputs = report.config, report.case.inputs
     rows, tokens = inputs.tokens.shape
-    head = f"{plan.model}, {plan.dtype}, numerics {report.case.checkpoint.config.numerics}, against transformers {about['transformers']}: "
-    head += f"{rows} rows of {tokens} tokens, {len(inputs.images)} images, {inputs.targets.sum()} targets"
-    head += f"\n{about['seconds']:.0f} s, {about['peak_bytes'] / 2**30:.2f} GiB at most"
-    return "\n".join([head, *(f"  {name}: {text}" for name, text in adapted(report).items())])
+    return (
+        f"{config.model}, {config.dtype}, {report.case.checkpoint.config.numerics} numerics, "
+        f"against transformers {version('transformers')}: {rows} rows of {tokens} tokens, "
+        f"{len(inputs.images)} images, {inputs.targets.sum()} targets"
+    )
 
 
-def _lines(report: Report) -> list[tuple[str, ...]]:
-    """A layer is one line, with the worst of its parts; parts that diverge have lines of their own."""
-    lines: list[tuple[str, ...]]
-    if report.narrow:
-        lines = [("stage", "relative", "theirs", "x", "limit", "local", "theirs", "x", "limit", "of")]
-    else:
-        lines = [("stage", "max", "mean", "relative", "1-cosine", "limit", "local", "limit", "of")]
+def cost(report: Report) -> str:
+    """The time and memory that it took."""
+    return f"{report.seconds:.0f} s, peak memory {report.peak_bytes / 2**30:.2f} GiB"
+
+
+def note(report: Report) -> str:
+    """What the columns mean."""
+    return RATIO_NOTE if report.by_ratio else FLOAT32_NOTE
+
+
+def verdict(report: Report) -> str:
+    """Whether everything is within tolerance, or where it first is not."""
+    first = report.first_divergence
+    if first is None:
+        tokens = f", {_compare_tokens(report)}" if report.tokens else ""
+        return f"within tolerance: {len(report.rows)} stages{tokens}"
+    if first == "tokens":
+        return "first divergence: tokens (every stage is within tolerance)"
+    row = next(row for row in report.rows if row.stage == first)
+    is_local = row.diverges and row.local is not None
+    text = (
+        f"first divergence: {first}, {'local' if is_local else 'accumulated'} "
+        f"{row.checked[is_local]:.1e}, limit {row.limits[is_local]:.1e}"
+    )
+    others = [other.stage for other in report.rows if other.diverges and other is not row]
+    if others:
+        text += f"\nalso diverging on transformers' input: {', '.join(others[:4])}"
+    if len(others) > 4:
+        text += f" and {len(others) - 4} more"
+    return text
+
+
+def format_number(value: float | None) -> str:
+    """A number as in the tables; empty for None."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    return f"{value:.2f}" if 0.05 < value < 100 else f"{value:.1e}"
+
+
+def _table(report: Report) -> list[tuple[str, ...]]:
+    """A line for each layer, with its worst local error, and for each part that diverges."""
+    columns = RATIO_COLUMNS if report.by_ratio else FLOAT32_COLUMNS
+    lines = [("stage", *columns, "worst part")]
     parts: list[StageError] = []
     for row in report.rows:
-        if re.search(r"layers/\d+/.*(weights|output)$", row.stage) and "gradient" not in row.stage:
+        if re.search(r"^\w+/layers/\d+/.*(weights|output)$", row.stage):
             parts.append(row)
-            if not row.diverges:
-                continue
-            lines.append(_line(row, row, report.narrow))
+            if row.diverges:
+                lines.append(_line(row, row, report.by_ratio))
         else:
-            lines.append(_line(row, max([*parts, row], key=lambda part: part.judged[1] / part.limits[1] if part.limits[1] else 0), report.narrow))
+            worst = max([*parts, row], key=_local_over_limit)
+            lines.append(_line(row, worst, report.by_ratio))
             parts = []
     return lines
 
 
-def _line(row: StageError, worst: StageError, narrow: bool) -> tuple[str, ...]:
-    off, local = row.accumulated, worst.local
-    mark = "<- diverges" if row.diverges else "<- beyond" if row.beyond else ""
-    of = worst.stage.removeprefix(row.stage).strip("/") if worst is not row else ""
-    if narrow:
-        pairs = [(row.accumulated, *row.own[:1], row.judged[0], row.limits[0]), (local, worst.own[1], worst.judged[1], worst.limits[1])]
-        texts = [cells(error and error.relative, own and own.relative, own and ratio, own and limit) for error, own, ratio, limit in pairs]
-        return row.stage, *texts[0], *texts[1], mark or of
-    texts = cells(off.max, off.mean, off.relative, off.cosine, row.limits[0], local and local.relative, local and worst.limits[1])
-    return row.stage, *texts, mark or of
+def _local_over_limit(row: StageError) -> float:
+    return row.checked[1] / row.limits[1] if row.limits[1] else 0
 
 
-def cells(*values: float | None) -> list[str]:
-    """Numbers as they stand in a table; nothing for None."""
-    return ["" if value is None else "0" if value == 0 else f"{value:.2f}" if 0.05 < value < 100 else f"{value:.1e}" for value in values]
+def _line(row: StageError, worst: StageError, by_ratio: bool) -> tuple[str, ...]:
+    error, local = row.accumulated, worst.local
+    last = "" if worst is row else worst.stage.removeprefix(row.stage).strip("/")
+    if row.diverges or row.over_limit:
+        last = "<- diverges" if row.diverges else "<- over limit"
+    if by_ratio:
+        numbers = [*ratio_numbers(row, 0), *ratio_numbers(worst, 1)]
+    else:
+        numbers = [error.max, error.mean, error.relative, error.cosine, row.limits[0]]
+        numbers += [local.relative, worst.limits[1]] if local else [None, None]
+    return (row.stage, *map(format_number, numbers), last)
 
 
-def _equal(report: Report) -> str:
+def ratio_numbers(row: StageError, index: int) -> list[float | None]:
+    """Relative error, transformers' own, their ratio and its limit: accumulated (index 0) or local
+    (1)."""
+    error, baseline = (row.accumulated, row.local)[index], row.baseline[index]
+    if baseline is None:
+        return [error.relative if error else None, None, None, None]
+    assert error is not None
+    return [error.relative, baseline.relative, row.checked[index], row.limits[index]]
+
+
+def _compare_tokens(report: Report) -> str:
     assert report.tokens is not None
-    others = sum(at is not None for at in report.tokens.first)
-    why = "not judged in bfloat16" if report.narrow else "at ties"
-    return f"greedy tokens differ in {others} of {len(report.tokens.first)} rows ({why})" if others else "greedy tokens equal"
+    differences = report.tokens.first_differences
+    count = sum(at is not None for at in differences)
+    if not count:
+        return "greedy tokens equal"
+    reason = "not judged in bfloat16" if report.by_ratio else "at ties"
+    return f"greedy tokens differ in {count} of {len(differences)} rows ({reason})"
 
 
-def _tokens(report: Report) -> str:
-    """Each row's answer, once if both are the same."""
+def _greedy_lines(report: Report) -> Iterator[str]:
+    """The answer of each row, once if both models agree."""
     tokens = report.tokens
     assert tokens is not None
-    lines = []
-    for row, at in enumerate(tokens.first):
-        ours, theirs = (texts[row] for texts in tokens.texts) if tokens.texts else (str(a[row].tolist()) for a in (tokens.ours, tokens.theirs))
-        gap = f"they differ from token {at} on, where transformers' best two logits are {tokens.gaps[row, at]:.1e} apart" if at is not None else ""
-        lines.append(f"greedy tokens of row {row}: " + (f"equal, {ours!r}" if at is None else f"{gap}\n  ours   {ours!r}\n  theirs {theirs!r}"))
-    return "\n".join(lines)
+    for row, at in enumerate(tokens.first_differences):
+        ours, theirs = (array[row].tolist() for array in (tokens.ours, tokens.transformers))
+        if tokens.texts:
+            ours, theirs = (texts[row] for texts in tokens.texts)
+        if at is None:
+            yield f"greedy tokens of row {row}: equal, {ours!r}"
+        else:
+            yield (
+                f"greedy tokens of row {row}: they differ from token {at} on, where transformers' "
+                f"two largest logits are {tokens.gaps[row, at]:.1e} apart\n"
+                f"  ours          {ours!r}\n  transformers  {theirs!r}"
+            )
 
 
-def _align(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+def _align(lines: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

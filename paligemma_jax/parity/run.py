@@ -1,48 +1,40 @@
-"""Runs both models on the same inputs and compares them stage by stage."""
+"""Run both models on the same inputs and compare them stage by stage."""
 
 from __future__ import annotations
 
 import gc
-import math
-import os
 import re
 import resource
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from paligemma_jax.inference import scoring
 from paligemma_jax.model.config import NUMERICS
 from paligemma_jax.model.tree import with_parameters
-from paligemma_jax.parity import ours, torch_model, whole
-from paligemma_jax.parity.compare import (
-    GRADIENT,
-    GROWTH,
-    LOSS,
-    NARROW,
-    StageError,
-    error,
-    limits,
-    seen,
+from paligemma_jax.parity import end_to_end, jax_model
+from paligemma_jax.parity.case import ParityCase, load_parity_case
+from paligemma_jax.parity.compare import StageError
+from paligemma_jax.parity.end_to_end import GreedyTokens
+from paligemma_jax.parity.reference import (
+    WEIGHTS_FACTOR,
+    Stages,
+    available_memory,
+    compute_reference,
+    weight_bytes,
 )
-from paligemma_jax.parity.inputs import ParityCase, load_parity_case
-from paligemma_jax.training.losses import token_loss
-
-SLACK = 1.5  # times its weights that a model takes as a whole: what is computed, and a tensor that is in two places while it is read
-ATTENTION = 2**29  # bytes of attention weights up to which they are compared
-
-Stages = dict[str, np.ndarray]
+from paligemma_jax.parity.stage_errors import (
+    compiled_logits_error,
+    gradient_errors,
+    input_errors,
+    stage_errors,
+)
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """What to compare, and in which dtype."""
+    """What to compare; the fields are the flags of `paligemma-jax parity`."""
 
     model: str = "tiny"
     dtype: str = "float32"
@@ -56,187 +48,108 @@ class ParityConfig:
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"unknown dtype {self.dtype!r}; parity is compared in float32 or bfloat16")
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         if self.numerics not in (None, *NUMERICS):
-            raise ValueError(f"unknown numerics {self.numerics!r}; there are {', '.join(NUMERICS)}")
+            known = ", ".join(NUMERICS)
+            raise ValueError(f"unknown numerics {self.numerics!r}: must be one of {known}")
         if self.gradients and self.dtype != "float32":
-            raise ValueError("--gradients are compared in float32")
-        if self.new < 0 or (self.depth or 1) < 1:
-            raise ValueError(f"--new is {self.new} and --depth {self.depth}: they count from 0 and from 1")
+            raise ValueError(f"--gradients needs --dtype float32, got {self.dtype}")
+        if self.new < 0:
+            raise ValueError(f"--new must be at least 0, got {self.new}")
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"--depth must be at least 1, got {self.depth}")
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows in the order of computation, and what the pictures show."""
+    """The errors of all stages, in order of computation, and what the figures show."""
 
-    plan: ParityConfig
+    config: ParityConfig
     case: ParityCase
     rows: list[StageError]
-    tokens: whole.Tokens | None
-    about: dict[str, Any]
-    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # of the first row: ours, theirs
+    tokens: GreedyTokens | None
+    seconds: float
+    peak_bytes: int
+    # For the figures, stages of the first row by name: ours and transformers'.
+    first_row: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @property
-    def narrow(self) -> bool:
-        """Is it judged by ratios?"""
-        return any(row.own[0] for row in self.rows)
+    def by_ratio(self) -> bool:
+        """Whether errors are compared with transformers' own, in bfloat16."""
+        return any(row.baseline[0] for row in self.rows)
 
     @property
-    def first(self) -> str | None:
-        """Where it first goes wrong: the first stage that adds an error of its own, else the first at which too much has come together."""
-        found = [row.stage for row in self.rows if row.diverges] or [row.stage for row in self.rows if row.beyond]
-        if self.tokens and not self.narrow and not self.tokens.equal:
-            found.append("tokens")
-        return found[0] if found else None
+    def first_divergence(self) -> str | None:
+        """The first stage that adds an error of its own; if there is none, the first with too
+        large an accumulated error; then "tokens"."""
+        stages = [row.stage for row in self.rows if row.diverges]
+        stages += [row.stage for row in self.rows if row.over_limit]
+        if self.tokens and not self.by_ratio and not self.tokens.equal:
+            stages.append("tokens")
+        return stages[0] if stages else None
 
 
-def run(plan: ParityConfig) -> Report:
-    """ValueError if it cannot be compared."""
-    return compare(plan, load_parity_case(plan.model, plan.numerics, plan.images, plan.prompts, plan.suffixes, plan.depth))
+def run(config: ParityConfig) -> Report:
+    """Compare what `config` describes.
 
-
-def compare(plan: ParityConfig, case: ParityCase) -> Report:
-    """One model after the other, each only with the weights in memory that it is using, if there are many."""
-    start = time.perf_counter()
-    narrow = plan.dtype == "bfloat16"
-    case = replace(case, checkpoint=case.checkpoint.with_dtype("bfloat16")) if narrow else case
-    _check_room(plan, case)
-    narrow = narrow and not case.checkpoint.config.profile.float32_activations
-    with jax.default_matmul_precision("highest"):
-        reference = reference_of(case, plan, narrow)
-        gc.collect()  # of transformers' model nothing is needed any more
-        model, read = ours.build(case.checkpoint, plan.dtype)
-        run = lambda fed: ours.stages(model, read, case.inputs, reference.attention, fed)
-        found = (run(None), run(reference.fed))
-        rows = [*_given(case), *stage_rows(case, found, reference, narrow)]
-        tokens = None
-        if plan.new or plan.gradients:
-            model = with_parameters(model, read)
-            rows.append(_compiled(case, model, reference, narrow))
-            rows += _gradients(whole.gradients(model, case), reference.gradients) if plan.gradients else []
-            tokens = whole.greedy(model, case, reference.answers) if reference.answers else None
-    shown = (name for name in found[0] if re.fullmatch(r"decoder/layers/\d+(/attention/weights)?|logits", name))
-    pictures = {name: (found[0][name][0], reference.run[name][0]) for name in shown}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    about = {"transformers": torch_model.version(), "seconds": time.perf_counter() - start, "peak_bytes": peak}
-    return Report(plan, case, rows, tokens, about, pictures)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What transformers computed: in the dtype of the comparison, and in float32 from the inputs on and from stage to stage of that run."""
-
-    run: Stages
-    exact: Stages
-    exact_local: Stages
-    answers: tuple[np.ndarray, np.ndarray] | None
-    gradients: Stages
-    attention: bool
-
-    @property
-    def fed(self) -> Stages:
-        """Attention weights are no stage that one can go on from."""
-        return {name: value for name, value in self.run.items() if not name.endswith("/weights")}
-
-
-def reference_of(case: ParityCase, plan: ParityConfig, narrow: bool = False) -> Reference:
-    """Runs transformers; `narrow`: in bfloat16, and in float32 on the same weights."""
-    config, profile = case.checkpoint.config, case.checkpoint.config.profile
-    rows, tokens = case.inputs.tokens.shape
-    per_layer = [(len(case.inputs.images), config.vision, config.vision.num_patches), (rows, config.decoder, tokens)]
-    attention = sum(4 * n * t.num_hidden_layers * t.num_attention_heads * length**2 for n, t, length in per_layer) <= ATTENTION
-    keep = SLACK * nbytes(case, "float32") < memory_left()
-
-    def build(dtype: str) -> tuple[Any, Callable[..., Stages]]:
-        model = torch_model.adapted(torch_model.build(case.checkpoint, case.directory, dtype, keep), profile)
-        return model, lambda fed=None: torch_model.stages(model, case.inputs, profile, attention, fed)
-
-    model, run = build("bfloat16" if narrow else "float32")
-    found = run()
-    answers = torch_model.greedy(model, case.asked, profile, plan.new) if plan.new else None
-    if not narrow:
-        return Reference(found, found, found, answers, torch_model.gradients(model, case) if plan.gradients else {}, attention)
-    del model, run
-    _, wide = build("float32")
-    reference = Reference(found, wide(), {}, answers, {}, attention)
-    return replace(reference, exact_local=wide(reference.fed))
-
-
-def nbytes(case: ParityCase, dtype: str) -> int:
-    return jnp.dtype(dtype).itemsize * sum(math.prod(tensor.shape) for tensor in case.checkpoint.tensors.values())
-
-
-def memory_left() -> int:
-    """Bytes that can be had without swapping; where the system does not tell, half of what it has."""
-    told = Path("/proc/meminfo")
-    if told.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", told.read_text())):
-        return int(found[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _check_room(plan: ParityConfig, case: ParityCase) -> None:
-    """ValueError where this model would have to be whole in memory and cannot be; with its gradients, and transformers with its own."""
-    need = (4 if plan.gradients else 1 if plan.new else 0) * SLACK * nbytes(case, plan.dtype)
-    if need > (left := memory_left()):
-        way = "leave out --gradients" if plan.gradients else "give --new 0, for which one layer at a time is"
-        raise ValueError(f"{plan.model} takes {need / 2**30:.0f} GiB of memory, of which {left / 2**30:.0f} are left: {way}")
-
-
-def _given(case: ParityCase) -> Iterator[StageError]:
-    """Ids and pixels, which have to be the same to the bit."""
-    if case.processor is None:
-        return
-    for name, found, wanted in torch_model.processed(case):
-        off = error(found, wanted)
-        yield StageError(name, off, off, (0.0, 0.0))
-
-
-def stage_rows(case: ParityCase, found: tuple[Stages, Stages], reference: Reference, narrow: bool = False) -> Iterator[StageError]:
-    """Of what was found from the inputs on, and on transformers' stages."""
-    layers = {name: i for i, name in enumerate(name for name in found[0] if re.search(r"layers/\d+$", name))}
-    gone = 0
-    for name in found[0]:
-        gone = layers.get(name, gone)
-        all_ours, local, run, exact, exact_local = (
-            seen(name, stages[name], case.inputs) for stages in (*found, reference.run, reference.exact, reference.exact_local)
-        )
-        own = (error(run, exact), error(run, exact_local)) if narrow else (None, None)
-        yield StageError(name, error(all_ours, exact), error(local, exact_local), limits(name, gone, narrow), own)
-    if case.inputs.targets.any():
-        yield _loss(case, found[0]["logits"], reference, narrow)
-
-
-def _loss(case: ParityCase, logits: np.ndarray, reference: Reference, narrow: bool) -> StageError:
-    """Accumulated of our logits, local of theirs.
-
-    A loss is the mean over n targets of a difference of numbers as large as the logits: of a small one, float32 has lost the digits, in
-    transformers as here (tiny is so sure of its captions that 1e-3 of their loss of 1e-4 is rounding).
+    Raises:
+        ValueError: If it cannot be compared.
     """
-    inputs = case.inputs
-    mine = lambda logits: np.asarray(token_loss(jnp.asarray(logits), jnp.asarray(inputs.tokens), jnp.asarray(inputs.targets)))[None]
-    run, exact = (torch_model.loss(stages["logits"], inputs) for stages in (reference.run, reference.exact))
-    if narrow:  # of a single number no ratio is worth having: no further from float32 than transformers, or than what is lost in a step of bfloat16
-        return StageError("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (2**-8, LOSS))
-    lost = float(np.finfo(np.float32).eps * np.abs(reference.run["logits"]).max() / inputs.targets.sum() ** 0.5 / np.abs(run[0]))
-    return StageError("loss", error(mine(logits), exact), error(mine(reference.run["logits"]), run), (max(GROWTH, lost), max(LOSS, lost)))
+    case = load_parity_case(
+        config.model, config.numerics, config.images, config.prompts, config.suffixes, config.depth
+    )
+    return compare(config, case)
 
 
-def _compiled(case: ParityCase, model: Any, reference: Reference, narrow: bool) -> StageError:
-    """The logits of the whole model in one program, as it is used; layer by layer they are those of one program a layer."""
-    logits = np.asarray(scoring.forward(model, case.inputs), np.float32)
-    found, run, exact = (seen("logits", value, case.inputs) for value in (logits, reference.run["logits"], reference.exact["logits"]))
-    own = error(run, exact) if narrow else None
-    depth = case.checkpoint.config.vision.num_hidden_layers + case.checkpoint.config.decoder.num_hidden_layers
-    return StageError("logits, one program", error(found, exact), None, (NARROW if narrow else GROWTH * (1 + depth) ** 0.5, 0.0), (own, None))
+def compare(config: ParityConfig, case: ParityCase) -> Report:
+    """Run transformers, then this model. A large model is in memory layer by layer only."""
+    start = time.perf_counter()
+    bfloat16 = config.dtype == "bfloat16"
+    if bfloat16:
+        case = replace(case, checkpoint=case.checkpoint.with_dtype("bfloat16"))
+    _check_memory(config, case)
+    by_ratio = bfloat16 and not case.checkpoint.config.profile.float32_activations
+    with jax.default_matmul_precision("highest"):
+        reference = compute_reference(case, config.new, config.gradients, by_ratio)
+        gc.collect()  # frees transformers' model
+        model, read = jax_model.build_model(case.checkpoint, config.dtype)
+
+        def compute(fed: Stages | None = None) -> Stages:
+            return jax_model.compute_stages(model, read, case.inputs, reference.attention, fed)
+
+        stages = compute()
+        rows = list(input_errors(case))
+        rows += stage_errors(case, stages, compute(reference.fed), reference, by_ratio)
+        tokens = None
+        if config.new or config.gradients:
+            model = with_parameters(model, read)
+            rows.append(compiled_logits_error(case, model, reference, by_ratio))
+        if reference.gradients is not None:
+            rows += gradient_errors(end_to_end.compute_gradients(model, case), reference.gradients)
+        if reference.greedy is not None:
+            tokens = end_to_end.compare_greedy(model, case, reference.greedy)
+    drawn = r"decoder/layers/\d+(/attention/weights)?|logits"
+    first_row = {
+        name: (stages[name][0], reference.stages[name][0])
+        for name in stages
+        if re.fullmatch(drawn, name)
+    }
+    seconds = time.perf_counter() - start
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Report(config, case, rows, tokens, seconds, peak_bytes, first_row)
 
 
-def _gradients(found: Stages, wanted: Stages) -> Iterator[StageError]:
-    """Of each layer, and of what is in none, the parameter whose gradient is furthest off; backwards, as they are computed."""
-    order: dict[str, list[StageError]] = {}
-    for path in found:
-        if not path.endswith("attention/k/bias"):  # zero but for rounding: softmax does not see what all keys share
-            off = error(found[path], wanted[path])
-            group = re.match(r"(\w+/layers/\d+|[^/]+)", path)
-            order.setdefault(group[0] if group else path, []).append(StageError(f"gradient, {path}", off, None, (GRADIENT, 0.0)))
-    for rows in reversed(order.values()):
-        yield max(rows, key=lambda row: row.accumulated.relative)
+def _check_memory(config: ParityConfig, case: ParityCase) -> None:
+    """Raise ValueError if the complete model is needed (four of them for gradients) and does not
+    fit in memory."""
+    copies = 4 if config.gradients else 1 if config.new else 0
+    needed = copies * WEIGHTS_FACTOR * weight_bytes(case, config.dtype)
+    available = available_memory()
+    if needed > available:
+        remedy = "leave out --gradients"
+        if not config.gradients:
+            remedy = "give --new 0 to load one layer at a time"
+        raise ValueError(
+            f"{config.model} needs {needed / 2**30:.0f} GiB of memory, "
+            f"{available / 2**30:.0f} GiB are available: {remedy}"
+        )

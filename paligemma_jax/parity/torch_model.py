@@ -1,12 +1,11 @@
-"""transformers' model, whose modules read their weights when they are called, and what it computes stage by stage."""
+"""transformers' model, with its weights streamed from a checkpoint."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -18,219 +17,216 @@ from convert.match import pieces
 from convert.table import HUGGINGFACE
 from convert.tensor import Tensor, from_array
 from paligemma_jax.model.config import Numerics
-from paligemma_jax.parity.inputs import ParityCase
+from paligemma_jax.parity.case import ParityCase
 from paligemma_jax.processing.processor import Inputs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
 
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
 
-Arrays = Mapping[str, np.ndarray]
 
+def build_model(
+    checkpoint: Checkpoint, directory: Path | None, dtype: str, keep: bool
+) -> PaliGemmaForConditionalGeneration:
+    """transformers' model without weights: each module reads its own when it is called.
 
-def build(checkpoint: Checkpoint, directory: Path | None, dtype: str, keep: bool) -> Any:
-    """A PaliGemmaForConditionalGeneration of `dtype` without weights: each module reads its own as it is called, and drops them unless `keep`.
+    So no more than the largest tensor has to be in memory, and all that runs is transformers' own
+    code. Attention is eager, the only implementation with Gemma 2's softcap.
 
-    So the largest tensor is all that is in memory, and what runs is transformers' own code from the first line to the last. The weights are
-    those of the checkpoint in the dtype that it has, widened or rounded to `dtype`. Attention is eager, which alone has Gemma 2's softcap.
-    directory: whose config.json transformers is to read itself, if there is one; else it gets the config that was read here.
+    Args:
+        checkpoint: The weights; they are cast from its dtype to `dtype`.
+        directory: Where transformers reads config.json itself. Without one, it gets the
+            checkpoint's config.
+        dtype: Of parameters and activations.
+        keep: Keep the weights once they are read.
     """
     try:
         import torch
-        from transformers import AutoConfig, PaliGemmaForConditionalGeneration
-        from transformers import PaliGemmaConfig as Config
+        from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
         from transformers.initialization import no_init_weights
         from transformers.utils import logging
     except ImportError:
-        raise ValueError("to compare with transformers, install the extra: pip install 'paligemma-jax[parity]'") from None
+        raise ValueError(
+            "comparing with transformers needs an extra: pip install 'paligemma-jax[parity]'"
+        ) from None
     logging.set_verbosity_error()
-    small = checkpoint.nbytes < 2**27
-    torch.set_num_threads(1 if small else os.cpu_count() or 1)  # threads wait for each other longer than a small model computes
-    theirs = directory if directory is not None and (directory / "config.json").exists() else None
-    config = AutoConfig.from_pretrained(theirs) if theirs else Config.from_dict(write_config(checkpoint.config, dtype))
+    # Threads cost a small model more in waiting than they save.
+    torch.set_num_threads(1 if checkpoint.nbytes < 2**27 else os.cpu_count() or 1)
+    if directory is not None and (directory / "config.json").exists():
+        config = AutoConfig.from_pretrained(directory)
+    else:
+        config = PaliGemmaConfig.from_dict(write_config(checkpoint.config, dtype))
     with no_init_weights():  # allocates, but touches no memory
-        model = PaliGemmaForConditionalGeneration._from_config(config, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+        model = PaliGemmaForConditionalGeneration._from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="eager"
+        ).eval()
     model.tie_weights()
-    tensors = {p.key: p.there(checkpoint.tensors[p.path]) for p in pieces(HUGGINGFACE[checkpoint.config.decoder.model_type], checkpoint.config)}
+    tensors = {
+        piece.key: piece.there(checkpoint.tensors[piece.path])
+        for piece in pieces(HUGGINGFACE[checkpoint.config.decoder.model_type], checkpoint.config)
+    }
     tensors[HEAD] = tensors[TABLE]
-    unread = set(tensors)
+    unused = set(tensors)
     for path, module in model.named_modules():
-        own = {parameter: canonical_name(f"{path}.{name}") for name, parameter in module._parameters.items() if parameter is not None}
-        if own:
-            _stream(module, {parameter: tensors[key] for parameter, key in own.items()}, keep)
-            unread -= set(own.values())
-    assert not unread, f"transformers has no {', '.join(sorted(unread))}"
+        keys = {
+            canonical_name(f"{path}.{name}"): parameter
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        if keys:
+            _stream(module, {keys[key]: tensors[key] for key in keys}, keep)
+            unused -= set(keys)
+    assert not unused, f"transformers has no {', '.join(sorted(unused))}"
     return model
 
 
-def _stream(module: Any, own: dict[Any, Tensor], keep: bool) -> None:
+def _stream(module: torch.nn.Module, tensors: dict[torch.nn.Parameter, Tensor], keep: bool) -> None:
+    """Read the module's parameters before each call, and free them after it unless `keep`."""
     import torch
 
-    def read(*_: Any) -> None:
-        for parameter, tensor in own.items():
+    def read(*_) -> None:
+        for parameter, tensor in tensors.items():
             if parameter.numel() == 0:
                 parameter.data = as_torch(tensor.load()).to(parameter.dtype)
 
-    def drop(*_: Any) -> None:
-        for parameter in own:
+    def free(*_) -> None:
+        for parameter in tensors:
             parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    drop()
+    free()
     module.register_forward_pre_hook(read)
     if not keep:
-        module.register_forward_hook(drop)
+        module.register_forward_hook(free)
 
 
-def adapted(model: Any, numerics: Numerics) -> Any:
-    """The model, made to compute what a profile of ours means as far as its config can say it; positions are given with the `batch`."""
+def adapt_model(model: PaliGemmaForConditionalGeneration, numerics: Numerics) -> None:
+    """Make transformers compute a profile, as far as its config can express it. Positions are
+    given with the batch."""
     text = model.config.get_text_config()
     if not numerics.sliding_window and getattr(text, "layer_types", None):
         text.layer_types[:] = ["full_attention"] * len(text.layer_types)
     if not numerics.capped_prefill and hasattr(text, "final_logit_softcapping"):
         text.final_logit_softcapping = None
-    return model
 
 
-def batch(inputs: Inputs, numerics: Numerics) -> dict[str, Any]:
-    """`inputs` as transformers' forward takes them, with positions that skip pads, as its generate counts them."""
+def model_inputs(inputs: Inputs, numerics: Numerics) -> dict[str, torch.Tensor]:
+    """Arguments of transformers' forward. Positions skip pads, as its `generate` counts them."""
     import torch
 
-    valid = torch.from_numpy(np.array(inputs.valid)).long()
-    found = {
-        "input_ids": torch.from_numpy(np.array(inputs.tokens)).long(),
+    def integers(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array)).long()
+
+    valid = integers(inputs.valid)
+    batch = {
+        "input_ids": integers(inputs.tokens),
         "attention_mask": valid,
-        "token_type_ids": torch.from_numpy(np.array(inputs.targets)).long(),
+        "token_type_ids": integers(inputs.targets),
         "position_ids": (valid.cumsum(1) - 1).clamp(min=0) + numerics.first_position,
     }
     if len(inputs.images):
-        found["pixel_values"] = torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy())
-    return found
+        batch["pixel_values"] = torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy())
+    return batch
 
 
-def stages(model: Any, inputs: Inputs, numerics: Numerics, attention: bool, fed: Arrays | None = None) -> dict[str, np.ndarray]:
-    """Every stage's output in float32, by the names of `paligemma_jax.model.stages.collect_stages` with its branches.
-
-    fed: by stage, what the model goes on with in the place of its own output, as there.
-    """
-    import torch
-
-    found: dict[str, np.ndarray] = {}
-    with ExitStack() as hooks, torch.no_grad():
-
-        def keep(name: str, value: Any) -> Any:
-            found[name] = value.float().numpy()
-            return torch.from_numpy(fed[name]).to(value.dtype) if fed and name in fed else value
-
-        def after(module: Any, name: str, weights: str = "") -> None:
-            def hook(_module: Any, _inputs: Any, out: Any) -> Any:
-                if not isinstance(out, tuple):
-                    return keep(name, out)
-                if weights:
-                    found[weights] = out[1].float().numpy()
-                return keep(name, out[0]) if name else out[0], *out[1:]
-
-            handle = module.register_forward_hook(hook)
-            hooks.callback(handle.remove)
-
-        _hook(model, after, keep, hooks, attention)
-        found["logits"] = model(**batch(inputs, numerics)).logits.float().numpy()
-    return found
-
-
-def _hook(model: Any, after: Any, keep: Any, hooks: ExitStack, attention: bool) -> None:
-    """Hooks on all modules whose output is a stage."""
-    vision, text = model.model.vision_tower, model.model.language_model
-    vision = getattr(vision, "vision_model", vision)
-
-    def patches(_module: Any, _inputs: Any, out: Any) -> Any:  # [M, W, h, w] for our [M, h * w, W]
-        kept = keep("vision/patches", out.flatten(2).transpose(1, 2))
-        return kept.transpose(1, 2).reshape(out.shape)
-
-    def embeddings(_module: Any, args: Any) -> Any:
-        return keep("decoder/embeddings", args[0]), *args[1:]
-
-    hooks.callback(vision.embeddings.patch_embedding.register_forward_hook(patches).remove)
-    hooks.callback(text.layers[0].register_forward_pre_hook(embeddings).remove)
-    after(vision.embeddings, "vision/embeddings")
-    after(vision.post_layernorm, "vision/output")
-    after(model.model.multi_modal_projector, "projector")
-    after(text.norm, "decoder/norm")
-    for tower, layers in (("vision", vision.encoder.layers), ("decoder", text.layers)):
-        for i, layer in enumerate(layers):
-            name = f"{tower}/layers/{i}"
-            post = hasattr(layer, "post_feedforward_layernorm")  # Gemma 2 normalises what it adds to the residual stream
-            after(layer.self_attn, "" if post else f"{name}/attention/output", f"{name}/attention/weights" if attention else "")
-            after(layer.post_feedforward_layernorm if post else layer.mlp, f"{name}/mlp/output")
-            if post:
-                after(layer.post_attention_layernorm, f"{name}/attention/output")
-            after(layer, name)
-
-
-def loss(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """transformers' loss of its logits, the mean over all targets: float32[1]."""
+def compute_loss(logits: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """transformers' loss of logits, the mean over all targets: float32[1]."""
     import torch
 
     return _loss(torch.from_numpy(logits), inputs).numpy()[None]
 
 
-def _loss(logits: Any, inputs: Inputs) -> Any:
+def _loss(logits: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     import torch
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    return ForCausalLMLoss(logits, torch.from_numpy(np.where(inputs.targets, inputs.tokens, -100)).long(), vocab_size=logits.shape[-1])
+    labels = torch.from_numpy(np.where(inputs.targets, inputs.tokens, -100)).long()
+    return ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
 
 
-def gradients(model: Any, case: ParityCase) -> dict[str, np.ndarray]:
-    """Of that loss, by our paths and in our layouts; of a model that keeps its weights."""
-    numerics, config = case.checkpoint.config.profile, case.checkpoint.config
-    _loss(model(**batch(case.inputs, numerics)).logits, case.inputs).backward()
-    found = {canonical_name(name): from_array(parameter.grad.numpy()) for name, parameter in model.named_parameters()}
-    return {piece.path: piece.here(found[piece.key]).load() for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)}
+def compute_gradients(
+    model: PaliGemmaForConditionalGeneration, case: ParityCase
+) -> dict[str, np.ndarray]:
+    """Gradients of the loss, by this project's paths and in its layouts. The model must keep its
+    weights."""
+    config = case.checkpoint.config
+    logits = model(**model_inputs(case.inputs, config.profile)).logits
+    _loss(logits, case.inputs).backward()
+    gradients = {
+        canonical_name(name): from_array(parameter.grad.numpy())
+        for name, parameter in model.named_parameters()
+    }
+    return {
+        piece.path: piece.here(gradients[piece.key]).load()
+        for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)
+    }
 
 
-def greedy(model: Any, inputs: Inputs, numerics: Numerics, new: int) -> tuple[np.ndarray, np.ndarray]:
-    """Its greedy tokens int32[B, new], and of each the gap float32[B, new] between the two largest logits."""
+def generate_greedily(
+    model: PaliGemmaForConditionalGeneration, inputs: Inputs, numerics: Numerics, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens int32[B, count], and at each the gap float32[B, count] between the two largest
+    logits."""
     import torch
 
-    given = batch(inputs, numerics)
-    del given["position_ids"]  # generate counts them itself
-    options = dict(max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    batch = model_inputs(inputs, numerics)
+    del batch["position_ids"]  # generate counts them itself
     with torch.no_grad():
-        out = model.generate(**given, **options)
-    best = torch.stack(out.logits, 1).float().topk(2).values
-    tokens = out.sequences[:, inputs.tokens.shape[1] :].numpy()
-    pad = lambda a: np.pad(a, [(0, 0), (0, new - a.shape[1])])
-    return pad(tokens).astype(np.int32), pad((best[..., 0] - best[..., 1]).numpy())
+        output = model.generate(
+            **batch,
+            max_new_tokens=count,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    largest = torch.stack(output.logits, 1).float().topk(2).values
+    tokens = output.sequences[:, inputs.tokens.shape[1] :].numpy().astype(np.int32)
+    gaps = (largest[..., 0] - largest[..., 1]).numpy()
+    padding = [(0, 0), (0, count - tokens.shape[1])]
+    return np.pad(tokens, padding), np.pad(gaps, padding)
 
 
-def processed(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """What transformers' PaliGemmaProcessor makes of the case's images and texts, on PIL: (name, ours, theirs) of every array."""
+def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The name of every model input, its value here, and its value by transformers'
+    PaliGemmaProcessor (on PIL)."""
     from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
 
-    vision, (_, prompts, suffixes) = case.checkpoint.config.vision, case.texts
+    if case.processor is None or case.examples is None:
+        return
+    _, prompts, suffixes = case.examples
+    vision = case.checkpoint.config.vision
     tokenizer = GemmaTokenizer.from_pretrained(str(case.directory), local_files_only=True)
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in LOCATIONS])  # before <image>, as in the released checkpoints
-    pixels: Any = SiglipImageProcessorPil(size={"height": vision.image_size, "width": vision.image_size})
-    pixels.image_seq_length = vision.num_patches
-    processor: Any = PaliGemmaProcessor(pixels, tokenizer)
-    rows = case.processor.rows(*case.texts) if case.processor else []
-    opened: Any = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
-    out = processor(opened, prompts, suffix=suffixes, padding=True, padding_side="left", return_tensors="np")
-    inputs = case.inputs
-    yield "pixels", inputs.images, np.moveaxis(out["pixel_values"], 1, 3)
-    for name, found, key in (
-        ("ids", inputs.tokens, "input_ids"),
-        ("valid", inputs.valid, "attention_mask"),
-        ("targets", inputs.targets, "token_type_ids"),
-    ):
-        yield name, found.astype(np.int32), out[key].astype(np.int32)
+    # Before <image>, as in the released checkpoints.
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in LOCATIONS])
+    size = {"height": vision.image_size, "width": vision.image_size}
+    image_processor = SiglipImageProcessorPil(size=size)
+    image_processor.image_seq_length = vision.num_patches  # type: ignore[attr-defined]
+    processor = PaliGemmaProcessor(image_processor, tokenizer)
+    rows = case.processor.rows(*case.examples)
+    images = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
+    output = processor(
+        images,  # type: ignore[arg-type]
+        prompts,
+        suffix=suffixes,
+        padding=True,
+        padding_side="left",
+        return_tensors="np",
+    )
+    yield "pixels", case.inputs.images, np.moveaxis(output["pixel_values"], 1, 3)
+    names = {
+        "ids": (case.inputs.tokens, "input_ids"),
+        "valid": (case.inputs.valid, "attention_mask"),
+        "targets": (case.inputs.targets, "token_type_ids"),
+    }
+    for name, (ours, key) in names.items():
+        yield name, ours.astype(np.int32), output[key].astype(np.int32)
 
 
-def version() -> str:
-    import transformers
-
-    return transformers.__version__
-
-
-def as_torch(array: np.ndarray) -> Any:
+def as_torch(array: np.ndarray) -> torch.Tensor:
+    """A tensor that shares the array's memory; bfloat16 too, which torch does not take itself."""
     import torch
 
-    return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else torch.from_numpy(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -106,8 +106,8 @@ def test_3b_224_equals_transformers(tmp_path):
 
 
 STREAMED = """
-from paligemma_jax.parity import report, run
-run.memory_left = lambda: 0  # so that every layer is streamed
+from paligemma_jax.parity import reference, report, run
+reference.available_memory = lambda: 0  # so that every layer is streamed
 result = report.as_dict(run.run(run.ParityConfig(model=directory, new=0)))
 print(json.dumps({
     "first": result["first_divergence"],

@@ -1,4 +1,4 @@
-"""The parity report: planted defects are found, each where it was planted; what it prints, writes and exits with."""
+"""The parity report: planted defects are located; what it prints, writes and exits with."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from convert import formats
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.model import attention, decoder, masks, stages, vision
 from paligemma_jax.model.stages import stage
-from paligemma_jax.parity import ours, run
-from paligemma_jax.parity.inputs import ParityCase
-from paligemma_jax.parity.run import ParityConfig, reference_of, stage_rows
+from paligemma_jax.parity import jax_model, stage_errors, torch_model, torch_stages
+from paligemma_jax.parity.case import ParityCase
+from paligemma_jax.parity.reference import compute_reference
 from paligemma_jax.training.losses import token_loss
 
 GOLDEN = GOLDEN / "pg2"
@@ -29,43 +29,44 @@ GOLDEN = GOLDEN / "pg2"
 
 @pytest.fixture(scope="module")
 def compared(random_checkpoint):
-    """A random checkpoint with inputs of both kinds of padding and of two images, and what transformers computes."""
+    """A case with both kinds of padding and rows of one and two images, and its reference."""
     model, directory, _ = random_checkpoint("pg2", 0)
     inputs = random_inputs(model, ((1, 5, 12), (2, 3, 4)), 0, order="mixed")
     case = ParityCase(formats.read(directory), directory, inputs, inputs)
-    return case, reference_of(case, ParityConfig(new=0))
+    return case, compute_reference(case)
 
 
 def decoder_config(**changes):
-    """Every decoder layer is built with these changes."""
+    """Build every decoder layer with these changes."""
 
-    def planted(config):
+    def broken(config):
         return abstract_model(replace(config, decoder=replace(config.decoder, **changes)))
 
-    return mock.patch.object(ours, "abstract_model", planted)
+    return mock.patch.object(jax_model, "abstract_model", broken)
 
 
 def module(path: str, call):
-    """`call(module, its own call, *arguments)` in the place of the call of the one module at `path`."""
+    """Replace the call of the module at `path` by call(module, original call, *arguments)."""
 
-    def planted(config):
+    def broken(config):
         child = model = abstract_model(config)
         for name in path.split("/"):
             child = child[int(name)] if name.isdigit() else getattr(child, name)
         kind = type(child)
-        child.__class__ = type(f"Broken{kind.__name__}", (kind,), {"__call__": lambda self, *args: call(self, kind.__call__, *args)})
+        methods = {"__call__": lambda self, *args: call(self, kind.__call__, *args)}
+        child.__class__ = type(f"Broken{kind.__name__}", (kind,), methods)
         return model
 
-    return mock.patch.object(ours, "abstract_model", planted)
+    return mock.patch.object(jax_model, "abstract_model", broken)
 
 
 @contextmanager
 def mask(change):
-    """In all decoder layers, which are compiled again for it."""
-    ours.run_layer.clear_cache()
+    """Change the mask in all decoder layers, which have to be compiled again."""
+    jax_model.run_layer.clear_cache()
     with mock.patch.object(attention, "prefix_lm_mask", change):
         yield
-    ours.run_layer.clear_cache()
+    jax_model.run_layer.clear_cache()
 
 
 def erf_gelu(self, _, x):
@@ -83,16 +84,18 @@ def norm_after_the_sum(self, _, x, queries, window, cache):
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
         x = self.post_attention_norm(x + stage("output", y, branch=True))
     with stages.scope("mlp"):
-        return x + stage("output", self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), branch=True), kv
+        y = self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        return x + stage("output", y, branch=True), kv
 
 
-def post_norm_on_the_stream(self, _, x, queries, window, cache):
-    """The parts are right, the sum is not."""
+def doubled_residual_stream(self, _, x, queries, window, cache):
+    """The branches are right, the sum is not."""
     with stages.scope("attention"):
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
         x = x + stage("output", self.post_attention_norm(y), branch=True)
     with stages.scope("mlp"):
-        return 2 * x + stage("output", self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x))), branch=True), kv
+        y = self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        return 2 * x + stage("output", y, branch=True), kv
 
 
 def w_for_1_w(self, call, x):
@@ -103,101 +106,166 @@ def causal(queries, keys, window):
     return masks.prefix_lm_mask(replace(queries, prefix=queries.prefix & False), keys, window)
 
 
+def wider(queries, keys, window):
+    return masks.prefix_lm_mask(queries, keys, window + 1)
+
+
+def left_out(self, call, x):
+    return x
+
+
+def divided(self, call, x):
+    return call(self, x) * 56**-0.5
+
+
+def unscaled(self, tokens, dtype):
+    return self.table[...][tokens]
+
+
+def transposed(images, size):
+    return PATCHES(jnp.swapaxes(images, 1, 2), size)
+
+
 PATCHES = vision.patches
-DEFECTS = {  # -> what is planted, and the first stage of which it is to be found
+FIRST_WEIGHTS = "decoder/layers/0/attention/weights"
+# What is planted, and the first stage that must diverge.
+DEFECTS = {
     "none": (nullcontext, None),
     "image height and width swapped": (
-        lambda: mock.patch.object(vision, "patches", lambda images, size: PATCHES(jnp.swapaxes(images, 1, 2), size)), "vision/patches",
+        lambda: mock.patch.object(vision, "patches", transposed),
+        "vision/patches",
     ),
-    "quick gelu in one vision layer": (lambda: module("vision/layers/1/mlp", quick_gelu), "vision/layers/1/mlp/output"),
-    "last vision norm left out": (lambda: module("vision/norm", lambda self, call, x: x), "vision/output"),
-    "features divided by sqrt(D)": (lambda: module("projector", lambda self, call, x: call(self, x) * 56**-0.5), "projector"),
+    "quick gelu in one vision layer": (
+        lambda: module("vision/layers/1/mlp", quick_gelu),
+        "vision/layers/1/mlp/output",
+    ),
+    "last vision norm left out": (lambda: module("vision/norm", left_out), "vision/output"),
+    "features divided by sqrt(D)": (lambda: module("projector", divided), "projector"),
     "embeddings not scaled": (
-        lambda: mock.patch.object(decoder.Embedder, "encode", lambda self, tokens, dtype: self.table[...][tokens]), "decoder/embeddings",
+        lambda: mock.patch.object(decoder.Embedder, "encode", unscaled),
+        "decoder/embeddings",
     ),
-    "window off by one": (lambda: mask(lambda q, k, w: masks.prefix_lm_mask(q, k, w + 1)), "decoder/layers/0/attention/weights"),
-    "prefix is causal": (lambda: mask(causal), "decoder/layers/0/attention/weights"),
-    "attention softcap left out": (lambda: decoder_config(attn_logit_softcapping=None), "decoder/layers/0/attention/weights"),
-    "scaled by the head size": (lambda: decoder_config(query_pre_attn_scalar=20), "decoder/layers/0/attention/weights"),
-    "rope base": (lambda: decoder_config(rope_theta=1e6), "decoder/layers/0/attention/weights"),
-    "eps": (lambda: decoder_config(rms_norm_eps=1e-5), "decoder/layers/0/attention/weights"),
-    "erf gelu in one layer": (lambda: module("decoder/layers/3/mlp", erf_gelu), "decoder/layers/3/mlp/output"),
-    "w for 1 + w in one norm": (lambda: module("decoder/layers/2/pre_mlp_norm", w_for_1_w), "decoder/layers/2/mlp/output"),
-    "norm after the sum in one layer": (lambda: module("decoder/layers/1", norm_after_the_sum), "decoder/layers/1/attention/output"),
-    "residual stream doubled in one layer": (lambda: module("decoder/layers/4", post_norm_on_the_stream), "decoder/layers/4"),
+    "window off by one": (lambda: mask(wider), FIRST_WEIGHTS),
+    "prefix is causal": (lambda: mask(causal), FIRST_WEIGHTS),
+    "attention softcap left out": (
+        lambda: decoder_config(attn_logit_softcapping=None),
+        FIRST_WEIGHTS,
+    ),
+    "scaled by the head size": (lambda: decoder_config(query_pre_attn_scalar=20), FIRST_WEIGHTS),
+    "rope base": (lambda: decoder_config(rope_theta=1e6), FIRST_WEIGHTS),
+    "eps": (lambda: decoder_config(rms_norm_eps=1e-5), FIRST_WEIGHTS),
+    "erf gelu in one layer": (
+        lambda: module("decoder/layers/3/mlp", erf_gelu),
+        "decoder/layers/3/mlp/output",
+    ),
+    "w for 1 + w in one norm": (
+        lambda: module("decoder/layers/2/pre_mlp_norm", w_for_1_w),
+        "decoder/layers/2/mlp/output",
+    ),
+    "norm after the sum in one layer": (
+        lambda: module("decoder/layers/1", norm_after_the_sum),
+        "decoder/layers/1/attention/output",
+    ),
+    "residual stream doubled in one layer": (
+        lambda: module("decoder/layers/4", doubled_residual_stream),
+        "decoder/layers/4",
+    ),
     "w for 1 + w in the last norm": (lambda: module("decoder/norm", w_for_1_w), "decoder/norm"),
     "final softcap left out": (lambda: decoder_config(final_logit_softcapping=None), "logits"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_defect_is_located(compared, name):
-    """On transformers' own input of every stage, the first that is off was broken; if it is broken in one place, no other layer is."""
+def test_a_planted_defect_is_located(compared, name):
+    """On transformers' input, the broken stage is the first that diverges. If only one place is
+    broken, no other layer diverges."""
     case, reference = compared
-    plant, where = DEFECTS[name]
+    plant, place = DEFECTS[name]
     with plant(), jax.default_matmul_precision("highest"):
-        found = ours.stages(*ours.build(case.checkpoint, "float32"), case.inputs, True, reference.fed)
-    off = [row.stage for row in stage_rows(case, (found, found), reference) if row.diverges and row.stage != "loss"]
-    assert off[:1] == ([where] if where else []), off
-    if where and ("in one" in name or "layers" not in where):
-        place = re.match(r"\w+/layers/\d+|.*", where)[0]
-        assert all(stage.startswith(place) for stage in off), off
+        model, read = jax_model.build_model(case.checkpoint, "float32")
+        local = jax_model.compute_stages(model, read, case.inputs, True, reference.fed)
+    rows = stage_errors.stage_errors(case, local, local, reference)
+    diverging = [row.stage for row in rows if row.diverges and row.stage != "loss"]
+    assert diverging[:1] == ([place] if place else []), diverging
+    if place and ("in one" in name or "layers" not in place):
+        prefix = re.match(r"\w+/layers/\d+|.*", place)[0]
+        assert all(stage.startswith(prefix) for stage in diverging), diverging
 
 
-def test_streamed(compared):
-    """A module at a time, transformers computes the same to the bit, and holds nothing afterwards; it generates too."""
+def test_streaming_changes_no_bit_of_transformers_and_frees_its_weights(compared):
     case, reference = compared
     profile = case.checkpoint.config.profile
-    model = reference.adapted(reference.build(case.checkpoint, case.directory, "float32", keep=False), profile)
-    for name, value in reference.stages(model, case.inputs, profile, True).items():
-        np.testing.assert_array_equal(value, reference.run[name], name)
-    asked = random_inputs(model, ((1, 5, 0),), 0)
-    tokens, _ = reference.greedy(model, asked, profile, 3)
-    assert tokens.shape == (1, 3) and not any(parameter.numel() for parameter in model.parameters())
+    model = torch_model.build_model(case.checkpoint, case.directory, "float32", keep=False)
+    torch_model.adapt_model(model, profile)
+    streamed = torch_stages.compute_stages(model, case.inputs, profile, True)
+    for name, value in streamed.items():
+        np.testing.assert_array_equal(value, reference.stages[name], name)
+    prompts = random_inputs(model, ((1, 5, 0),), 0)
+    tokens, _ = torch_model.generate_greedily(model, prompts, profile, 3)
+    assert tokens.shape == (1, 3)
+    assert not any(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_small_loss(compared, monkeypatch):
-    """Of a model that is sure of its answers float32 keeps few digits of the loss; a loss of the first target only is told from that."""
+def test_the_limit_of_a_small_loss_allows_for_rounding_only(compared, monkeypatch):
+    """A model that is sure of its answers has few digits of its loss in float32. The loss of only
+    the first target is still noticed."""
     case, reference = compared
-    inputs, logits = case.inputs, reference.run["logits"].copy()
-    rows, places = np.nonzero(inputs.targets)
-    logits[rows, places - 1, inputs.tokens[rows, places]] += 18
-    sure = replace(reference, run=reference.run | {"logits": logits}, exact=reference.exact | {"logits": logits})
-    row = run._loss(case, logits, sure, False)
+    inputs, logits = case.inputs, reference.stages["logits"].copy()
+    rows, columns = np.nonzero(inputs.targets)
+    logits[rows, columns - 1, inputs.tokens[rows, columns]] += 18
+    changed = {"logits": logits}
+    sure = replace(reference, stages=reference.stages | changed, exact=reference.exact | changed)
+    row = stage_errors.loss_error(case, logits, sure, False)
     assert 1e-6 < row.limits[1] < 0.1 and not row.diverges
-    monkeypatch.setattr(run, "token_loss", lambda logits, tokens, targets: token_loss(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1)))
-    assert run._loss(case, logits, sure, False).diverges
+
+    def first_target_loss(logits, tokens, targets):
+        return token_loss(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1))
+
+    monkeypatch.setattr(stage_errors, "token_loss", first_target_loss)
+    assert stage_errors.loss_error(case, logits, sure, False).diverges
 
 
-@pytest.mark.parametrize("given,told", [
-    (("--image", GOLDEN.parent / "image.png"), "no prompt"),
-    (("--model", "3b-224", "--prompt", "caption en"), "random weights"),
-    (("--depth", "2"), "random weights of a preset"),
-    (("--gradients", "--dtype", "bfloat16"), "float32"),
-    (("--model", "28b-896", "--new", 1000), "--new 0"),
-    (("--numerics", "jax"), "unknown numerics"),
-])  # fmt: skip
-def test_what_cannot_be_compared(command, given, told):
-    code, out, err = command("parity", *given)
-    assert code == 2 and not out and told in err and err.count("\n") == 1
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (("--image", GOLDEN.parent / "image.png"), "--prompt is missing"),
+        (("--model", "3b-224", "--prompt", "caption en"), "random weights"),
+        (("--depth", "2"), "a preset with random weights"),
+        (("--gradients", "--dtype", "bfloat16"), "float32"),
+        (("--model", "28b-896", "--new", 1000), "--new 0"),
+        (("--numerics", "jax"), "unknown numerics"),
+    ],
+)
+def test_impossible_comparisons_are_refused_in_one_line(command, arguments, message):
+    code, out, err = command("parity", *arguments)
+    assert code == 2 and not out and message in err and err.count("\n") == 1
 
 
-def test_report(command, tmp_path, monkeypatch):
-    """All of it on a whole checkpoint, from the command on: a table, numbers, a page; exit code 1 and the stage's name where it is broken."""
+def test_the_command_reports_parity_and_names_a_divergence(command, tmp_path):
+    """On a complete checkpoint: the table, the numbers, the page, and exit code 1 with the stage's
+    name where a stage is broken."""
     page = tmp_path / "parity.html"
-    image = str(GOLDEN.parent / "image.png")
-    given = ("--model", GOLDEN, "--image", image, "--prompt", "caption en", "detect cat", "--suffix", "a cat", "<loc0003><loc0100> cat", "--new", 4)
-    code, out, err = command("parity", *given, "--gradients", "--json", "--html", page)
+    inputs = ("--model", GOLDEN, "--image", GOLDEN.parent / "image.png")
+    inputs += ("--prompt", "caption en", "detect cat")
+    inputs += ("--suffix", "a cat", "<loc0003><loc0100> cat")
+    options = ("--new", 4, "--gradients", "--json", "--html", page)
+    code, out, err = command("parity", *inputs, *options)
     assert (code, err) == (0, "")
     report = json.loads(out)
-    stages = {row["stage"]: row for row in report["stages"]}
-    assert report["first_divergence"] is None and report["tokens"]["ours"] == report["tokens"]["theirs"]
-    assert {"pixels", "ids", "vision/patches", "projector", "decoder/layers/3/mlp/output", "logits", "loss", "logits, one program"} <= set(stages)
-    assert stages["pixels"]["accumulated"]["max"] == stages["ids"]["accumulated"]["max"] == 0
-    assert sum(name.startswith("gradient, decoder/layers") for name in stages) == 4
+    rows = {row["stage"]: row for row in report["stages"]}
+    assert report["first_divergence"] is None
+    assert report["tokens"]["ours"] == report["tokens"]["transformers"]
+    assert {
+        *("pixels", "ids", "vision/patches", "projector", "decoder/layers/3/mlp/output"),
+        *("logits", "loss", "logits, one program"),
+    } <= set(rows)
+    assert rows["pixels"]["accumulated"]["max"] == rows["ids"]["accumulated"]["max"] == 0
+    assert sum(name.startswith("gradient, decoder/layers") for name in rows) == 4
     html = page.read_text()
-    assert html.count("data:image/png;base64,") == 4 and "within tolerance" in html and "http" not in html
+    assert html.count("data:image/png;base64,") == 4
+    assert "within tolerance" in html and "http" not in html
     with decoder_config(rope_theta=1e6):
-        code, out, err = command("parity", *given[:-1], 0)
-    assert code == 1 and "decoder/layers/0/attention/weights" in err and err.count("\n") == 1
-    assert "<- diverges" in out and max(map(len, out.split("\n\n")[1].splitlines())) <= 120
+        code, out, err = command("parity", *inputs, "--new", 0)
+    assert code == 1 and FIRST_WEIGHTS in err and err.count("\n") == 1
+    assert "<- diverges" in out
+    assert max(map(len, out.split("\n\n")[1].splitlines())) <= 120

@@ -1,0 +1,125 @@
+"""The errors of every stage against the reference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from paligemma_jax.inference import scoring
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.parity import torch_model
+from paligemma_jax.parity.case import ParityCase
+from paligemma_jax.parity.compare import (
+    ACCUMULATED_LIMIT,
+    GRADIENT_LIMIT,
+    LOSS_LIMIT,
+    StageError,
+    error_limits,
+    measure_error,
+    without_padding,
+)
+from paligemma_jax.parity.reference import Reference, Stages
+from paligemma_jax.training.losses import token_loss
+
+
+def input_errors(case: ParityCase) -> Iterator[StageError]:
+    """Ids and pixels, which must be bit-identical."""
+    for name, ours, theirs in torch_model.compare_processors(case):
+        error = measure_error(ours, theirs)
+        yield StageError(name, error, error, (0.0, 0.0))
+
+
+def stage_errors(
+    case: ParityCase, stages: Stages, local: Stages, reference: Reference, by_ratio: bool = False
+) -> Iterator[StageError]:
+    """Every stage and the loss.
+
+    Args:
+        case: Inputs.
+        stages: Ours, computed from the inputs on.
+        local: Ours, each computed from transformers' stages.
+        reference: transformers'.
+        by_ratio: Compare with transformers' own errors, in bfloat16.
+    """
+    layers, layer = [name for name in stages if re.search(r"layers/\d+$", name)], 0
+    for name in stages:
+        layer = layers.index(name) if name in layers else layer
+        values = (stages, local, reference.stages, reference.exact, reference.exact_local)
+        ours, ours_local, theirs, exact, exact_local = (
+            without_padding(name, arrays[name], case.inputs) for arrays in values
+        )
+        baseline = (None, None)
+        if by_ratio:
+            baseline = (measure_error(theirs, exact), measure_error(theirs, exact_local))
+        yield StageError(
+            name,
+            measure_error(ours, exact),
+            measure_error(ours_local, exact_local),
+            error_limits(name, layer, by_ratio),
+            baseline,
+        )
+    if case.inputs.targets.any():
+        yield loss_error(case, stages["logits"], reference, by_ratio)
+
+
+def loss_error(
+    case: ParityCase, logits: np.ndarray, reference: Reference, by_ratio: bool
+) -> StageError:
+    """The loss of our logits (accumulated) and of transformers' logits (local).
+
+    A loss is the mean over n targets of differences between numbers as large as the logits, so a
+    small loss has few digits in float32, in transformers as here. (`tiny` is so sure of its
+    captions that 1e-3 of their loss of 1e-4 is rounding.) The limits allow for that.
+    """
+    inputs, own = case.inputs, reference.stages["logits"]
+
+    def loss(logits: np.ndarray) -> np.ndarray:
+        arrays = map(jnp.asarray, (logits, inputs.tokens, inputs.targets))
+        return np.asarray(token_loss(*arrays))[None]
+
+    exact = torch_model.compute_loss(reference.exact["logits"], inputs)
+    theirs = torch_model.compute_loss(own, inputs)
+    errors = measure_error(loss(logits), exact), measure_error(loss(own), theirs)
+    if by_ratio:
+        # The ratio of two single numbers says nothing. The error may be what rounding to bfloat16
+        # loses.
+        return StageError("loss", *errors, (2**-8, LOSS_LIMIT))
+    rounding = np.finfo(np.float32).eps * np.abs(own).max() / inputs.targets.sum() ** 0.5
+    lost = float(rounding / np.abs(theirs[0]))
+    return StageError("loss", *errors, (max(ACCUMULATED_LIMIT, lost), max(LOSS_LIMIT, lost)))
+
+
+def compiled_logits_error(
+    case: ParityCase, model: PaliGemma, reference: Reference, by_ratio: bool
+) -> StageError:
+    """The logits of the complete model in one program, as `generate` compiles it. The stages are
+    those of one program per layer."""
+    logits = np.asarray(scoring.forward(model, case.inputs), np.float32)
+    ours, theirs, exact = (
+        without_padding("logits", array, case.inputs)
+        for array in (logits, reference.stages["logits"], reference.exact["logits"])
+    )
+    config = case.checkpoint.config
+    depth = config.vision.num_hidden_layers + config.decoder.num_hidden_layers
+    limit, _ = error_limits("logits", depth, by_ratio)
+    baseline = measure_error(theirs, exact) if by_ratio else None
+    error = measure_error(ours, exact)
+    return StageError("logits, one program", error, None, (limit, 0.0), (baseline, None))
+
+
+def gradient_errors(ours: Stages, theirs: Stages) -> Iterator[StageError]:
+    """The worst gradient of each layer and of each module outside the layers, in the order of the
+    backward pass."""
+    groups: dict[str, list[StageError]] = {}
+    for path in ours:
+        if path.endswith("attention/k/bias"):
+            continue  # zero except for rounding: softmax ignores what all keys have in common
+        error = measure_error(ours[path], theirs[path])
+        row = StageError(f"gradient, {path}", error, None, (GRADIENT_LIMIT, 0.0))
+        layer = re.match(r"\w+/layers/\d+", path)
+        groups.setdefault(layer[0] if layer else path.split("/")[0], []).append(row)
+    for rows in reversed(groups.values()):
+        yield max(rows, key=lambda row: row.accumulated.relative)
