@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 from support.paths import GOLDEN
-from support.refusals import IMAGE, predictor, refused, told
+from support.refusals import IMAGE, predictor, check_refused, check_message
 
 import paligemma_jax as pg
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
 def test_names(random_directory, command):
-    refused(command, ["'int4'", "float32, bfloat16, float16"], random_directory(), dtype="int4")
-    refused(command, ["'pytorch'", "transformers, big_vision"], GOLDEN / "pg2", numerics="pytorch")
+    check_refused(command, ["'int4'", "float32, bfloat16, float16"], random_directory(), dtype="int4")
+    check_refused(command, ["'pytorch'", "transformers, big_vision"], GOLDEN / "pg2", numerics="pytorch")
 
 
 def test_source(tmp_path, command, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    refused(command, ["is a file", "directory"], str(IMAGE))
-    refused(command, ["has no config.json"], tmp_path)
+    check_refused(command, ["is a file", "directory"], str(IMAGE))
+    check_refused(command, ["has no config.json"], tmp_path)
     for nowhere in ("absent", "./absent", "a/b/c", "~nobody/absent"):
-        refused(command, ["no such checkpoint", nowhere, "tiny", "hub id"], nowhere)
+        check_refused(command, ["no such checkpoint", nowhere, "tiny", "hub id"], nowhere)
     for nowhere in ("some body/pali gemma", "google/no-such-paligemma"):
-        refused(command, [nowhere, "cannot be downloaded"], nowhere)
+        check_refused(command, [nowhere, "cannot be downloaded"], nowhere)
 
 
 def hub_errors():
@@ -45,14 +45,14 @@ def test_hub(command, monkeypatch):
     for error in hub_errors():
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
         parts = ["google/paligemma2-3b-pt-224", known.get(type(error).__name__, "cannot be downloaded")]
-        refused(command, parts, "google/paligemma2-3b-pt-224")
+        check_refused(command, parts, "google/paligemma2-3b-pt-224")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(GOLDEN))  # what was downloaded is no checkpoint
-    refused(command, ["no config.json"], "google/siglip")
+    check_refused(command, ["no config.json"], "google/siglip")
 
 
 def test_without_huggingface_hub(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused(command, ["google/x", "pip install 'paligemma-jax[hub]'"], "google/x")
+    check_refused(command, ["google/x", "pip install 'paligemma-jax[hub]'"], "google/x")
 
 
 
@@ -82,11 +82,11 @@ def test_inputs(case, command, tmp_path, monkeypatch):
     Path("cut.png").write_bytes(IMAGE.read_bytes()[:5000])
     with pytest.raises(ValueError) as error:
         predictor().generate(images, prompts, 4)
-    told(str(error.value), parts)
+    check_message(str(error.value), parts)
     flat = [images] if isinstance(images, str) else images
     code, out, err = command("generate", "--model", GOLDEN / "pg2", "--image", *flat, "--prompt", *prompts)
     assert (code, out) == (2, "") and err.startswith("paligemma-jax: ")
-    told(err[:-1], others[0] if others else parts)
+    check_message(err[:-1], others[0] if others else parts)
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_inputs(case, command, tmp_path, monkeypatch):
 def test_no_whole_number(options):
     with pytest.raises(ValueError) as error:
         predictor().generate(IMAGE, "caption en", **options)
-    told(str(error.value), [f"{next(iter(options))} is {next(iter(options.values()))!r}"])
+    check_message(str(error.value), [f"{next(iter(options))} is {next(iter(options.values()))!r}"])
 
 
 @pytest.mark.parametrize("new", [0, -1, 8192])
 def test_max_new_tokens(new, command):
     with pytest.raises(ValueError) as error:
         predictor().generate(IMAGE, "caption en", new)
-    told(str(error.value), [f"max_new_tokens is {new}", "1 to 81"])
+    check_message(str(error.value), [f"max_new_tokens is {new}", "1 to 81"])
     code, out, err = command("generate", "--model", GOLDEN / "pg2", "--image", IMAGE, "--prompt", "caption en", "--max-new-tokens", new)
     assert (code, out, err) == (2, "", f"paligemma-jax: {error.value}\n")
 
@@ -182,7 +182,7 @@ def test_other_exceptions(error, code, part, command, monkeypatch):
     monkeypatch.setattr("paligemma_jax.inference.loading.load", lambda *_, **__: (_ for _ in ()).throw(error))
     found, out, err = command("generate", "--image", IMAGE, "--prompt", "a")
     assert (found, out) == (code, "") and err.startswith("paligemma-jax: ") and err.endswith("\n")
-    told(err[:-1], [part])
+    check_message(err[:-1], [part])
 
 
 def test_our_own_mistakes_keep_their_traceback(command, monkeypatch):

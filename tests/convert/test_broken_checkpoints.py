@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support.paths import GOLDEN
-from support.refusals import IMAGE, predictor, refused
+from support.refusals import IMAGE, check_refused, predictor
 
 import paligemma_jax as pg
 
@@ -170,7 +170,7 @@ BROKEN = {
 def test_broken_directory(case, random_directory, command):
     damage, *parts = BROKEN[case]
     damage(directory := random_directory())
-    refused(command, parts, directory)
+    check_refused(command, parts, directory)
 
 
 def test_sharded_is_fine(random_directory):

@@ -1,4 +1,4 @@
-"""."""
+"""Checks of user errors: a ValueError in Python, and the same line on the command line."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import paligemma_jax as pg
 IMAGE = GOLDEN / "image.png"
 
 
-def told(text: str, parts) -> None:
-    """One line, short enough to be read, that says all of `parts`, and whose writer knew what they meant."""
-    assert "\n" not in text and len(text) < 500 and all(part in text for part in parts), text
-    assert not any(word in text for word in ("Traceback", "NoneType", "KeyError", "object at 0x")), text
+def check_message(text: str, parts) -> None:
+    """One short line that contains all of `parts` and nothing of Python's internals."""
+    assert "\n" not in text and len(text) < 500, text
+    assert all(part in text for part in parts), text
+    internals = ("Traceback", "NoneType", "KeyError", "object at 0x")
+    assert not any(word in text for word in internals), text
 
 
-def refused(command, parts, source, **options) -> None:
-    """`load` raises a ValueError with `parts`, and the command says the same."""
+def check_refused(command, parts, source, **options) -> None:
+    """`load` raises a ValueError that contains `parts`, and the command prints the same."""
     with pytest.raises(ValueError) as error:
         pg.load(source, **options)
-    told(str(error.value), parts)
+    check_message(str(error.value), parts)
     flags = [f"--{key}={value}" for key, value in options.items()]
-    code, out, err = command("generate", "--model", source, "--image", IMAGE, "--prompt", "caption en", *flags)
+    arguments = ("--model", source, "--image", IMAGE, "--prompt", "caption en", *flags)
+    code, out, err = command("generate", *arguments)
     assert (code, out, err) == (2, "", f"paligemma-jax: {error.value}\n")
 
 
