@@ -1,11 +1,14 @@
-"""Checkpoints of every format that PaliGemma comes in, read, converted, checked and described. `python -m convert --help`.
+"""Read, convert, verify and describe PaliGemma checkpoints of every format.
 
-read(SOURCE)                            -> Checkpoint: config and tensors, none of which is in memory
-convert(SOURCE, DESTINATION, "jax")     also "huggingface", "big_vision"
-inspect(SOURCE)                         -> dict: format, variant, parameters, dtype, resolution, what is odd
+    read(SOURCE)                          a Checkpoint: config and tensors, none in memory
+    convert(SOURCE, DESTINATION, "jax")   or "huggingface", "big_vision"
+    inspect(SOURCE)                       a dict: format, variant, parameters, dtypes, ...
+
+On the command line: `paligemma-jax convert --help`, or `python -m convert --help`.
 """
 
 from convert.checkpoint import Checkpoint
-from convert.formats import convert, inspect, read, write
+from convert.formats import convert, read, write
+from convert.inspection import inspect
 
 __all__ = ["Checkpoint", "convert", "inspect", "read", "write"]

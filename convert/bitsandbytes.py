@@ -1,7 +1,8 @@
-"""What bitsandbytes quantized, as transformers saves it in safetensors: nf4 (with quantized scales too) and int8 (LLM.int8's weights).
+"""Weights quantized by bitsandbytes, as transformers saves them in safetensors.
 
-Beside each `weight`: `weight.absmax`, `weight.quant_map`, `weight.quant_state.bitsandbytes__nf4` (JSON in bytes), for quantized scales
-`weight.nested_absmax` and `weight.nested_quant_map`; for int8 `SCB`, the largest magnitude of each row, and `weight_format`.
+nf4: beside each `weight`, `weight.absmax`, `weight.quant_map` and JSON in the bytes of
+`weight.quant_state.bitsandbytes__nf4`; with quantized scales also `weight.nested_absmax` and
+`weight.nested_quant_map`. int8: `SCB`, the largest magnitude of each row, and `weight_format`.
 """
 
 from __future__ import annotations
@@ -9,110 +10,149 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from convert.match import Entry, Piece
-from convert.quantized import part_shapes, quantizable_matrices
-from convert.tensor import INTEGERS, Index, Tensor
+from convert.files import JsonObject
+from convert.match import TensorEntry, Weight
+from convert.quantized import quantizable_matrices
+from convert.tensor import DTYPES, Index, Tensor
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 
 STATE = ".quant_state.bitsandbytes__"
+UNSUPPORTED = "is not a supported bitsandbytes tensor"
 
 
-class Packed(NamedTuple):
-    """A matrix as bitsandbytes holds it: its parts, in the order of memory, under the names of `paligemma_jax/model/codes.py`."""
+class PackedMatrix(NamedTuple):
+    """A quantized matrix [out, in], with the parts of `paligemma_jax/model/codes.py` by name."""
 
     format: WeightFormat
     shape: tuple[int, ...]
     parts: dict[str, Callable[[], np.ndarray]]
 
 
-def unpack(entries: Mapping[str, Entry], where: object) -> tuple[dict[str, Entry], dict[str, Packed]]:
-    """The entries with one for each quantized weight, of the shape and dtype that it has when whole, and how each is held.
+def unpack(
+    entries: Mapping[str, TensorEntry], source: object
+) -> tuple[dict[str, TensorEntry], dict[str, PackedMatrix]]:
+    """Find the quantized matrices among the tensors of a file.
 
-    ValueError for other formats of bitsandbytes (fp4, larger blocks, codes that are stored as another dtype) and for what does not fit together.
+    Returns:
+        The entries with every quantized matrix as one float32 tensor (whose values are not read),
+        and the quantized matrices by key.
+
+    Raises:
+        ValueError: If a format is not supported (fp4, larger blocks, codes in another dtype), or if
+            tensors do not fit together.
     """
-    found, beside = {}, set()
+    packed, consumed = {}, set()
     for key in entries:
         try:
             if STATE in key:
                 weight = key.partition(STATE)[0]
-                found[weight] = _four_bits(weight, json.loads(bytes(_array(entries, key))), entries)
-                beside |= {other for other in entries if other.startswith(weight + ".")}
+                state = json.loads(bytes(_load(entries[key])))
+                packed[weight] = _unpack_nf4(weight, state, entries)
+                consumed |= {other for other in entries if other.startswith(weight + ".")}
             elif key.endswith(".SCB"):
                 weight = key.removesuffix("SCB") + "weight"
-                found[weight] = _int8(weight, key, entries)
-                beside |= {key, weight + "_format"}
+                packed[weight] = _unpack_int8(weight, key, entries)
+                consumed |= {key, weight + "_format"}
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{where}: {key} is none of bitsandbytes' that can be read here: {reason}") from None
-    whole = {key: Entry("F32", packed.shape, lambda packed=packed: _whole(packed)) for key, packed in found.items()}
-    return {key: whole.get(key, entry) for key, entry in entries.items() if key not in beside}, found
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"{source}: {key} {UNSUPPORTED}: {reason}") from None
+    dense = {
+        key: TensorEntry("F32", matrix.shape, partial(_tensor, matrix.parts["codes"], matrix.shape))
+        for key, matrix in packed.items()
+    }
+    kept = {key: entry for key, entry in entries.items() if key not in consumed}
+    return {key: dense.get(key, entry) for key, entry in kept.items()}, packed
 
 
-def put(tensors: dict[str, Tensor], found: Iterable[Piece], packed: Mapping[str, Packed], config: PaliGemmaConfig) -> dict[str, WeightFormat]:
-    """Puts the parts of each packed matrix in its place among `tensors`; returns the formats by path. Our axes are torch's [out, in], split."""
-    known, formats = quantizable_matrices(config), {}
-    for piece in found:
-        if piece.key not in packed:
+def insert(
+    tensors: dict[str, Tensor],
+    weights: Iterable[Weight],
+    packed: Mapping[str, PackedMatrix],
+    config: PaliGemmaConfig,
+) -> dict[str, WeightFormat]:
+    """Replace the quantized matrices in `tensors` by their parts; returns the formats by path.
+
+    The model's axes are torch's [out, in], split.
+    """
+    matrices, formats = quantizable_matrices(config), {}
+    for weight in weights:
+        if weight.key not in packed:
             continue
-        matrix, (format, _, parts) = known[piece.path], packed[piece.key]
+        matrix, (format, _, parts) = matrices[weight.path], packed[weight.key]
         if not format.fits(matrix.shape):
-            raise ValueError(f"{piece.key} {list(matrix.shape)} has an odd last axis, whose codes do not lie in pairs")
-        del tensors[piece.path]
-        formats[matrix.where] = format
-        for name, (of, dtype) in part_shapes(format, matrix.shape, matrix.contracted).items():
-            tensors[f"{matrix.where}/{name}"] = _tensor(parts[name], of, dtype)
+            odd = f"{weight.key} {list(matrix.shape)} has an odd last axis"
+            raise ValueError(f"{odd}, so its codes are not in pairs")
+        del tensors[weight.path]
+        formats[matrix.module] = format
+        for name, (shape, dtype) in matrix.parts(format).items():
+            tensors[f"{matrix.module}/{name}"] = _tensor(parts[name], shape, dtype)
     return formats
 
 
-def _four_bits(weight: str, state: dict[str, Any], entries: Mapping[str, Entry]) -> Packed:
+def _unpack_nf4(weight: str, state: JsonObject, entries: Mapping[str, TensorEntry]) -> PackedMatrix:
     from paligemma_jax.model.codes import NESTED_BLOCK, NF4, dynamic_map
 
     shape, double = tuple(map(int, state["shape"])), "nested_offset" in state
     format = WeightFormat(str(state["quant_type"]), int(state["blocksize"]), double=double)
-    blocks, numbers = math.prod(shape) // format.block, math.prod(shape)
-    wanted = {"": ("U8", numbers // 2), ".absmax": ("U8" if double else "F32", blocks), ".quant_map": ("F32", 16)}
-    wanted |= {".nested_absmax": ("F32", -(-blocks // NESTED_BLOCK)), ".nested_quant_map": ("F32", 256)} if double else {}
-    if numbers % format.block:
+    size = math.prod(shape)
+    if size % format.block:
         raise ValueError(f"blocks of {format.block} do not divide {list(shape)}")
-    for name, (dtype, size) in wanted.items():
+    blocks = size // format.block
+    expected = {"": ("U8", size // 2), ".quant_map": ("F32", 16)}
+    expected[".absmax"] = ("U8" if double else "F32", blocks)
+    if double:
+        expected[".nested_absmax"] = ("F32", -(-blocks // NESTED_BLOCK))
+        expected[".nested_quant_map"] = ("F32", 256)
+    for name, (dtype, count) in expected.items():
         entry = entries[weight + name]
-        if (entry.dtype, math.prod(entry.shape)) != (dtype, size):
-            raise ValueError(f"{weight + name} is {entry.dtype} {list(entry.shape)}, where {size} of {dtype} make {list(shape)}, {format}")
-    of = lambda name: _array(entries, weight + name).reshape(-1)
-    if format.kind != "nf4" or (of(".quant_map") != NF4).any():
+        if (entry.dtype, math.prod(entry.shape)) != (dtype, count):
+            actual = f"{weight + name} is {entry.dtype} {list(entry.shape)}"
+            raise ValueError(f"{actual}, but {list(shape)} in {format} needs {count} of {dtype}")
+
+    def load(name: str) -> np.ndarray:
+        return _load(entries[weight + name]).reshape(-1)
+
+    def load_nested() -> np.ndarray:
+        return np.append(np.float32(state["nested_offset"]), load(".nested_absmax"))
+
+    if format.kind != "nf4" or (load(".quant_map") != NF4).any():
         raise ValueError("its 16 values are not those of nf4")
-    if double and (int(state["nested_blocksize"]) != NESTED_BLOCK or (of(".nested_quant_map") != dynamic_map()).any()):
-        raise ValueError("the values of its scales are not bitsandbytes' own")
-    parts = {"codes": lambda: of(""), "scale": lambda: of(".absmax")}
-    parts |= {"nested": lambda: np.append(np.float32(state["nested_offset"]), of(".nested_absmax"))} if double else {}
-    return Packed(format, shape, parts)
+    parts = {"codes": partial(load, ""), "scale": partial(load, ".absmax")}
+    if double:
+        parts["nested"] = load_nested
+        values, block = load(".nested_quant_map"), int(state["nested_blocksize"])
+        if block != NESTED_BLOCK or (values != dynamic_map()).any():
+            raise ValueError("the values of its scales are not those of bitsandbytes")
+    return PackedMatrix(format, shape, parts)
 
 
-def _int8(weight: str, key: str, entries: Mapping[str, Entry]) -> Packed:
-    codes, largest = entries[weight], entries[key]
-    if codes.dtype != "I8" or largest.dtype != "F32" or len(codes.shape) != 2 or largest.shape != codes.shape[:1]:
-        raise ValueError(f"{codes.dtype} {list(codes.shape)} by {largest.dtype} {list(largest.shape)}; int8 has one F32 for each row of I8")
-    if weight + "_format" in entries and _array(entries, weight + "_format").any():
-        raise ValueError("its rows are not in their order (weight_format)")
-    return Packed(WeightFormat("int8"), codes.shape, {"codes": lambda: _array(entries, weight), "scale": lambda: _array(entries, key) / np.float32(127)})
+def _unpack_int8(weight: str, scale: str, entries: Mapping[str, TensorEntry]) -> PackedMatrix:
+    codes, largest = entries[weight], entries[scale]
+    is_matrix = len(codes.shape) == 2 and largest.shape == codes.shape[:1]
+    if (codes.dtype, largest.dtype) != ("I8", "F32") or not is_matrix:
+        actual = f"{codes.dtype} {list(codes.shape)} and {largest.dtype} {list(largest.shape)}"
+        raise ValueError(f"int8 needs a matrix of I8 and one F32 for each row, got {actual}")
+    order = entries.get(weight + "_format")
+    if order and _load(order).any():
+        raise ValueError("its rows are reordered (weight_format)")
+    parts = {"codes": partial(_load, codes), "scale": lambda: _load(largest) / np.float32(127)}
+    return PackedMatrix(WeightFormat("int8"), codes.shape, parts)
 
 
-def _array(entries: Mapping[str, Entry], key: str) -> np.ndarray:
-    return entries[key].tensor().load()
+def _load(entry: TensorEntry) -> np.ndarray:
+    return entry.open().load()
 
 
-def _whole(packed: Packed) -> Tensor:
-    """Never read: its shape is what is looked at."""
-    return _tensor(packed.parts["codes"], packed.shape, "float32")
-
-
-def _tensor(part: Callable[[], np.ndarray], of: tuple[int, ...], dtype: str) -> Tensor:
+def _tensor(
+    load: Callable[[], np.ndarray], shape: tuple[int, ...], dtype: np.dtype = DTYPES["float32"]
+) -> Tensor:
     def raw(index: Index) -> np.ndarray:
-        return part().reshape(of)[index]
+        return load().reshape(shape)[index]
 
-    return Tensor(of, INTEGERS.get(dtype, np.dtype("float32")), raw)
+    return Tensor(shape, dtype, raw)

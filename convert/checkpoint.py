@@ -1,38 +1,39 @@
-"""`Checkpoint`: what every format is read into and written from, and the changes that can be made on the way."""
+"""`Checkpoint`: what every format is read into and written from, and the changes on the way."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from convert.files import json_bytes
-from convert.tensor import DTYPES, Tensor
+from convert.files import FileContent, json_bytes, parse_json
+from convert.tensor import DTYPES, Index, Tensor
 from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig, with_resolution
 from paligemma_jax.model.precision import WeightFormat
 
-CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")  # these speak of dtype and resolution
-DTYPE_KEYS = ("dtype", "torch_dtype")
+# Files that mention dtype and resolution, and the values in them by key: old -> new.
+CONFIG_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
+Edits = Mapping[str, Callable[[object], object]]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint of any format. No tensor is in memory: they are read when written elsewhere, or put on devices.
+    """An open checkpoint of any format. No tensor is in memory: each is read when it is written
+    elsewhere or put on devices.
 
-    `config.numerics` is the profile that the source means. `dtype` in the config is that of the largest tensor that is not quantized.
+    `config.numerics` is the profile that the source implies, and `config.dtype` the dtype of the
+    largest tensor that is not quantized.
     """
 
     format: str  # "huggingface", "jax", "big_vision"
     config: PaliGemmaConfig
     tensors: dict[str, Tensor]  # by parameter path, in the order of the files
-    files: dict[str, Path | bytes] = field(default_factory=dict)  # what comes along: config.json, tokenizer, processor, generation
-    shards: dict[str, list[str]] = field(default_factory=dict)  # safetensors file -> its keys as spelled, in order: to write the same again
-    notes: tuple[str, ...] = ()  # what is odd about it
-    formats: dict[str, WeightFormat] = field(default_factory=dict)  # of what is quantized: "decoder/layers/0/mlp/down", whose parts are tensors then
+    files: dict[str, FileContent] = field(default_factory=dict)  # config.json, tokenizer, ...
+    shards: dict[str, list[str]] = field(default_factory=dict)  # safetensors file -> its keys
+    notes: tuple[str, ...] = ()  # whatever is unusual
+    # Of quantized matrices by path, as in "decoder/layers/0/mlp/down"; tensors are then its parts.
+    formats: dict[str, WeightFormat] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -40,82 +41,115 @@ class Checkpoint:
 
     @property
     def parts(self) -> set[str]:
-        """The paths of codes and scales: their dtypes are those of their formats."""
-        return {path for path in self.tensors if path.rpartition("/")[0] in self.formats and not path.endswith("/bias")}
+        """The paths of quantized codes and scales, whose dtypes are those of their formats."""
+        return {
+            path
+            for path in self.tensors
+            if path.rpartition("/")[0] in self.formats and not path.endswith("/bias")
+        }
+
+    @property
+    def largest_dtype(self) -> str:
+        """The dtype of the largest tensor that is not quantized."""
+        parts = self.parts
+        dense = [tensor for path, tensor in self.tensors.items() if path not in parts]
+        return max(dense, key=lambda tensor: tensor.nbytes).dtype.name
 
     def with_dtype(self, dtype: str | None) -> Checkpoint:
-        """Every tensor as `dtype`; bfloat16 and float16 are rounded to nearest even. None leaves all as they are."""
+        """Cast every tensor, rounding to nearest even. None keeps all dtypes."""
         if dtype is None:
             return self
         if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         parts = self.parts
-        tensors = {path: tensor if path in parts else tensor.cast(dtype) for path, tensor in self.tensors.items()}
-        files = self._edited({name: lambda _: dtype for name in DTYPE_KEYS})
-        return replace(self, config=replace(self.config, dtype=dtype), tensors=tensors, files=files)
+        tensors = {
+            path: tensor if path in parts else tensor.cast(dtype)
+            for path, tensor in self.tensors.items()
+        }
+        config = replace(self.config, dtype=dtype)
+        return replace(self, config=config, tensors=tensors).with_files(self.files)
 
-    def with_files(self, files: dict[str, Path | bytes]) -> Checkpoint:
-        """With the tokenizer, processor and config.json of another checkpoint; what that says of the dtype is set right."""
-        checkpoint = replace(self, files=files)
-        return replace(checkpoint, files=checkpoint._edited({name: lambda _: self.config.dtype for name in DTYPE_KEYS}))
+    def with_files(self, files: dict[str, FileContent]) -> Checkpoint:
+        """Take the tokenizer, processor and config.json of another checkpoint, with this dtype."""
+
+        def dtype(old: object) -> object:
+            return self.config.dtype
+
+        return replace(self, files=_edit(files, {"dtype": dtype, "torch_dtype": dtype}))
 
     def with_resolution(self, size: int | None) -> Checkpoint:
-        """For images of `size` pixels: position embeddings resampled (`resample`), everything else as it is."""
-        old = self.config.vision
-        if size is None or size == old.image_size:
+        """Resample the position embeddings (`resample`) for images of `size` pixels."""
+        vision = self.config.vision
+        if size is None or size == vision.image_size:
             return self
-        if size < 1 or size % old.patch_size:
-            raise ValueError(f"resolution {size} is not a multiple of the patch size {old.patch_size}")
+        if size < 1 or size % vision.patch_size:
+            multiple = f"a multiple of the patch size {vision.patch_size}"
+            raise ValueError(f"resolution must be {multiple}, got {size}")
         config = with_resolution(self.config, size)
-        position = self.tensors["vision/position"]
-        grid = lambda index: resample(position.read(), config.vision.num_patches)[index]
-        tensor = Tensor((config.vision.num_patches, old.hidden_size), position.dtype, grid)
-        tokens = lambda _: config.vision.num_patches
-        pixels = lambda value: {key: size for key in value} if isinstance(value, dict) and {"height", "width"} >= set(value) else value
-        edits = {"image_size": lambda _: size, "num_image_tokens": tokens, "image_seq_length": tokens, "size": pixels}
-        return replace(self, config=config, tensors=self.tensors | {"vision/position": tensor}, files=self._edited(edits))
+        position, patches = self.tensors["vision/position"], config.vision.num_patches
+
+        def raw(index: Index) -> np.ndarray:
+            return resample(position.numpy(), patches)[index]
+
+        def pixels(old: object) -> object:
+            is_square = isinstance(old, dict) and {"height", "width"} >= set(old)
+            return dict.fromkeys(old, size) if is_square else old
+
+        edits: Edits = {
+            "image_size": lambda old: size,
+            "num_image_tokens": lambda old: patches,
+            "image_seq_length": lambda old: patches,
+            "size": pixels,
+        }
+        resampled = Tensor((patches, vision.hidden_size), position.dtype, raw)
+        tensors = self.tensors | {"vision/position": resampled}
+        return replace(self, config=config, tensors=tensors, files=_edit(self.files, edits))
 
     def with_numerics(self, numerics: str | None) -> Checkpoint:
-        """To be computed with this profile (`paligemma_jax.model.config.NUMERICS`) wherever it is loaded without naming one."""
+        """Record the profile (`paligemma_jax.model.config.NUMERICS`) that loading selects."""
         if numerics is None:
             return self
         if numerics not in NUMERICS:
-            raise ValueError(f"unknown numerics {numerics!r}; there are {', '.join(NUMERICS)}")
+            raise ValueError(f"numerics must be one of {', '.join(NUMERICS)}, got {numerics!r}")
         return replace(self, config=replace(self.config, numerics=numerics))
 
-    def _edited(self, edits: dict[str, Callable[[Any], Any]]) -> dict[str, Path | bytes]:
-        """The files with every value of a key of `edits` replaced in those that speak of dtype and resolution; the others verbatim."""
 
-        def edit(value: Any) -> Any:
-            if isinstance(value, list):
-                return [edit(item) for item in value]
-            if not isinstance(value, dict):
-                return value
-            return {key: edits[key](item) if key in edits and item is not None else edit(item) for key, item in value.items()}
+def _edit(files: dict[str, FileContent], edits: Edits) -> dict[str, FileContent]:
+    """Replace the values of the keys of `edits` in CONFIG_FILES, at any depth; other files stay."""
 
-        files = dict(self.files)
-        for name in set(CONFIGS) & set(files):
-            content = json.loads(contents(files[name]))
-            if (edited := edit(content)) != content:
-                files[name] = json_bytes(edited)
-        return files
+    def edit(value: object) -> object:
+        if isinstance(value, list):
+            return [edit(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: edits[key](item) if key in edits and item is not None else edit(item)
+            for key, item in value.items()
+        }
 
-
-def contents(file: Path | bytes) -> bytes:
-    return file if isinstance(file, bytes) else file.read_bytes()
+    edited = dict(files)
+    for name in files.keys() & set(CONFIG_FILES):
+        old = parse_json(files[name])
+        new = edit(old)
+        if new != old:
+            edited[name] = json_bytes(new)
+    return edited
 
 
 def resample(table: np.ndarray, patches: int) -> np.ndarray:
-    """Position embeddings [P, W] for `patches` patches: the square grid resized linearly, corner on corner, and antialiased.
+    """Resize the square grid of position embeddings [P, W] linearly, with aligned corners and
+    antialiasing.
 
-    Enlarging, this is what big_vision does at load (`models/vit.py` resample_posemb: scipy.ndimage.zoom of order 1). Shrinking, where
-    zoom would only pick single points, each new point is the mean of the old ones under a triangle as wide as the step between new
-    points. Computed in float32, rounded to the dtype of `table`.
+    Enlarging is what big_vision does at load (`models/vit.py` resample_posemb: scipy.ndimage.zoom
+    of order 1). Shrinking, where zoom would pick single points, weights the old points by a
+    triangle as wide as the distance between new points. Computed in float32, then rounded to the
+    dtype of `table`.
     """
     old, new = round(table.shape[0] ** 0.5), round(patches**0.5)
-    at = np.linspace(0, old - 1, new) if new > 1 else np.array([(old - 1) / 2])
+    points = np.linspace(0, old - 1, new) if new > 1 else np.array([(old - 1) / 2])
     step = max(1.0, (old - 1) / max(1, new - 1))
-    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(old)) / step)
-    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    kernel = np.maximum(0, 1 - np.abs(points[:, None] - np.arange(old)) / step)
+    kernel = (kernel / kernel.sum(axis=1, keepdims=True)).astype(np.float32)
     grid = table.astype(np.float32).reshape(old, old, -1)
-    return np.einsum("ih,jw,hwW->ijW", weights, weights, grid, optimize=True).reshape(patches, -1).astype(table.dtype)
+    resized = np.einsum("ih,jw,hwW->ijW", kernel, kernel, grid, optimize=True)
+    return resized.reshape(patches, -1).astype(table.dtype)

@@ -1,50 +1,65 @@
-"""Directories and files: outputs that appear only when complete, JSON, and the files that come along with the weights."""
+"""Files: outputs that appear only when complete, JSON, and the files beside the weights."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]  # values of any JSON type: whoever reads one checks it
+FileContent = Path | bytes  # a file to copy, or its new content
+
 JSON_LIMIT = 2**24  # bytes; the header and index of a 28b model have 0.2 MB
-COMPANIONS = (".json", ".jsonl", ".model", ".txt", ".jinja", ".md")  # never .py: no code comes along
+COMPANIONS = (".json", ".jsonl", ".model", ".txt", ".jinja", ".md")  # never code
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError in one line if there is none."""
+def load_json(file: Path) -> JsonObject:
+    """Load the object in a JSON file.
+
+    Raises:
+        ValueError: If there is none; one line.
+    """
     try:
         if file.stat().st_size > JSON_LIMIT:
             raise ValueError(f"it has more than {JSON_LIMIT} bytes")
         value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{file.parent} has no {file.name}: it is not a Hugging Face checkpoint directory") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of 5,000 digits
+        missing = f"{file.parent} has no {file.name}"
+        raise ValueError(f"{missing}: it is not a Hugging Face checkpoint directory") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, ...
         raise ValueError(f"{file} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds no JSON object")
+        raise ValueError(f"{file} is not a JSON object")
     return value
 
 
-def json_bytes(value: Any, **how: Any) -> bytes:
-    return (json.dumps(value, indent=2, **how) + "\n").encode()
+def parse_json(content: FileContent) -> JsonObject:
+    """Parse JSON that was checked before."""
+    return json.loads(content if isinstance(content, bytes) else content.read_bytes())
 
 
-def write_json(file: Path, value: Any, **how: Any) -> None:
-    file.write_bytes(json_bytes(value, **how))
+def json_bytes(value: JsonObject, sort_keys: bool = False) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=sort_keys) + "\n").encode()
 
 
-def companions(directory: Path) -> dict[str, Path | bytes]:
-    """The files of a checkpoint directory beside its weights: config.json, tokenizer, processor, generation, licence, mask codec."""
-    found = {file.name: file for file in sorted(directory.iterdir()) if file.is_file() and not file.name.startswith(".")}
-    return {name: file for name, file in found.items() if file.suffix in COMPANIONS or name.startswith(("LICENSE", "NOTICE", "vae-"))}
+def companion_files(directory: Path) -> dict[str, FileContent]:
+    """The files beside the weights of a checkpoint: config.json, tokenizer, processor, generation
+    config, license, mask codec."""
+    return {
+        file.name: file
+        for file in sorted(directory.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and (file.suffix in COMPANIONS or file.name.startswith(("LICENSE", "NOTICE", "vae-")))
+    }
 
 
-def write_files(directory: Path, files: dict[str, Path | bytes]) -> None:
+def copy_files(directory: Path, files: Mapping[str, FileContent]) -> None:
     for name, content in files.items():
         if isinstance(content, bytes):
             (directory / name).write_bytes(content)
@@ -53,21 +68,31 @@ def write_files(directory: Path, files: dict[str, Path | bytes]) -> None:
 
 
 @contextmanager
-def output(destination: Path, force: bool, nbytes: int = 0) -> Iterator[Path]:
-    """A path to write a file or a directory to, which becomes `destination` when all went well; until then there is none.
+def atomic_output(destination: Path, force: bool, nbytes: int = 0) -> Iterator[Path]:
+    """Yield a path for a new file or directory, and move it to `destination` if all goes well.
 
-    What is unfinished lies in `.NAME.unfinished` beside it; an interrupted run may leave that behind, the next one clears it away.
-    ValueError if `destination` exists (with `force` it is replaced once the new one is complete), if another run is writing it, or
-    if the disk has less than `nbytes` free.
+    Unfinished output is in `.NAME.unfinished` beside the destination. An interrupted run may leave
+    it behind; the next run removes it.
+
+    Args:
+        destination: The final path.
+        force: Replace what is there, once the new output is complete.
+        nbytes: Required free disk space.
+
+    Raises:
+        ValueError: If `destination` exists, if another process is writing it, or if the disk is too
+            full.
     """
-    import fcntl  # a POSIX system is needed to write, not to load
+    import fcntl  # POSIX only, and needed only to write
 
     if destination.exists() and not force:
-        raise ValueError(f"{destination} exists; give another name, or --force to replace it")
+        raise ValueError(f"{destination} exists; choose another name, or replace it with --force")
     if not destination.parent.is_dir():
         raise ValueError(f"{destination.parent} is not a directory")
-    if nbytes > (free := shutil.disk_usage(destination.parent).free):
-        raise ValueError(f"{destination} needs {nbytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free on that disk")
+    free = shutil.disk_usage(destination.parent).free
+    if nbytes > free:
+        needed = f"{destination} needs {nbytes / 1e9:.1f} GB"
+        raise ValueError(f"{needed}, but only {free / 1e9:.1f} GB are free on that disk")
     work = destination.with_name(f".{destination.name}.unfinished")
     new, replaced = work / destination.name, work / ".replaced"
     work.mkdir(exist_ok=True)
@@ -76,10 +101,11 @@ def output(destination: Path, force: bool, nbytes: int = 0) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise ValueError(f"another conversion is writing {destination}") from None
+        raise ValueError(f"another process is writing {destination}") from None
     try:
         _recover(destination, replaced)
-        _clear(work)
+        for leftover in work.iterdir():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield new
         _sync([new, *new.rglob("*")])
         if destination.exists():
@@ -93,23 +119,19 @@ def output(destination: Path, force: bool, nbytes: int = 0) -> Iterator[Path]:
 
 
 def _recover(destination: Path, replaced: Path) -> None:
-    """Undoes a replacement that was interrupted between its two renames."""
+    """Undo a replacement that was interrupted between its two renames."""
     if replaced.exists() and not destination.exists():
         os.rename(replaced, destination)
 
 
-def _clear(work: Path) -> None:
-    for item in work.iterdir():
-        shutil.rmtree(item) if item.is_dir() else item.unlink()
-
-
 def _sync(paths: Iterable[Path]) -> None:
-    """To the disk, so that not even a power cut leaves a final name on half a checkpoint. Many at once, which the file system joins."""
+    """Flush files to the disk, so that not even a power failure leaves a partial checkpoint under
+    its final name. In parallel, which the file system combines."""
 
-    def one(path: Path) -> None:
+    def sync(path: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(one, paths))
+        list(pool.map(sync, paths))

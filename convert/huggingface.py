@@ -1,208 +1,248 @@
-"""Hugging Face directories, in and out: config.json, safetensors in every spelling of the names, and the files that come along."""
+"""Hugging Face directories: config.json, safetensors under the names of any release of
+transformers, and the files beside them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert import bitsandbytes
-from convert.checkpoint import Checkpoint, contents
-from convert.config import read_config, write_config
-from convert.files import companions, json_bytes, read_json, write_files, write_json
-from convert.match import Entry, match, pieces, shapes
-from convert.safetensors import NAMES, make_header, read_header
-from convert.table import HUGGINGFACE, HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
-from convert.tensor import Job, Progress, equal, from_array, write_tensors
+from convert.checkpoint import Checkpoint
+from convert.config import config_from_json, config_to_json, load_config
+from convert.files import (
+    FileContent,
+    companion_files,
+    copy_files,
+    json_bytes,
+    load_json,
+    parse_json,
+)
+from convert.match import TensorEntry, file_shapes, huggingface_weights, match
+from convert.safetensors import NAMES, load_header, make_header
+from convert.table import HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
+from convert.tensor import Job, Progress, Tensor, equal, from_array, no_progress, run_jobs
 from paligemma_jax.model.config import PaliGemmaConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-MAX_SHARD = 5 * 10**9  # bytes; what transformers 4 takes by default
-
-
-def load_config(directory: Path) -> PaliGemmaConfig:
-    """Read the config of a Hugging Face directory. ValueError if there is none, if it is another
-    model's, or if the weights are quantized by a method that cannot be read."""
-    file = directory / "config.json"
-    content = read_json(file)
-    config = _parse_config(file, content)
-    _check_method(directory, content)
-    return config
-
-
-def load_config_file(file: Path) -> PaliGemmaConfig:
-    """The config of a config.json, and of the generation_config.json beside it if there is one (for the ids that end an answer)."""
-    return _parse_config(file, read_json(file))
-
-
-def _parse_config(file: Path, config: dict[str, Any]) -> PaliGemmaConfig:
-    generation = file.with_name("generation_config.json")
-    try:
-        return read_config(config, read_json(generation) if generation.exists() else None)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{file} is malformed: {error!r}") from None
-    except ValueError as error:
-        raise ValueError(f"{file.parent}: {error}") from None
+MAX_SHARD = 5 * 10**9  # bytes; the default of transformers 4
 
 
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
-    """The checkpoint of a directory, with `config` in the place of its config.json's if given.
+    """Read the checkpoint of a directory.
 
-    All keys and shapes are checked against the table before a tensor is read; one ValueError tells all that is wrong.
+    Args:
+        directory: Contains config.json and safetensors files.
+        config: Used in place of config.json.
+
+    Raises:
+        ValueError: Lists everything that is wrong with the names, shapes and dtypes of the tensors,
+            before any tensor is read.
     """
-    config = config or load_config(directory)  # a given config was checked by whoever read it
-    headers = {file: read_header(file) for file in _files(directory)}
-    entries: dict[str, Entry] = {}
+    config = config or load_config(directory)
+    headers = {file: load_header(file) for file in _weight_files(directory)}
+    entries: dict[str, TensorEntry] = {}
     for file, header in headers.items():
         for key in header.keys() & entries.keys():
-            first = next(other.name for other, there in headers.items() if key in there)
-            raise ValueError(f"{directory}: {key} is in {first} and in {file.name}; download them again")
+            first = next(other.name for other, earlier in headers.items() if key in earlier)
+            both = f"{first} and {file.name}"
+            raise ValueError(f"{directory}: {key} is in both {both}; download them again")
         entries |= header
-    found, files = pieces(HUGGINGFACE[config.decoder.model_type], config), companions(directory)
+    files = companion_files(directory)
+    _check_method(directory, files)
     entries, packed = bitsandbytes.unpack(entries, directory)
-    tensors = match(entries, found, NAMES, directory, "config.json", canonical_name, HUGGINGFACE_IGNORED)
-    kept, notes = set(shapes(found)), []
-    if head := next((entry for key, entry in entries.items() if canonical_name(key) == HEAD), None):
-        if head.dtype in NAMES and equal(head.tensor(), tensors["decoder/embedder/table"]):
-            kept.add(HEAD)
-        else:
-            notes.append("its lm_head differs from the embedding table, to which it is tied: the table is taken for both")
-    if dropped := [key for key in entries if canonical_name(key) not in kept]:
-        notes.append(f"{len(dropped)} tensors that no PaliGemma uses are left out: {', '.join(dropped[:3])}{', ...' * (len(dropped) > 3)}")
-    shards = {file.name: [key for key in header if canonical_name(key) in kept] for file, header in headers.items()}
-    formats = bitsandbytes.put(tensors, found, {canonical_name(key): one for key, one in packed.items()}, config)
-    checkpoint = Checkpoint("huggingface", config, tensors, files, shards, tuple(notes), formats)
-    largest = max((tensor for path, tensor in tensors.items() if path not in checkpoint.parts), key=lambda tensor: tensor.nbytes)
-    return replace(checkpoint, config=replace(config, dtype=largest.dtype.name))
+    weights = huggingface_weights(config)
+    tensors = match(
+        entries,
+        weights,
+        dtypes=NAMES,
+        source=directory,
+        config_name="config.json",
+        canonical_name=canonical_name,
+        ignored=HUGGINGFACE_IGNORED,
+    )
+    kept, notes = _check_unused(entries, file_shapes(weights), tensors["decoder/embedder/table"])
+    shards = {
+        file.name: [key for key in header if canonical_name(key) in kept]
+        for file, header in headers.items()
+    }
+    packed = {canonical_name(key): matrix for key, matrix in packed.items()}
+    formats = bitsandbytes.insert(tensors, weights, packed, config)
+    checkpoint = Checkpoint("huggingface", config, tensors, files, shards, notes, formats)
+    return replace(checkpoint, config=replace(config, dtype=checkpoint.largest_dtype))
 
 
-def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n: None, max_shard: int | None = None) -> None:
-    """Writes a directory that transformers 4 and 5 load.
+def write(
+    directory: Path,
+    checkpoint: Checkpoint,
+    progress: Progress = no_progress,
+    max_shard: int | None = None,
+) -> None:
+    """Write a directory that transformers 4 and 5 load.
 
-    A checkpoint that came from Hugging Face gets the same files, names and index again, unless `max_shard` (bytes) cuts it anew;
-    config.json comes along verbatim if it still says what the config is, and is made from it otherwise.
+    A checkpoint that came from Hugging Face gets the same files, names and index again, unless
+    `max_shard` (bytes) splits it differently. Its config.json is copied if it still describes the
+    config; otherwise a new one is written.
     """
     directory.mkdir()
-    found = pieces(HUGGINGFACE[checkpoint.config.decoder.model_type], checkpoint.config)
-    named = {piece.key: (piece.path, piece.there(checkpoint.tensors[piece.path])) for piece in found}
-    named[HEAD] = named[TABLE]  # only written where the source had it
-    sizes = {key: tensor.nbytes for key, (_, tensor) in named.items()}
-    shards = checkpoint.shards if checkpoint.shards and not max_shard else _cut(checkpoint, sizes, max_shard or MAX_SHARD)
+    tensors = _file_tensors(checkpoint.config, checkpoint.tensors)
+    tensors[HEAD] = tensors[TABLE]  # only written if the source had it
+    sizes = {key: tensor.nbytes for key, (_, tensor) in tensors.items()}
+    shards = checkpoint.shards
+    if max_shard or not shards:
+        shards = _split(checkpoint, sizes, max_shard or MAX_SHARD)
     jobs = []
     for name, keys in shards.items():
-        parts = {key: named[canonical_name(key)] for key in keys}
-        head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
-        (directory / name).write_bytes(head)
-        jobs += [Job(path, tensor, directory / name, offsets[key]) for key, (path, tensor) in parts.items()]
-    write_tensors(jobs, progress)
-    write_files(directory, {name: file for name, file in checkpoint.files.items() if name not in (INDEX, "config.json")})
+        contents = {key: tensors[canonical_name(key)] for key in keys}
+        jobs += _start_file(directory / name, contents)
+    run_jobs(jobs, progress)
+    files = {n: file for n, file in checkpoint.files.items() if n not in (INDEX, "config.json")}
+    eos = list(checkpoint.config.eos_token_ids)
+    if "generation_config.json" not in files and len(eos) > 1:
+        files["generation_config.json"] = json_bytes({"eos_token_id": eos})
     if len(shards) > 1 or INDEX in checkpoint.files:
-        _write_index(directory, checkpoint, shards, sum(sizes[canonical_name(key)] for keys in shards.values() for key in keys))
-    if "generation_config.json" not in checkpoint.files and len(checkpoint.config.eos_token_ids) > 1:
-        write_json(directory / "generation_config.json", {"eos_token_id": list(checkpoint.config.eos_token_ids)})
-    write_files(directory, {"config.json": _config_json(checkpoint)})
+        files |= _index(checkpoint, shards, sizes)
+    copy_files(directory, files | {"config.json": _config_json(checkpoint)})
 
 
-def save(directory: Path, config: PaliGemmaConfig, parameters: Mapping[str, np.ndarray]) -> None:
-    """Writes model.safetensors and config.json from parameters by path, beside what else is in the directory; their dtype is the file's."""
+def save_parameters(
+    directory: Path, config: PaliGemmaConfig, parameters: Mapping[str, np.ndarray]
+) -> None:
+    """Save parameters by path as model.safetensors and config.json, in their own dtype."""
     tensors = {path: from_array(array) for path, array in parameters.items()}
-    found = pieces(HUGGINGFACE[config.decoder.model_type], config)
-    parts = {piece.key: (piece.path, piece.there(tensors[piece.path])) for piece in found}
-    head, offsets = make_header({key: (tensor.dtype, tensor.shape) for key, (_, tensor) in parts.items()})
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SINGLE).write_bytes(head)
-    write_tensors([Job(path, tensor, directory / SINGLE, offsets[key]) for key, (path, tensor) in parts.items()], lambda n: None)
-    write_json(directory / "config.json", write_config(config, next(iter(tensors.values())).dtype.name))
-
-
-def expected_shapes(config: PaliGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Name in the released spelling -> shape of every tensor of a checkpoint."""
-    return shapes(pieces(HUGGINGFACE[config.decoder.model_type], config))
-
-
-def check_method(directory: Path) -> None:
-    """ValueError if the config.json of a directory, if any, names an unknown quantization method."""
-    file = directory / "config.json"
-    if file.exists():
-        _check_method(directory, read_json(file))
-
-
-def _check_method(directory: Path, config: Mapping[str, Any]) -> None:
-    about = config.get("quantization_config")
-    if about and (method := about.get("quant_method") if isinstance(about, dict) else about) != "bitsandbytes":
-        raise ValueError(
-            f"{directory} is quantized by {method!r}; what bitsandbytes quantized, to nf4 or int8, can be read, and any that is not quantized"
-        )
+    run_jobs(_start_file(directory / SINGLE, _file_tensors(config, tensors)), no_progress)
+    dtype = next(iter(tensors.values())).dtype.name
+    (directory / "config.json").write_bytes(json_bytes(config_to_json(config, dtype)))
 
 
 def canonical_name(key: str) -> str:
-    """The released spelling of a key of any transformers release."""
+    """The released name of a tensor, from its name in any release of transformers."""
     for pattern, replacement in HUGGINGFACE_SPELLINGS:
         key = re.sub(pattern, replacement, key)
     return key
 
 
-def _files(directory: Path) -> list[Path]:
+def _weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).exists():
             raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
         return [directory / SINGLE]
-    shards = read_json(index).get("weight_map")
+    shards = load_json(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
     names = sorted({str(name) for name in shards.values()})
-    if strange := [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]:  # "../x.safetensors" must not be opened
-        raise ValueError(f"{index} names {', '.join(map(repr, strange))}, not a .safetensors file of its own directory")
-    if missing := [name for name in names if not (directory / name).exists()]:
-        raise ValueError(f"{directory}: {', '.join(missing)}, named in {INDEX}, is missing; download it again")
+    outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    if outside:  # "../x.safetensors" must not be opened
+        listed = ", ".join(map(repr, outside))
+        raise ValueError(f"{index} must name .safetensors files of its own directory, got {listed}")
+    missing = [name for name in names if not (directory / name).exists()]
+    if missing:
+        listed = f"{', '.join(missing)} (listed in {INDEX})"
+        raise ValueError(f"{directory}: {listed} is missing; download it again")
     return [directory / name for name in names]
 
 
-def _cut(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """file -> keys, each file at most `limit` bytes unless a single tensor has more; in the source's order and spelling if it had one."""
-    keys = [key for shard in checkpoint.shards.values() for key in shard] or sorted((key for key in sizes if key != HEAD), key=_natural)
+def _check_method(directory: Path, files: Mapping[str, FileContent]) -> None:
+    config = parse_json(files.get("config.json", b"{}"))
+    quantization = config.get("quantization_config")
+    is_object = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_object else quantization
+    if quantization and method != "bitsandbytes":
+        supported = "only bitsandbytes checkpoints (nf4 and int8) and unquantized ones can be read"
+        raise ValueError(f"{directory} is quantized by {method!r}; {supported}")
+
+
+def _check_unused(
+    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], table: Tensor
+) -> tuple[set[str], tuple[str, ...]]:
+    """The released names of the tensors that are used, and notes about the others."""
+    used, notes = set(shapes), []
+    head = next((entry for key, entry in entries.items() if canonical_name(key) == HEAD), None)
+    if head and head.dtype in NAMES and equal(head.open(), table):
+        used.add(HEAD)
+    elif head:
+        notes.append("lm_head differs from the embedding table to which it is tied; it is ignored")
+    unused = [key for key in entries if canonical_name(key) not in used]
+    if unused:
+        listed = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        notes.append(f"{len(unused)} tensors that PaliGemma does not use are ignored: {listed}")
+    return used, tuple(notes)
+
+
+def _file_tensors(
+    config: PaliGemmaConfig, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[str, Tensor]]:
+    """Parameter path and tensor by released name, in the file's layout."""
+    return {
+        weight.key: (weight.path, weight.to_file(tensors[weight.path]))
+        for weight in huggingface_weights(config)
+    }
+
+
+def _start_file(file: Path, contents: Mapping[str, tuple[str, Tensor]]) -> list[Job]:
+    """Write the header of a safetensors file; returns the jobs that write its tensors."""
+    kinds = {key: (tensor.dtype, tensor.shape) for key, (_, tensor) in contents.items()}
+    header, offsets = make_header(kinds)
+    file.write_bytes(header)
+    return [Job(path, tensor, file, offsets[key]) for key, (path, tensor) in contents.items()]
+
+
+def _split(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Split the tensors into files of at most `limit` bytes each, unless a single tensor has more.
+    Order and names are those of the source, if it had any."""
+    keys = [key for shard in checkpoint.shards.values() for key in shard]
+    keys = keys or sorted(sizes.keys() - {HEAD}, key=_natural_order)
     shards: list[list[str]] = [[]]
+    used = 0
     for key in keys:
-        if shards[-1] and sum(sizes[canonical_name(other)] for other in shards[-1]) + sizes[canonical_name(key)] > limit:
+        size = sizes[canonical_name(key)]
+        if shards[-1] and used + size > limit:
             shards.append([])
+            used = 0
         shards[-1].append(key)
+        used += size
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    count = f"{len(shards):05}"
+    return {f"model-{i:05}-of-{count}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _natural(key: str) -> list:
-    """Layer 2 before layer 10."""
+def _natural_order(key: str) -> list[int | str]:
+    """Sort layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 
-def _write_index(directory: Path, checkpoint: Checkpoint, shards: Mapping[str, list[str]], nbytes: int) -> None:
-    old = json.loads(contents(checkpoint.files[INDEX])) if INDEX in checkpoint.files else {}
-    metadata = (old.get("metadata") or {}) | {"total_size": nbytes}
-    new = {"metadata": metadata, "weight_map": {key: name for name, keys in shards.items() for key in keys}}
+def _index(
+    checkpoint: Checkpoint, shards: Mapping[str, list[str]], sizes: Mapping[str, int]
+) -> dict[str, FileContent]:
+    """The index of the shards: the source's own if it is still right. Empty for a single file."""
+    old = parse_json(checkpoint.files.get(INDEX, b"{}"))
+    size = sum(sizes[canonical_name(key)] for keys in shards.values() for key in keys)
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    new = {"metadata": (old.get("metadata") or {}) | {"total_size": size}, "weight_map": weight_map}
     if new == old:
-        write_files(directory, {INDEX: checkpoint.files[INDEX]})
-    elif len(shards) > 1:
-        write_json(directory / INDEX, new, sort_keys=True)
+        return {INDEX: checkpoint.files[INDEX]}
+    return {INDEX: json_bytes(new, sort_keys=True)} if len(shards) > 1 else {}
 
 
-def _config_json(checkpoint: Checkpoint) -> Path | bytes:
-    """The config.json that came along, if it says what the config is (but for the numerics, which are added), or else a new one."""
+def _config_json(checkpoint: Checkpoint) -> FileContent:
+    """The source's config.json, with the numerics added, if it is still right; or a new one."""
     config, files = checkpoint.config, checkpoint.files
     try:
-        old, generation = (json.loads(contents(files.get(name, b"null"))) for name in ("config.json", "generation_config.json"))
-        new = {key: value for key, value in old.items() if key != "numerics"}
-        new.pop("quantization_config", None)  # what it says is quantized is whole here
-        new |= {} if config.numerics == "transformers" else {"numerics": config.numerics}
-        if replace(read_config(new, generation), dtype=config.dtype) == config:
+        old = parse_json(files["config.json"])
+        generation = parse_json(files.get("generation_config.json", b"null"))
+        unrelated = ("numerics", "quantization_config")  # tensors are written unquantized
+        new = {key: value for key, value in old.items() if key not in unrelated}
+        if config.numerics != "transformers":
+            new["numerics"] = config.numerics
+        if replace(config_from_json(new, generation), dtype=config.dtype) == config:
             return files["config.json"] if new == old else json_bytes(new)
     except (KeyError, ValueError, TypeError, AttributeError):
         pass
-    return json_bytes(write_config(config, config.dtype))
+    return json_bytes(config_to_json(config, config.dtype))

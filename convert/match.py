@@ -1,4 +1,4 @@
-"""Matches the tensors of a file with the rows of a table (`convert.table`): which fills which parameter, and all that is wrong, told at once."""
+"""Match the tensors of a file with the parameters of a model; report all mismatches at once."""
 
 from __future__ import annotations
 
@@ -7,117 +7,151 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from convert.layout import axis_sizes, layout_shape
-from convert.table import WeightRow
-from convert.tensor import Tensor, part, relayout
+from convert.table import HUGGINGFACE, WeightRow
+from convert.tensor import Tensor, relayout, select
 from paligemma_jax.model.config import PaliGemmaConfig
 
 
-class Entry(NamedTuple):
-    """A tensor as its file describes it, its dtype as the file spells it."""
+class TensorEntry(NamedTuple):
+    """A tensor as its file describes it."""
 
-    dtype: str
+    dtype: str  # as the file spells it
     shape: tuple[int, ...]
-    tensor: Callable[[], Tensor]
+    open: Callable[[], Tensor]
 
 
-class Piece(NamedTuple):
-    """One parameter and its place in a file: `key`, or the part of `key` at `position`."""
+class Weight(NamedTuple):
+    """One parameter of a model, and where a file has it: in the tensor `key`, or a slice of it."""
 
     key: str
     position: tuple[int, ...]
-    layout: str
+    file_layout: str
     path: str
-    target: str
-    sizes: dict[str, int]
+    model_layout: str
+    sizes: dict[str, int]  # of the axis letters
 
-    def here(self, tensor: Tensor) -> Tensor:
-        """The parameter, of the tensor in the file."""
-        return relayout(part(tensor, self.position) if self.position else tensor, self.layout, self.target, self.sizes)
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return layout_shape(self.file_layout, self.sizes)
 
-    def there(self, tensor: Tensor) -> Tensor:
-        """What the file holds of the parameter."""
-        return relayout(tensor, self.target, self.layout, self.sizes)
+    @property
+    def model_shape(self) -> tuple[int, ...]:
+        return layout_shape(self.model_layout, self.sizes)
 
+    def from_file(self, tensor: Tensor) -> Tensor:
+        """The parameter, from the tensor of the file."""
+        sliced = select(tensor, self.position)
+        return relayout(sliced, self.file_layout, self.model_layout, self.sizes)
 
-def pieces(table: Iterable[WeightRow], config: PaliGemmaConfig) -> list[Piece]:
-    """The rows of a table for a model of this config, layer by layer: "kv_einsum/w[*,0]" has key "kv_einsum/w", position (layer, 0)."""
-    found = []
-    for name, layout, path, target in table:
-        key, _, position = name.rstrip("]").partition("[")
-        depth = config.vision.num_hidden_layers if path.startswith("vision") else config.decoder.num_hidden_layers
-        for layer in range(depth if "*" in path else 1):
-            of_layer, place = lambda text, layer=layer: text.replace("*", str(layer)), position.replace("*", str(layer))
-            index = tuple(int(i) for i in place.split(",") if i)
-            found.append(Piece(of_layer(key), index, layout, of_layer(path), target, axis_sizes(config, path)))
-    return found
+    def to_file(self, tensor: Tensor) -> Tensor:
+        """The tensor of the file (or its slice), from the parameter."""
+        return relayout(tensor, self.model_layout, self.file_layout, self.sizes)
 
 
-def shapes(found: Iterable[Piece]) -> dict[str, tuple[int, ...]]:
-    """key -> the shape of the whole tensor in the file."""
-    result: dict[str, tuple[int, ...]] = {}
-    for piece in found:
-        whole = (*(i + 1 for i in piece.position), *layout_shape(piece.layout, piece.sizes))
-        result[piece.key] = tuple(map(max, whole, result.get(piece.key, whole)))
+def weights(rows: Iterable[WeightRow], config: PaliGemmaConfig) -> list[Weight]:
+    """The rows of a table for every layer of a model: "kv_einsum/w[*,0]" has the key "kv_einsum/w"
+    and the position (layer, 0)."""
+    result = []
+    for row in rows:
+        key, _, position = row.key.rstrip("]").partition("[")
+        tower = config.vision if row.path.startswith("vision") else config.decoder
+        sizes = axis_sizes(config, row.path)
+        for layer in map(str, range(tower.num_hidden_layers if "*" in row.path else 1)):
+            index = tuple(int(i) for i in position.replace("*", layer).split(",") if i)
+            path = row.path.replace("*", layer)
+            layouts = (row.file_layout, path, row.model_layout)
+            result.append(Weight(key.replace("*", layer), index, *layouts, sizes))
     return result
 
 
+def huggingface_weights(config: PaliGemmaConfig) -> list[Weight]:
+    """Every parameter, under its name in the released Hugging Face checkpoints."""
+    return weights(HUGGINGFACE[config.decoder.model_type], config)
+
+
+def file_shapes(weights: Iterable[Weight]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file, by key."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight in weights:
+        shape = (*(i + 1 for i in weight.position), *weight.file_shape)
+        shapes[weight.key] = tuple(map(max, shape, shapes.get(weight.key, shape)))
+    return shapes
+
+
 def match(
-    entries: Mapping[str, Entry],
-    found: list[Piece],
+    entries: Mapping[str, TensorEntry],
+    weights: list[Weight],
+    *,
     dtypes: Iterable[str],
-    where: object,
-    described: str,
-    name: Callable[[str], str] = str,
+    source: object,
+    config_name: str,
+    canonical_name: Callable[[str], str] = str,
     ignored: Iterable[str] = (),
 ) -> dict[str, Tensor]:
-    """parameter path -> Tensor, in the order of `entries`.
+    """Return every parameter by path, in the order of `entries`.
 
-    dtypes: those that can be read.  where, described: the file and what its config was read from, for the error.
-    name: a key in the spelling of the table.  ignored: patterns of keys that fill nothing.
-    ValueError listing every missing, unknown, doubled and mis-shaped tensor.
+    Args:
+        entries: The tensors of a file by key.
+        weights: Those that the model needs.
+        dtypes: The supported dtypes, as the file spells them.
+        source, config_name: The file and the origin of its config, for the error.
+        canonical_name: Maps a key to the spelling of `weights`.
+        ignored: Regular expressions of keys without a parameter.
+
+    Raises:
+        ValueError: Lists missing, unknown and duplicate tensors, and wrong shapes and dtypes.
     """
-    expected, by_name, wrong = shapes(found), {}, []
+    shapes, keys, errors = file_shapes(weights), {}, []
     for key, entry in entries.items():
-        known = name(key)
-        if known not in expected:
-            if not any(re.fullmatch(pattern, known) for pattern in ignored):
-                wrong.append(f"unknown key {key}")
+        name = canonical_name(key)
+        if name not in shapes:
+            if not any(re.fullmatch(pattern, name) for pattern in ignored):
+                errors.append(f"unknown key {key}")
             continue
-        if entry.shape != expected[known]:
-            wrong.append(f"{key} has shape {list(entry.shape)}, {described} asks for {list(expected[known])}")
+        if entry.shape != shapes[name]:
+            expected = f"{config_name} requires {list(shapes[name])}"
+            errors.append(f"{key} has shape {list(entry.shape)}, but {expected}")
         if entry.dtype not in dtypes:
-            wrong.append(f"{key} has dtype {entry.dtype}; known are {', '.join(dtypes)}")
-        if known in by_name:
-            wrong.append(f"{key} and {by_name[known][0]} are the same tensor")
-        by_name[known] = (key, entry)
-    wrong += [f"missing {key}" for key in expected if key not in by_name]
-    if wrong:
-        first = f"{where} does not hold the weights that {described} describes{foreign(by_name, expected)} ({len(wrong)} faults):"
-        raise ValueError("\n  ".join([first, *_grouped(wrong)]))
-    whole = {key: entry.tensor() for key, (_, entry) in by_name.items()}
-    order = {key: i for i, key in enumerate(by_name)}
-    return {piece.path: piece.here(whole[piece.key]) for piece in sorted(found, key=lambda piece: order[piece.key])}
+            errors.append(f"{key} has dtype {entry.dtype}, must be one of {', '.join(dtypes)}")
+        if name in keys:
+            errors.append(f"{key} and {keys[name]} are the same tensor")
+        keys[name] = key
+    errors += [f"missing {name}" for name in shapes if name not in keys]
+    if errors:
+        hint = describe_other_model(keys, shapes)
+        first = f"{source} does not contain the weights that {config_name} describes{hint}"
+        lines = [f"{first} (errors: {len(errors)}):", *_group_layers(errors)]
+        raise ValueError("\n  ".join(lines))
+    tensors = {name: entries[key].open() for name, key in keys.items()}
+    order = {name: i for i, name in enumerate(keys)}
+    ordered = sorted(weights, key=lambda weight: order[weight.key])
+    return {weight.path: weight.from_file(tensors[weight.key]) for weight in ordered}
 
 
-def _grouped(faults: Iterable[str]) -> list[str]:
-    """The same fault in every layer is one line."""
-    alike: dict[str, list[str]] = {}
-    for fault in faults:
-        alike.setdefault(re.sub(r"\d+", "*", fault), []).append(fault)
-    return [first + f" (and {len(rest)} more like this)" * bool(rest) for first, *rest in alike.values()]
+def _group_layers(errors: Iterable[str]) -> list[str]:
+    """The errors, with one line for those that differ in numbers only."""
+    groups: dict[str, list[str]] = {}
+    for error in errors:
+        groups.setdefault(re.sub(r"\d+", "*", error), []).append(error)
+    return [
+        f"{first} (and {len(rest)} more like this)" if rest else first
+        for first, *rest in groups.values()
+    ]
 
 
-def alike(paths: Iterable[str]) -> list[str]:
-    """The paths, each once, with a * for the layer."""
+def collapse_layers(paths: Iterable[str]) -> list[str]:
+    """The distinct paths, with * for the number of the layer."""
     return list(dict.fromkeys(re.sub(r"/layers/\d+/", "/layers/*/", path) for path in paths))
 
 
-def foreign(found: Iterable[str], expected: Iterable[str]) -> str:
-    """What a checkpoint with the keys `found` seems to be instead, if it has nothing of one tower."""
-    vision = {key for key in expected if key.startswith(("vision_tower", "img/", "vision/"))}
-    seen = set(found)
-    if not seen & set(expected):
-        return ": none of its tensors is a PaliGemma's"
-    if not seen & vision:
+def describe_other_model(keys: Iterable[str], expected: Iterable[str]) -> str:
+    """Guess what a checkpoint with these keys is, for an error, if it lacks a tower."""
+    prefixes = ("vision_tower", "img/", "vision/")
+    vision, present = {key for key in expected if key.startswith(prefixes)}, set(keys)
+    if not present & set(expected):
+        return ": it has no tensor of a PaliGemma"
+    if not present & vision:
         return ": it has no image encoder, so it is a text-only model (a Gemma?)"
-    return "" if seen & (set(expected) - vision) else ": it has no decoder, so it is an image encoder alone (a SigLIP?)"
+    if not present & (set(expected) - vision):
+        return ": it has no decoder, so it is only an image encoder (a SigLIP?)"
+    return ""

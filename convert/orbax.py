@@ -1,155 +1,195 @@
-"""This project's own checkpoints, in and out: weights that Orbax restores, config and numerics in paligemma.json, other files beside.
+"""This project's own checkpoints: weights that Orbax restores, and the rest in JSON.
 
-    DIR/paligemma.json     {"version", "config" (as in config.json), "generation", "shards" (of a Hugging Face source),
-                            "quantized": {"decoder/layers/0/mlp/down": "nf4-64", ...}}
-    DIR/params/            what `orbax.checkpoint.StandardCheckpointer` saves and restores: a tree of arrays; of a quantized matrix
-                           codes and scales (`paligemma_jax/model/codes.py`) in the place of the kernel
-    DIR/huggingface/       config.json, tokenizer, processor, ... as they came along
+    DIR/paligemma.json   version, config (as in config.json), generation, shards (of a Hugging Face
+                         source), quantized: {"decoder/layers/0/mlp/down": "nf4-64", ...}
+    DIR/params/          a tree of arrays, as `orbax.checkpoint.StandardCheckpointer` saves it;
+                         quantized matrices as codes and scales (`paligemma_jax/model/codes.py`)
+    DIR/huggingface/     config.json, tokenizer, processor, ... of the source
 
-`write` streams: it puts every array, uncompressed and whole, into a zarr directory of its own, as Orbax does with `use_ocdbt=False`.
-(Orbax itself wants all arrays in memory, and compresses bfloat16 noise for nothing.) `read` also reads what Orbax wrote.
+`write` streams each array, uncompressed, into a zarr directory of its own, as Orbax does with
+`use_ocdbt=False`. (Orbax itself needs all arrays in memory, and spends time on compressing noise.)
+`read` also reads what Orbax wrote.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.config import read_config, write_config
-from convert.files import companions, read_json, write_files, write_json
-from convert.match import Entry, Piece, match, pieces
-from convert.quantized import in_parts
+from convert.config import config_from_json, config_to_json
+from convert.files import JsonObject, companion_files, copy_files, json_bytes, load_json
+from convert.match import TensorEntry, Weight, match, weights
+from convert.quantized import PART_DTYPES, quantized_weights
 from convert.table import JAX
-from convert.tensor import DTYPES, INTEGERS, Job, Progress, Tensor, stored, write_tensors
+from convert.tensor import DTYPES, Index, Job, Progress, Tensor, map_file, no_progress, run_jobs
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 
 CONFIG, PARAMS, FILES = "paligemma.json", "params", "huggingface"
 VERSION = 1
-FILLED = "store_array_data_equal_to_fill_value"  # is a chunk that is not there a fault, or all zeros?
-STORED = DTYPES | INTEGERS
-DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"} | {name: name for name in STORED}  # zarr's, and tensorstore's
+FILL = "store_array_data_equal_to_fill_value"  # if not set, a missing chunk is all zeros
+# By the names of zarr and of tensorstore.
+DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"}
+DTYPE_NAMES |= {name: name for name in PART_DTYPES}
 
 
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
-    """The checkpoint of a directory that `write` or `describe` made. ValueError telling all that is wrong with it."""
-    described = read_json(directory / CONFIG)
-    if described.get("version") != VERSION:
-        raise ValueError(f"{directory / CONFIG} is of version {described.get('version')!r}; this release reads version {VERSION}")
-    config = config or _config(directory / CONFIG, described)
-    params, tree = directory / PARAMS, read_json(directory / PARAMS / "_METADATA")
+    """Read the checkpoint of a directory that `write` or `describe` made.
+
+    Raises:
+        ValueError: Lists everything that is wrong.
+    """
+    file, params = directory / CONFIG, directory / PARAMS
+    description = load_json(file)
+    version = description.get("version")
+    if version != VERSION:
+        raise ValueError(f"{file} has version {version!r}; this release reads version {VERSION}")
+    config = config or _parse_config(file, description)
+    tree = load_json(params / "_METADATA")
     try:
-        keys = ["/".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values()]
+        leaves = tree["tree_metadata"].values()
+        keys = ["/".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in leaves]
         entries = {key: _entry(params, key, tree) for key in keys}
-        shards = {str(name): [str(key) for key in keys] for name, keys in described.get("shards", {}).items()}
+        shards = {str(k): list(map(str, v)) for k, v in description.get("shards", {}).items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{params} is not an Orbax checkpoint, or a damaged one ({error!r})") from None
-    found, formats, dtypes = _parts(directory / CONFIG, described.get("quantized", {}), config)
-    tensors = match(entries, found, DTYPE_NAMES, params, CONFIG)
+        raise ValueError(f"{params} is damaged or not an Orbax checkpoint ({error!r})") from None
+    weights, formats, dtypes = _parse_formats(file, description.get("quantized", {}), config)
+    tensors = match(entries, weights, dtypes=DTYPE_NAMES, source=params, config_name=CONFIG)
     for path, tensor in tensors.items():
-        if tensor.dtype.name not in ([dtypes[path]] if path in dtypes else DTYPES):
-            raise ValueError(f"{params}: {path} has dtype {tensor.dtype}, {CONFIG} asks for {dtypes.get(path, 'one of ' + ', '.join(DTYPES))}")
-    largest = max((tensor for path, tensor in tensors.items() if path not in dtypes), key=lambda tensor: tensor.nbytes)
-    files = companions(directory / FILES) if (directory / FILES).is_dir() else {}
-    return Checkpoint("jax", replace(config, dtype=largest.dtype.name), tensors, files, shards, formats=formats)
+        allowed = [dtypes[path]] if path in dtypes else list(DTYPES.values())
+        if tensor.dtype not in allowed:
+            required = f"{CONFIG} requires {' or '.join(dtype.name for dtype in allowed)}"
+            raise ValueError(f"{params}: {path} has dtype {tensor.dtype}, but {required}")
+    files = companion_files(directory / FILES) if (directory / FILES).is_dir() else {}
+    checkpoint = Checkpoint("jax", config, tensors, files, shards, formats=formats)
+    return replace(checkpoint, config=replace(config, dtype=checkpoint.largest_dtype))
 
 
-def _parts(file: Path, named: Any, config: PaliGemmaConfig) -> tuple[list[Piece], dict[str, WeightFormat], dict[str, str]]:
-    """The pieces to look for, the formats that paligemma.json names, and the dtypes of their parts."""
-    found = pieces(JAX[config.decoder.model_type], config)
-    if not named:
-        return found, {}, {}
-    try:
-        formats = {str(where): WeightFormat.parse(str(name)) for where, name in named.items()}
-        found, dtypes = in_parts(found, formats, config)
-        return found, formats, dtypes
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} has no sound list of what is quantized: {error}") from None
-
-
-def write(directory: Path, checkpoint: Checkpoint, progress: Progress = lambda n: None) -> None:
-    """Writes paligemma.json, params/ and huggingface/; paligemma.json, without which it is no checkpoint, comes last."""
-    directory.mkdir()
-    params, jobs = directory / PARAMS, []
-    params.mkdir()
+def write(directory: Path, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
+    """Write params/, huggingface/ and, last, paligemma.json, which makes it a checkpoint."""
+    params, jobs, tree = directory / PARAMS, [], {}
+    params.mkdir(parents=True)
+    value = {"value_type": "jax.Array", "skip_deserialize": False}
     for path, tensor in checkpoint.tensors.items():
-        array = params / path.replace("/", ".")
+        keys, array = path.split("/"), params / path.replace("/", ".")
         array.mkdir()
-        (array / ".zarray").write_text(json.dumps(_zarray(tensor.shape, _zarr_dtype(tensor.dtype), "F" if tensor.columns else "C")))
-        jobs.append(Job(path, tensor, array / _chunk(tensor.shape), 0, tensor.columns))
-    write_tensors(jobs, progress)
-    step = lambda key: {"key": key, "key_type": 2}
-    leaf = {"value_type": "jax.Array", "skip_deserialize": False}
-    tree = {str(tuple(path.split("/"))): {"key_metadata": [step(k) for k in path.split("/")], "value_metadata": leaf} for path in checkpoint.tensors}
-    (params / "_METADATA").write_text(json.dumps({"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, FILLED: True}))
+        is_bfloat16 = tensor.dtype == DTYPES["bfloat16"]
+        dtype = "bfloat16" if is_bfloat16 else tensor.dtype.str
+        order = "F" if tensor.column_major else "C"
+        (array / ".zarray").write_text(json.dumps(_zarray(tensor.shape, dtype, order)))
+        jobs.append(Job(path, tensor, array / _chunk(tensor.shape), 0, tensor.column_major))
+        steps = [{"key": key, "key_type": 2} for key in keys]
+        tree[str(tuple(keys))] = {"key_metadata": steps, "value_metadata": value}
+    run_jobs(jobs, progress)
+    metadata = {"tree_metadata": tree, "use_ocdbt": False, "use_zarr3": False, FILL: True}
+    (params / "_METADATA").write_text(json.dumps(metadata))
     describe(directory, checkpoint)
 
 
 def describe(directory: Path, checkpoint: Checkpoint) -> None:
-    """Writes all but params/: for those who save that themselves, `StandardCheckpointer().save(directory / "params", tree)`."""
+    """Write everything but params/, for callers that save it with
+    `StandardCheckpointer().save(directory / "params", tree)`."""
     (directory / FILES).mkdir(exist_ok=True)
-    write_files(directory / FILES, checkpoint.files)
-    config, generation = write_config(checkpoint.config, checkpoint.config.dtype), {"eos_token_id": list(checkpoint.config.eos_token_ids)}
-    described = {"version": VERSION, "config": config, "generation": generation, "shards": checkpoint.shards}
-    described |= {"quantized": {where: str(format) for where, format in checkpoint.formats.items()}} if checkpoint.formats else {}
-    write_json(directory / CONFIG, described)
+    copy_files(directory / FILES, checkpoint.files)
+    description = {
+        "version": VERSION,
+        "config": config_to_json(checkpoint.config, checkpoint.config.dtype),
+        "generation": {"eos_token_id": list(checkpoint.config.eos_token_ids)},
+        "shards": checkpoint.shards,
+    }
+    if checkpoint.formats:
+        description["quantized"] = {path: str(f) for path, f in checkpoint.formats.items()}
+    (directory / CONFIG).write_bytes(json_bytes(description))
 
 
-def _config(file: Path, described: dict[str, Any]) -> PaliGemmaConfig:
+def _parse_config(file: Path, description: JsonObject) -> PaliGemmaConfig:
     try:
-        return read_config(described["config"], described["generation"])
+        return config_from_json(description["config"], description["generation"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} has no sound config: {error}") from None
+        raise ValueError(f"{file} has an invalid config: {error}") from None
 
 
-def _entry(params: Path, key: str, tree: dict[str, Any]) -> Entry:
+def _parse_formats(
+    file: Path, names: JsonObject, config: PaliGemmaConfig
+) -> tuple[list[Weight], dict[str, WeightFormat], dict[str, np.dtype]]:
+    """The weights of the checkpoint, the formats of its quantized matrices, and the dtypes of their
+    parts."""
+    dense = weights(JAX[config.decoder.model_type], config)
+    if not names:
+        return dense, {}, {}
+    try:
+        formats = {str(path): WeightFormat.parse(str(name)) for path, name in names.items()}
+        parts, dtypes = quantized_weights(dense, formats, config)
+        return parts, formats, dtypes
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} has an invalid list of quantized matrices: {error}") from None
+
+
+def _entry(params: Path, key: str, tree: JsonObject) -> TensorEntry:
     array = params / key.replace("/", ".")
     if not tree["use_ocdbt"] and not tree.get("use_zarr3"):
-        zarr = read_json(array / ".zarray")
-        dtype, shape = zarr["dtype"], tuple(zarr["shape"])
-        if zarr == _zarray(shape, dtype, zarr["order"]) and dtype in DTYPE_NAMES and zarr["order"] in ("C", "F"):
-            return Entry(dtype, shape, lambda: _whole(array / _chunk(shape), STORED[DTYPE_NAMES[dtype]], shape, zarr["order"]))
-    store = _open(params, key, tree)
-    dtype = store.dtype.name
-    raw = lambda index: np.asarray(store[index].read().result() if index else store.read().result())
-    return Entry(dtype, tuple(store.shape), lambda: Tensor(tuple(store.shape), STORED[dtype], raw))
+        zarr = load_json(array / ".zarray")
+        dtype, shape, order = zarr["dtype"], tuple(zarr["shape"]), zarr["order"]
+        is_one_file = zarr == _zarray(shape, dtype, order) and order in ("C", "F")
+        if is_one_file and dtype in DTYPE_NAMES:
+            file = array / _chunk(shape)
+            return TensorEntry(dtype, shape, partial(_map_chunk, file, dtype, shape, order))
+    store = _open_store(params, key, tree)
+    dtype, shape = store.dtype.name, tuple(store.shape)
+
+    def raw(index: Index) -> np.ndarray:
+        return np.asarray((store[index] if index else store).read().result())
+
+    return TensorEntry(dtype, shape, lambda: Tensor(shape, PART_DTYPES[dtype], raw))
 
 
-def _whole(file: Path, dtype: np.dtype, shape: tuple[int, ...], order: str) -> Tensor:
-    tensor = stored(file, 0, dtype, shape, order)
+def _map_chunk(file: Path, dtype: str, shape: tuple[int, ...], order: str) -> Tensor:
+    tensor = map_file(file, 0, PART_DTYPES[DTYPE_NAMES[dtype]], shape, order)
     size = file.stat().st_size if file.is_file() else 0
     if size != tensor.nbytes:
-        raise ValueError(f"{file} has {size} bytes, {tensor.nbytes} make its shape {list(shape)}; it is truncated or of another checkpoint")
+        expected = f"shape {list(shape)} needs {tensor.nbytes}"
+        raise ValueError(f"{file} has {size} bytes, but {expected}; it is truncated or misplaced")
     return tensor
 
 
-def _open(params: Path, key: str, tree: dict[str, Any]) -> Any:
-    """What Orbax wrote in its other forms (one database for all, compressed, in chunks), through tensorstore."""
+def _open_store(params: Path, key: str, tree: JsonObject):
+    """Open an array in another of Orbax's forms (one database, compressed, in chunks) through
+    tensorstore."""
     import tensorstore
 
-    driver = "zarr3" if tree.get("use_zarr3") else "zarr"
-    name = key.replace("/", ".")
-    store = {"driver": "ocdbt", "base": f"file://{params.absolute()}", "path": name} if tree["use_ocdbt"] else f"file://{params.absolute()}/{name}"
+    base, name = f"file://{params.absolute()}", key.replace("/", ".")
+    in_database = {"driver": "ocdbt", "base": base, "path": name}
+    spec = {
+        "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
+        "kvstore": in_database if tree["use_ocdbt"] else f"{base}/{name}",
+        "fill_missing_data_reads": not tree.get(FILL),
+    }
     try:
-        return tensorstore.open({"driver": driver, "kvstore": store, "fill_missing_data_reads": not tree.get(FILLED)}, read=True).result()
+        return tensorstore.open(spec, read=True).result()
     except ValueError as error:
         raise ValueError(f"{params}: cannot read {key}: {error}") from None
 
 
-def _zarray(shape: tuple[int, ...], dtype: str, order: str) -> dict[str, Any]:
-    """The metadata of an array that is one uncompressed file."""
-    one = {"zarr_format": 2, "compressor": None, "filters": None, "fill_value": None, "dimension_separator": "."}
-    return one | {"chunks": list(shape), "shape": list(shape), "dtype": dtype, "order": order}
+def _zarray(shape: tuple[int, ...], dtype: str, order: str) -> JsonObject:
+    """The metadata of an array in one uncompressed file."""
+    return {
+        "zarr_format": 2,
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+        "dimension_separator": ".",
+        "chunks": list(shape),
+        "shape": list(shape),
+        "dtype": dtype,
+        "order": order,
+    }
 
 
 def _chunk(shape: tuple[int, ...]) -> str:
+    """The name of the only chunk of an array."""
     return ".".join("0" * len(shape))
-
-
-def _zarr_dtype(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype == DTYPES["bfloat16"] else dtype.str

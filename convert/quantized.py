@@ -1,4 +1,5 @@
-"""Checkpoints whose matrices are codes and scales (`paligemma_jax/model/codes.py`): quantized as they go by, in parts, and whole again."""
+"""Quantized checkpoints: matrices as codes and scales (`paligemma_jax/model/codes.py`), computed
+in strips while they are read."""
 
 from __future__ import annotations
 
@@ -12,109 +13,134 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.layout import layout_shape
-from convert.match import Piece, alike, pieces
-from convert.table import HUGGINGFACE
+from convert.match import Weight, collapse_layers, huggingface_weights
 from convert.tensor import DTYPES, INTEGERS, Index, Tensor
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization, WeightFormat
 
 STRIP = 2**27  # bytes of a matrix that are quantized at once
+PART_DTYPES = DTYPES | INTEGERS
 
 
 class Matrix(NamedTuple):
-    """One that can be held in parts: "decoder/layers/0/mlp/down", of shape [out..., in...], under the name "kernel" when whole."""
+    """A matrix [out..., in...] that can be quantized: the parameter `name` of a module."""
 
-    where: str
-    name: str
+    module: str  # as in "decoder/layers/0/mlp/down"
+    name: str  # "kernel" or "table"
     shape: tuple[int, ...]
-    contracted: int  # how many of its axes are `in`
+    contracted: int  # how many of its axes are inputs
 
     @property
     def path(self) -> str:
-        return f"{self.where}/{self.name}"
+        return f"{self.module}/{self.name}"
 
-    @property
-    def looked_up(self) -> bool:
-        """Are its rows read one by one?"""
-        return self.name == "table"
+    def fits(self, format: WeightFormat) -> bool:
+        """Whether blocks of this format divide the matrix, or each row of the embedding table."""
+        return format.fits(self.shape, looked_up=self.name == "table")
+
+    def parts(self, format: WeightFormat) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """The shape and dtype of its parts in this format, by name."""
+        return _part_shapes(format, self.shape, self.contracted)
 
 
 def quantizable_matrices(config: PaliGemmaConfig) -> dict[str, Matrix]:
-    """Every matrix of a model, by its path when whole."""
-    found = {}
-    for piece in pieces(HUGGINGFACE[config.decoder.model_type], config):
-        where, _, name = piece.path.rpartition("/")
-        if name in ("kernel", "table") and len(axes := piece.layout.split()) == 2:  # torch's [out, in]: letters written together are one axis
-            found[piece.path] = Matrix(where, name, layout_shape(piece.target, piece.sizes), len(axes[1]))
-    return found
+    """Every matrix of a model that can be quantized, by the path of its parameter."""
+    matrices = {}
+    for weight in huggingface_weights(config):
+        module, _, name = weight.path.rpartition("/")
+        axes = weight.file_layout.split()  # torch's [out, in], which merges axes
+        if name in ("kernel", "table") and len(axes) == 2:
+            matrices[weight.path] = Matrix(module, name, weight.model_shape, len(axes[1]))
+    return matrices
 
 
 @cache
-def part_shapes(format: WeightFormat, of: tuple[int, ...], contracted: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """name -> (shape, dtype) of the parts of a matrix."""
+def _part_shapes(
+    format: WeightFormat, shape: tuple[int, ...], contracted: int
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     import jax
 
     from paligemma_jax.model.codes import encode
 
-    parts = jax.eval_shape(lambda matrix: encode(format, matrix, contracted), jax.ShapeDtypeStruct(of, "float32"))
-    return {name: (part.shape, part.dtype.name) for name, part in parts.items()}
+    matrix = jax.ShapeDtypeStruct(shape, "float32")
+    parts = jax.eval_shape(lambda matrix: encode(format, matrix, contracted), matrix)
+    return {name: (part.shape, PART_DTYPES[part.dtype.name]) for name, part in parts.items()}
 
 
-def quantize_checkpoint(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
-    """The checkpoint with what `how` names held so. A part is computed, some rows at a time, when it is read: from the numbers in the file.
+def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
+    """Quantize the parts that `quantization` names. Nothing is computed before it is read.
 
-    What blocks do not divide stays as it is, and is told in the notes. ValueError if something is held otherwise already.
+    Matrices that blocks do not divide stay as they are, and a note lists them.
+
+    Raises:
+        ValueError: If a matrix already has another format.
     """
-    for where, held in checkpoint.formats.items():
-        if (wanted := how.at(where)) not in (None, held):
-            raise ValueError(f"{where} is held as {held} already and cannot be made {wanted}: start from the checkpoint that was quantized")
-    known, tensors, formats, whole = quantizable_matrices(checkpoint.config), {}, dict(checkpoint.formats), []
+    for module, format in checkpoint.formats.items():
+        wanted = quantization.at(module)
+        if wanted not in (None, format):
+            raise ValueError(
+                f"{module} is already {format} and cannot be quantized to {wanted}; "
+                "start from the checkpoint that was quantized"
+            )
+    matrices = quantizable_matrices(checkpoint.config)
+    tensors, formats, indivisible = {}, dict(checkpoint.formats), []
     for path, tensor in checkpoint.tensors.items():
-        matrix = known.get(path)
-        wanted = how.at(matrix.where) if matrix else None
-        if matrix is None or wanted is None:
+        matrix = matrices.get(path)
+        format = quantization.at(matrix.module) if matrix else None
+        if matrix is None or format is None:
             tensors[path] = tensor
-        elif not wanted.fits(matrix.shape, matrix.looked_up):
+        elif not matrix.fits(format):
             tensors[path] = tensor
-            whole.append((matrix.where, matrix.shape))
+            indivisible.append((matrix.module, matrix.shape))
         else:
-            formats[matrix.where] = wanted
-            for name, (of, dtype) in part_shapes(wanted, matrix.shape, matrix.contracted).items():
-                raw = partial(_raw, tensor, wanted, matrix.contracted, name)
-                tensors[f"{matrix.where}/{name}"] = Tensor(of, (DTYPES | INTEGERS)[dtype], raw)
-    return replace(checkpoint, tensors=tensors, formats=formats, notes=checkpoint.notes + ((indivisible_note(whole),) if whole else ()))
+            formats[matrix.module] = format
+            for name, (shape, dtype) in matrix.parts(format).items():
+                raw = partial(_encode_part, tensor, format, matrix, name)
+                tensors[f"{matrix.module}/{name}"] = Tensor(shape, dtype, raw)
+    notes = checkpoint.notes + ((indivisible_note(indivisible),) if indivisible else ())
+    return replace(checkpoint, tensors=tensors, formats=formats, notes=notes)
 
 
-def indivisible_note(whole: list[tuple[str, tuple[int, ...]]]) -> str:
-    """What is told of matrices, as (path, shape), that were to be quantized and were not."""
-    return f"left as they are, since blocks do not divide them: {', '.join(alike([f'{where} {list(of)}' for where, of in whole]))}"
+def indivisible_note(matrices: list[tuple[str, tuple[int, ...]]]) -> str:
+    """The note about matrices (path, shape) that stay as they are."""
+    listed = collapse_layers([f"{module} {list(shape)}" for module, shape in matrices])
+    return f"not quantized, since blocks do not divide them: {', '.join(listed)}"
 
 
-def _raw(tensor: Tensor, format: WeightFormat, contracted: int, name: str, index: Index) -> np.ndarray:
-    """The part `name` of a matrix that is in no memory yet: of the rows that are asked for alone, where they are those of the matrix."""
+def _encode_part(
+    tensor: Tensor, format: WeightFormat, matrix: Matrix, name: str, index: Index
+) -> np.ndarray:
+    """A slice of a part of a matrix that is not in memory. Only the rows needed are read, where the
+    rows of the part are those of the matrix."""
     from paligemma_jax.model.codes import quantize_scales
 
-    of, nested = part_shapes(format, tensor.shape, contracted)[name][0], format.double and name != "codes"
-    by_rows = name == "codes" or (not nested and (format.kind == "int8" or len(of) == len(tensor.shape)))
+    shape = matrix.parts(format)[name][0]
+    nested = format.double and name != "codes"
+    has_rows = format.kind == "int8" or len(shape) == len(tensor.shape)
+    by_rows = name == "codes" or (has_rows and not nested)
     rows, *rest = index if index and by_rows else (slice(None),)
-    found = np.concatenate(list(_strips(tensor, replace(format, double=False), contracted, "scale" if nested else name, rows)))
-    if nested:  # with the mean of all scales
-        found = np.asarray(quantize_scales(found.reshape(-1))[name]).reshape(of)
-    return found[(slice(None), *rest) if by_rows else index]
+    plain = replace(format, double=False)
+    strips = _encode_strips(tensor, plain, matrix.contracted, "scale" if nested else name, rows)
+    part = np.concatenate(list(strips))
+    if nested:  # the mean of all scales is needed
+        part = np.asarray(quantize_scales(part.reshape(-1))[name]).reshape(shape)
+    return part[(slice(None), *rest) if by_rows else index]
 
 
-def _strips(tensor: Tensor, format: WeightFormat, contracted: int, name: str, rows: slice) -> Iterator[np.ndarray]:
-    """A part of these rows, strip by strip; of all rows at once where blocks run over their ends."""
-    start, stop, _ = rows.indices(tensor.shape[0])
-    encoded = _encoder(format, contracted, name)
+def _encode_strips(
+    tensor: Tensor, format: WeightFormat, contracted: int, name: str, rows: slice
+) -> Iterator[np.ndarray]:
+    """Yield a part of these rows in strips, or of all rows at once if blocks cross their ends."""
+    encode_part = _encoder(format, contracted, name)
     if format.kind != "int8" and math.prod(tensor.shape[1:]) % format.block:
-        part = np.asarray(encoded(tensor.load()))
+        part = np.asarray(encode_part(tensor.load()))
         yield part[rows] if name == "codes" else part
         return
+    start, stop, _ = rows.indices(tensor.shape[0])
     step = max(1, STRIP * tensor.shape[0] // max(1, tensor.nbytes))
     for first in range(start, stop, step):
-        yield np.asarray(encoded(tensor.load((slice(first, min(first + step, stop)),))))
+        strip = tensor.load((slice(first, min(first + step, stop)),))
+        yield np.asarray(encode_part(strip))
 
 
 @cache
@@ -127,41 +153,60 @@ def _encoder(format: WeightFormat, contracted: int, name: str) -> Callable:
 
 
 def dequantize_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with every matrix whole again, in the dtype of its config; what rounding took is gone."""
-    parts, tensors = checkpoint.parts, dict(checkpoint.tensors)
-    tensors = {path: tensor for path, tensor in tensors.items() if path not in parts}
-    for matrix in quantizable_matrices(checkpoint.config).values():
-        if format := checkpoint.formats.get(matrix.where):
-            parts = {name: checkpoint.tensors[f"{matrix.where}/{name}"] for name in part_shapes(format, matrix.shape, matrix.contracted)}
-            tensors[matrix.path] = Tensor(matrix.shape, DTYPES[checkpoint.config.dtype], partial(_decoded, format, parts, matrix.shape))
+    """Replace all codes and scales by the matrices they represent, in the config's dtype."""
+    quantized = checkpoint.parts
+    tensors = {path: t for path, t in checkpoint.tensors.items() if path not in quantized}
+    dtype = DTYPES[checkpoint.config.dtype]
+    for path, matrix in quantizable_matrices(checkpoint.config).items():
+        format = checkpoint.formats.get(matrix.module)
+        if format:
+            names = matrix.parts(format)
+            parts = {name: checkpoint.tensors[f"{matrix.module}/{name}"] for name in names}
+            raw = partial(_decode, format, parts, matrix.shape)
+            tensors[path] = Tensor(matrix.shape, dtype, raw)
     return replace(checkpoint, tensors=tensors, formats={})
 
 
-def _decoded(format: WeightFormat, parts: Mapping[str, Tensor], of: tuple[int, ...], index: Index) -> np.ndarray:
+def _decode(
+    format: WeightFormat, parts: Mapping[str, Tensor], shape: tuple[int, ...], index: Index
+) -> np.ndarray:
     from jax.numpy import asarray
 
     from paligemma_jax.model.codes import decode
 
-    return np.asarray(decode(format, {name: asarray(part.load()) for name, part in parts.items()}, of))[index]
+    arrays = {name: asarray(part.load()) for name, part in parts.items()}
+    return np.asarray(decode(format, arrays, shape))[index]
 
 
-def in_parts(found: Iterable[Piece], formats: Mapping[str, WeightFormat], config: PaliGemmaConfig) -> tuple[list[Piece], dict[str, str]]:
-    """The pieces of this project's own layout with the parts of every matrix of `formats` in its place, and the dtypes of those.
+def quantized_weights(
+    weights: Iterable[Weight], formats: Mapping[str, WeightFormat], config: PaliGemmaConfig
+) -> tuple[list[Weight], dict[str, np.dtype]]:
+    """Replace every matrix of `formats` by its parts.
 
-    ValueError if a format is of no matrix, or of one that blocks do not divide.
+    Returns:
+        The weights in this project's own layout, and the dtypes of the parts by path.
+
+    Raises:
+        ValueError: If there is no such matrix, or if blocks do not divide it.
     """
-    known, result, dtypes = quantizable_matrices(config), [], {}
-    if strange := formats.keys() - {matrix.where for matrix in known.values()}:
-        raise ValueError(f"{', '.join(alike(sorted(strange)))}: no matrix of this model")
-    for piece in found:
-        matrix = known.get(piece.path)
-        if matrix is None or not (format := formats.get(matrix.where)):
-            result.append(piece)
+    matrices = quantizable_matrices(config)
+    unknown = formats.keys() - {matrix.module for matrix in matrices.values()}
+    if unknown:
+        listed = ", ".join(collapse_layers(sorted(unknown)))
+        raise ValueError(f"the model has no matrix {listed}")
+    result, dtypes = [], {}
+    for weight in weights:
+        matrix = matrices.get(weight.path)
+        format = formats.get(matrix.module) if matrix else None
+        if matrix is None or format is None:
+            result.append(weight)
             continue
-        if not format.fits(matrix.shape, matrix.looked_up):
-            raise ValueError(f"{matrix.where} {list(matrix.shape)} cannot be {format}: blocks do not divide it")
-        for name, (of, dtype) in part_shapes(format, matrix.shape, matrix.contracted).items():
-            path, letters = f"{matrix.where}/{name}", ascii_letters[: len(of)]
-            result.append(Piece(path, (), " ".join(letters), path, " ".join(letters), dict(zip(letters, of))))
+        if not matrix.fits(format):
+            reason = "blocks do not divide it"
+            raise ValueError(f"{matrix.module} {list(matrix.shape)} cannot be {format}: {reason}")
+        for name, (shape, dtype) in matrix.parts(format).items():
+            path, letters = f"{matrix.module}/{name}", ascii_letters[: len(shape)]
+            layout, sizes = " ".join(letters), dict(zip(letters, shape, strict=True))
+            result.append(Weight(path, (), layout, path, layout, sizes))
             dtypes[path] = dtype
     return result, dtypes

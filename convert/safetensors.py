@@ -1,65 +1,87 @@
-"""The safetensors file format: 8 bytes of header length, the header in JSON, the data. Headers only: data is mapped, and written in place."""
+"""The safetensors file format: 8 bytes of header length, a header in JSON, the data. Only headers
+are handled here: data is memory-mapped, and written in place."""
 
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from convert.files import JSON_LIMIT
-from convert.match import Entry
-from convert.tensor import DTYPES, INTEGERS, stored
+from convert.files import JSON_LIMIT, JsonObject
+from convert.match import TensorEntry
+from convert.tensor import DTYPES, INTEGERS, map_file
 
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-STORED = {name: DTYPES[dtype] for name, dtype in NAMES.items()} | {"U8": INTEGERS["uint8"], "I8": INTEGERS["int8"]}
-_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
-_SIZES |= {name: DTYPES[dtype].itemsize for name, dtype in NAMES.items()}
+_DTYPES = {name: DTYPES[dtype] for name, dtype in NAMES.items()}
+_DTYPES |= {"U8": INTEGERS["uint8"], "I8": INTEGERS["int8"]}
+_SIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
+_SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
+_SIZES |= {"I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
+_MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_MALFORMED += (RecursionError, OverflowError)
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """key -> Entry, in the order of the data. ValueError if the header is not sound, or does not account for every byte of the file."""
+def load_header(file: Path) -> dict[str, TensorEntry]:
+    """The tensors of a file by key, in the order of the data.
+
+    Raises:
+        ValueError: If the header is malformed, or does not account for every byte of the file.
+    """
     try:
-        with file.open("rb") as opened:
-            size = opened.seek(0, 2)
-            opened.seek(0)
-            length = int.from_bytes(opened.read(8), "little")
+        with file.open("rb") as source:
+            size = source.seek(0, 2)
+            source.seek(0)
+            length = int.from_bytes(source.read(8), "little")
             if size < 8 or length > min(size - 8, JSON_LIMIT):
-                raise ValueError(f"its header would have {length} bytes, the file has {size}")
-            header = json.loads(opened.read(length))
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(source.read(length))
         header.pop("__metadata__", None)
         header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
         return _entries(file, header, 8 + length, size)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{file} is truncated or not a safetensors file ({error}); download it again") from None
+    except _MALFORMED as error:
+        malformed = f"{file} is truncated or not a safetensors file ({error})"
+        raise ValueError(f"{malformed}; download it again") from None
 
 
-def _entries(file: Path, header: dict[str, Any], start: int, size: int) -> dict[str, Entry]:
+def _entries(file: Path, header: JsonObject, start: int, size: int) -> dict[str, TensorEntry]:
     entries, position = {}, start
     for key, value in header.items():
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if any(type(n) is not int or not 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 8:
-            raise ValueError(f"{key} has no sound shape and offsets")
-        nbytes = int(np.prod(shape, dtype=object)) * _SIZES[dtype]
+        numbers = (*shape, begin, end)
+        if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
+            raise ValueError(f"{key} has an invalid shape or offset")
+        nbytes = math.prod(shape) * _SIZES[dtype]
         if start + begin != position or end - begin != nbytes:
-            raise ValueError(f"{key} lies at bytes {begin} to {end}, where {position - start} to {position - start + nbytes} are its own")
-        entries[key] = Entry(dtype, shape, lambda dtype=dtype, at=position, shape=shape: stored(file, at, STORED[dtype], shape))
+            expected = f"{position - start} to {position - start + nbytes}"
+            raise ValueError(f"{key} is at bytes {begin} to {end}, expected {expected}")
+        load = partial(_open, file, position, dtype, shape)
+        entries[key] = TensorEntry(dtype, shape, load)
         position += nbytes
     if position != size:
-        raise ValueError(f"its header accounts for {position} bytes, the file has {size}")
+        raise ValueError(f"the header accounts for {position} bytes, the file has {size}")
     return entries
 
 
-def make_header(tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
-    """The first bytes of a file that holds these tensors in this order, and where in the file each begins."""
+def _open(file: Path, position: int, dtype: str, shape: tuple[int, ...]):
+    return map_file(file, position, _DTYPES[dtype], shape)
+
+
+def make_header(
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file with these tensors (dtype, shape), and the offset of each in it."""
     names = {dtype: name for name, dtype in NAMES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses the file
-    offsets, position = {}, 0
+    header: JsonObject = {"__metadata__": {"format": "pt"}}  # which transformers requires
+    position = 0
     for key, (dtype, shape) in tensors.items():
-        offsets[key], end = position, position + int(np.prod(shape)) * dtype.itemsize
-        header[key] = {"dtype": names[dtype.name], "shape": list(shape), "data_offsets": [position, end]}
+        end = position + math.prod(shape) * dtype.itemsize
+        offsets = [position, end]
+        header[key] = {"dtype": names[dtype.name], "shape": list(shape), "data_offsets": offsets}
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, {key: 8 + len(text) + offset for key, offset in offsets.items()}
+    first, start = len(text).to_bytes(8, "little") + text, 8 + len(text)
+    return first, {key: start + header[key]["data_offsets"][0] for key in tensors}

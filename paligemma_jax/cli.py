@@ -12,6 +12,7 @@ import docstring_parser
 import tyro
 
 from paligemma_jax.commands.bench import bench
+from paligemma_jax.commands.convert import convert, inspect
 from paligemma_jax.commands.demo import demo
 from paligemma_jax.commands.evaluate import evaluate
 from paligemma_jax.commands.finetune import finetune
@@ -32,13 +33,17 @@ COMMANDS = {
     "demo": demo,
     "bench": bench,
     "parity": parity,
+    "convert": convert,
+    "convert inspect": inspect,
 }
-ABOUT = "PaliGemma 2 in JAX. To convert checkpoints, run `python -m convert`."
+ABOUT = "PaliGemma 2 in JAX."
 
 
-def main() -> None:
-    """Run the subcommand in sys.argv; without one, print the help."""
-    arguments = sys.argv[1:] or ["--help"]
+def main(arguments: list[str] | None = None) -> None:
+    """Run the subcommand in `arguments`, by default sys.argv; without one, print the help."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if arguments[:2] == ["convert", "inspect"]:
+        arguments = ["convert inspect", *arguments[2:]]
     run = _print_help if arguments in (["--help"], ["-h"]) else _dispatch
     report_errors(lambda: run(arguments))
 

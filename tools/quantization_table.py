@@ -57,7 +57,7 @@ def answers(scenes: int, held: tuple[str, ...] = HELD, model: str = "tiny", dtyp
 
 def decoded(predictor: Predictor, images: list, prompts: list[str], truths: list[str]) -> np.ndarray:
     """float32[n, B, V]: the logits for the first n tokens of the answers, all that the shortest has, each from the cache of those before it."""
-    rows, asked, model = predictor.processor.rows(images, prompts, truths), predictor.processor(images, prompts), predictor.model
+    rows, asked, model = predictor.processor.encode(images, prompts, truths), predictor.processor(images, prompts), predictor.model
     n = min(len(row.suffix) for row in rows)
     prefill, step = jax.jit(type(model).prefill, static_argnames="slots"), jax.jit(type(model).decode_step)
     logits, cache = prefill(model, asked.tokens, encode_images(model, asked.images), asked.valid, asked.prefix, slots=asked.tokens.shape[1] + n)
@@ -74,7 +74,7 @@ def layer(name: str, rows: int = 8, seed: int = 0) -> Iterator[dict[str, float |
     In both over the size of what is exact, root of mean squares; and that of bitsandbytes on the same weights, where it is installed.
     """
     rng, config = np.random.default_rng(seed), PaliGemmaConfig.preset(name)
-    chosen = [m for m in quantizable_matrices(config).values() if m.where.startswith("decoder/layers/0/")]
+    chosen = [m for m in quantizable_matrices(config).values() if m.module.startswith("decoder/layers/0/")]
     pairs = []
     for m in chosen:
         O, I = math.prod(m.shape[: -m.contracted]), math.prod(m.shape[-m.contracted :])

@@ -97,7 +97,7 @@ def load_model(
     model = with_parameters(model, arrays.pop)
     if source.adapter is None:
         return model
-    model = lora.attach_lora(model, peft.read_adapter(source.adapter, config))
+    model = lora.attach_lora(model, peft.load_adapter(source.adapter, config))
     return distribute(model if checkpoint.formats else lora.merge_lora(model), mesh)
 
 

@@ -13,7 +13,7 @@ from jax import Array
 
 from convert import formats, orbax
 from convert.checkpoint import Checkpoint
-from convert.files import companions
+from convert.files import companion_files
 from convert.tensor import Tensor, from_array
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.paligemma import PaliGemma
@@ -45,13 +45,13 @@ def save_model(
     """
     arrays = parameters(model)
     dtype = arrays.get("decoder/embedder/table", arrays["decoder/norm/scale"]).dtype.name
-    files = companions(resolve(like).tokenizer_dir) if like else {}
+    files = companion_files(resolve(like).tokenizer_dir) if like else {}
     config = replace(model.config, dtype=dtype)
     checkpoint = Checkpoint("jax", config, {}, files, formats=weight_formats(model))
     if jax.process_count() > 1:
         return _save_together(directory, checkpoint, arrays, to)
     checkpoint = replace(checkpoint, tensors=_tensors(arrays))
-    formats.write(formats.with_changes(checkpoint, to), directory, to, force=force)
+    formats.write(formats.change(checkpoint, to), directory, to, force=force)
 
 
 def _tensors(arrays: dict[str, Array]) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from convert import formats, huggingface, orbax, peft
+from convert import formats, orbax, peft
 from convert.checkpoint import Checkpoint
+from convert.config import load_config
 from paligemma_jax.model.config import PaliGemmaConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -28,14 +29,14 @@ class CheckpointSource:
     @cached_property
     def config(self) -> PaliGemmaConfig:
         """The model's config. In a Hugging Face directory only config.json is read for it."""
-        if formats.detect(self.weights) == "huggingface":
-            return huggingface.load_config(self.weights)
+        if formats.detect_format(self.weights) == "huggingface":
+            return load_config(self.weights)
         return self.checkpoint.config
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The opened checkpoint: names, shapes and dtypes are checked, tensors not read yet."""
-        is_huggingface = formats.detect(self.weights) == "huggingface"
+        is_huggingface = formats.detect_format(self.weights) == "huggingface"
         return formats.read(self.weights, self.config if is_huggingface else None)
 
 

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from convert.layout import layout_shape
-from convert.match import pieces
+from convert.match import huggingface_weights
 from convert.quantized import indivisible_note, quantizable_matrices
-from convert.table import HUGGINGFACE
 from paligemma_jax.checkpoints.load import abstract_model, load_model
 from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.model.codes import encode
@@ -92,8 +90,7 @@ def random_model(
     `quantization` names is quantized before the next is made; one that blocks do not divide keeps
     its dtype, with a warning.
     """
-    table = pieces(HUGGINGFACE[config.decoder.model_type], config)
-    file_shapes = {piece.path: layout_shape(piece.layout, piece.sizes) for piece in table}
+    file_shapes = {weight.path: weight.file_shape for weight in huggingface_weights(config)}
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
 
     def make(path: str, shape: tuple[int, ...]) -> Array:
@@ -108,16 +105,16 @@ def random_model(
     formats, arrays, indivisible = {}, {}, []
     for path, leaf in parameters(abstract_model(config)).items():
         array, matrix = make(path, leaf.shape), matrices.get(path)
-        format = quantization.at(matrix.where) if matrix else None
+        format = quantization.at(matrix.module) if matrix else None
         if matrix is None or format is None:
             arrays[path] = array
-        elif format.fits(matrix.shape, matrix.looked_up):
-            formats[matrix.where] = format
+        elif matrix.fits(format):
+            formats[matrix.module] = format
             parts = encode(format, array, matrix.contracted)
-            arrays |= {f"{matrix.where}/{name}": part for name, part in parts.items()}
+            arrays |= {f"{matrix.module}/{name}": part for name, part in parts.items()}
         else:
             arrays[path] = array
-            indivisible.append((matrix.where, matrix.shape))
+            indivisible.append((matrix.module, matrix.shape))
     if indivisible:
         warnings.warn(indivisible_note(indivisible), stacklevel=2)
     model = abstract_model(replace(config, cache=quantization.cache), formats)

@@ -79,12 +79,12 @@ def _drawings(images: list[list[str]], draw: str) -> dict[str, Path]:
 
 def _draw(image: Image, about: list[Detections], file: Path) -> None:
     """One picture of all; what an answer says that is no box goes to stderr."""
-    from convert.files import output
+    from convert.files import atomic_output
     from paligemma_jax.processing.locations import draw
 
     for part in (part for found in about for part in found.skipped):
         print(f"paligemma-jax: {file.name} shows nothing for {part!r}", file=sys.stderr)
-    with output(file, force=True) as unfinished:
+    with atomic_output(file, force=True) as unfinished:
         draw(image, [thing for found in about for thing in found]).save(unfinished)
 
 

@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from paligemma_jax.inference.sampling import Strategy
 
 
-def _arg(metavar: str, default: str | None = None):
+def flag(metavar: str, default: str | None = None):
     """A flag's metavar, and what the help says of a default of None."""
     hint = f"(default: {default})" if default else None
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
 
-Name = Annotated[str, _arg("NAME")]
-Names = Annotated[tuple[str, ...], _arg("NAME [NAME ...]")]
-Numbers = Annotated[tuple[int, ...], _arg("N [N ...]")]
-Numerics = Annotated[str | None, _arg("NAME", "the checkpoint's")]
-Dtype = Annotated[str | None, _arg("NAME", "the checkpoint's; float32 on a CPU")]
-Quantize = Annotated[str | None, _arg("FORMAT", "the checkpoint's")]
-Mesh = Annotated[str | None, _arg("SIZES", "one device")]
-Number = Annotated[float | None, _arg("X", "off")]
-Count = Annotated[int | None, _arg("N", "off")]
-Stops = Annotated[tuple[str, ...], _arg("TEXT [TEXT ...]", "none")]
-File = Annotated[str | None, _arg("FILE", "none")]
-Depth = Annotated[int | None, _arg("N", "all")]
-Hosts = Annotated[str | None, _arg("HOSTS", "a single process")]
+Name = Annotated[str, flag("NAME")]
+Names = Annotated[tuple[str, ...], flag("NAME [NAME ...]")]
+Numbers = Annotated[tuple[int, ...], flag("N [N ...]")]
+Numerics = Annotated[str | None, flag("NAME", "the checkpoint's")]
+Dtype = Annotated[str | None, flag("NAME", "the checkpoint's; float32 on a CPU")]
+Quantize = Annotated[str | None, flag("FORMAT", "the checkpoint's")]
+Mesh = Annotated[str | None, flag("SIZES", "one device")]
+Number = Annotated[float | None, flag("X", "off")]
+Count = Annotated[int | None, flag("N", "off")]
+Stops = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]", "none")]
+File = Annotated[str | None, flag("FILE", "none")]
+Depth = Annotated[int | None, flag("N", "all")]
+Hosts = Annotated[str | None, flag("HOSTS", "a single process")]
 
 
 @dataclass(frozen=True)

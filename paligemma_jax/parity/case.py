@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.layout import layout_shape
-from convert.match import Piece, pieces
+from convert.match import Weight, huggingface_weights
 from convert.quantized import dequantize_checkpoint
-from convert.table import HUGGINGFACE
 from convert.tensor import DTYPES, Index, Tensor, from_array
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
@@ -60,16 +58,16 @@ def random_checkpoint(config: PaliGemmaConfig, seed: int = 0) -> Checkpoint:
     deviation of about 4."""
     dtype = DTYPES[config.dtype]
     tensors = {
-        piece.path: piece.here(_random_tensor(piece, dtype, seed))
-        for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)
+        weight.path: weight.from_file(_random_tensor(weight, dtype, seed))
+        for weight in huggingface_weights(config)
     }
     return Checkpoint("huggingface", config, tensors)
 
 
-def _random_tensor(piece: Piece, dtype: np.dtype, seed: int) -> Tensor:
+def _random_tensor(weight: Weight, dtype: np.dtype, seed: int) -> Tensor:
     """LayerNorm scales are drawn around 1, RMSNorm scales around 0. Attention adds little: over so
     many random image tokens it would make all tokens alike."""
-    shape, path = layout_shape(piece.layout, piece.sizes), piece.path
+    shape, path = weight.file_shape, weight.path
     mean = 1.0 if path.startswith("vision") and path.endswith("scale") else 0.0
     if path == "decoder/norm/scale":
         mean = 20.0

@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from convert.checkpoint import Checkpoint
-from convert.config import write_config
+from convert.config import config_to_json
 from convert.huggingface import HEAD, TABLE, canonical_name
-from convert.match import pieces
-from convert.table import HUGGINGFACE
+from convert.match import huggingface_weights
 from convert.tensor import Tensor, from_array
 from paligemma_jax.model.config import Numerics
 from paligemma_jax.parity.case import ParityCase
@@ -57,15 +56,15 @@ def build_model(
     if directory is not None and (directory / "config.json").exists():
         config = AutoConfig.from_pretrained(directory)
     else:
-        config = PaliGemmaConfig.from_dict(write_config(checkpoint.config, dtype))
+        config = PaliGemmaConfig.from_dict(config_to_json(checkpoint.config, dtype))
     with no_init_weights():  # allocates, but touches no memory
         model = PaliGemmaForConditionalGeneration._from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="eager"
         ).eval()
     model.tie_weights()
     tensors = {
-        piece.key: piece.there(checkpoint.tensors[piece.path])
-        for piece in pieces(HUGGINGFACE[checkpoint.config.decoder.model_type], checkpoint.config)
+        weight.key: weight.to_file(checkpoint.tensors[weight.path])
+        for weight in huggingface_weights(checkpoint.config)
     }
     tensors[HEAD] = tensors[TABLE]
     unused = set(tensors)
@@ -125,7 +124,7 @@ def model_inputs(inputs: Inputs, numerics: Numerics) -> dict[str, torch.Tensor]:
         "token_type_ids": integers(inputs.targets),
         "position_ids": (valid.cumsum(1) - 1).clamp(min=0) + numerics.first_position,
     }
-    if len(inputs.images):
+    if inputs.images is not None:
         batch["pixel_values"] = torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy())
     return batch
 
@@ -158,8 +157,8 @@ def compute_gradients(
         for name, parameter in model.named_parameters()
     }
     return {
-        piece.path: piece.here(gradients[piece.key]).load()
-        for piece in pieces(HUGGINGFACE[config.decoder.model_type], config)
+        weight.path: weight.from_file(gradients[weight.key]).load()
+        for weight in huggingface_weights(config)
     }
 
 
@@ -203,7 +202,7 @@ def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.n
     image_processor = SiglipImageProcessorPil(size=size)
     image_processor.image_seq_length = vision.num_patches  # type: ignore[attr-defined]
     processor = PaliGemmaProcessor(image_processor, tokenizer)
-    rows = case.processor.rows(*case.examples)
+    rows = case.processor.encode(*case.examples)
     images = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
     output = processor(
         images,  # type: ignore[arg-type]

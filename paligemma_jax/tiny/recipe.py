@@ -162,7 +162,7 @@ def photo(seed: int = 340_900) -> Image.Image:
 
 def save_tiny(directory: Path, model: PaliGemma, dtype: str) -> None:
     """config.json, model.safetensors, and, where transformers is installed, the files that its AutoProcessor reads."""
-    huggingface.save(directory, model.config, {path: np.asarray(value.astype(dtype)) for path, value in parameters(model).items()})
+    huggingface.save_parameters(directory, model.config, {path: np.asarray(value.astype(dtype)) for path, value in parameters(model).items()})
     try:
         from transformers import GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
     except ImportError:

@@ -74,7 +74,7 @@ def test_random_model(dtype):
 
 def test_a_random_model_tells_what_blocks_do_not_divide():
     """Of 160 numbers a row, blocks of 128 may run over the ends of a matrix's rows, not of a table's, which are looked up one by one."""
-    with pytest.warns(UserWarning, match=r"^left as they are, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"):
+    with pytest.warns(UserWarning, match=r"^not quantized, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"):
         model = synthetic.random_model(CONFIG, quantization=Quantization.parse("embedding=nf4-128"))
     assert not quantize.weight_formats(model)
 
@@ -147,7 +147,7 @@ def test_decoding_copies_neither_cache_nor_weights(rows):
     """What the loop holds beside its arguments is smaller than the cache of one layer, and no matrix is laid out anew."""
     model, slots = synthetic.random_model(CONFIG), 4000
     request, inputs = make_request(model, rows), synthetic.synthetic_inputs(CONFIG, rows, 8)
-    state = jax.eval_shape(partial(generate.prefill, slots=slots, sampler=Greedy()), model, replace(inputs, images=()), None, request)
+    state = jax.eval_shape(partial(generate.prefill, slots=slots, sampler=Greedy()), model, replace(inputs, images=None), None, request)
     program = generate.decode.lower(model, state, request, jnp.int32(8), size=7, sampler=Greedy()).compile()
     layer = parameters(model)["decoder/layers/0/attention/k/kernel"]
     assert program.memory_analysis().temp_size_in_bytes < 0.75 * 4 * rows * slots * layer.shape[0] * layer.shape[1]

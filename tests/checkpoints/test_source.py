@@ -13,7 +13,7 @@ from support.paths import GOLDEN
 
 import paligemma_jax as pg
 from convert import convert
-from convert.peft import Factors, write_adapter
+from convert.peft import Factors, save_adapter
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY, resolve
 from paligemma_jax.model.config import PaliGemmaConfig
@@ -60,7 +60,7 @@ def adapter(tmp_path):
         config.decoder.head_dim,
     )
     a, b = np.ones((2, D), np.float32), np.ones((N, H, 2), np.float32)
-    write_adapter(directory, {"decoder/layers/0/attention/q": Factors(a, b, 1.0)}, config, HUB_ID)
+    save_adapter(directory, {"decoder/layers/0/attention/q": Factors(a, b, 1.0)}, config, HUB_ID)
     return directory
 
 

@@ -42,7 +42,7 @@ def test_ours_in_peft(random_checkpoint, tmp_path, kind):
     model = lora.add_lora(plain, {"decoder": 4, "vision": 2}, 6.0, rslora=True, target=r"projector|.*(attention|mlp)/\w+")
     values = {path: jnp.asarray(rng.normal(0, 0.1, v.shape), v.dtype) if path.endswith("lora_b") else v for path, v in parameters(model).items()}
     model = with_parameters(model, values.__getitem__)
-    files.write_adapter(tmp_path / "adapter", lora.lora_factors(model), model.config, str(directory))
+    files.save_adapter(tmp_path / "adapter", lora.lora_factors(model), model.config, str(directory))
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(reference), str(tmp_path / "adapter")).eval()
     assert not [name for name, p in loaded.named_parameters() if "lora_B" in name and not p.any()]
     expected = ours(model, inputs)
@@ -101,7 +101,7 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, begun):
     def as_ours(values=None):
         put(learning if values is None else values)
         wrapped.save_pretrained(str(tmp_path / "adapter"))
-        return files.read_adapter(tmp_path / "adapter", model.config)
+        return files.load_adapter(tmp_path / "adapter", model.config)
 
     start = as_ours()
     values = {f"{path}/{name}": getattr(f, name[-1]) for path, f in start.items() for name in ("lora_a", "lora_b")}

@@ -11,6 +11,7 @@ from transformers import PaliGemmaForConditionalGeneration
 
 from convert import config as config_json
 from convert import huggingface
+from convert.match import file_shapes, huggingface_weights
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
 from paligemma_jax.model.tree import parameters
@@ -70,7 +71,7 @@ def test_figures(name):
 def test_parameters_match_the_key_list_of_transformers(name):
     """Every tensor of the transformers model has one counterpart of the same shape here."""
     config = PaliGemmaConfig.preset(name)
-    hf_config = HFConfig.from_dict(config_json.write_config(config, "bfloat16"))
+    hf_config = HFConfig.from_dict(config_json.config_to_json(config, "bfloat16"))
     with torch.device("meta"):
         reference = PaliGemmaForConditionalGeneration(hf_config)
     theirs = {
@@ -78,7 +79,7 @@ def test_parameters_match_the_key_list_of_transformers(name):
         for key, value in reference.state_dict().items()
         if key != "lm_head.weight"
     }
-    assert huggingface.expected_shapes(config) == theirs
+    assert file_shapes(huggingface_weights(config)) == theirs
     ours = jax.eval_shape(lambda: abstract_model(config))
     count = sum(leaf.size for leaf in parameters(ours).values())
     assert count == reference.num_parameters()
@@ -89,4 +90,4 @@ def test_parameters_match_the_key_list_of_transformers(name):
 
 def test_config_json_round_trip():
     for name, config in PRESETS.items():
-        assert config_json.read_config(config_json.write_config(config, "float32")) == config, name
+        assert config_json.config_from_json(config_json.config_to_json(config, "float32")) == config, name

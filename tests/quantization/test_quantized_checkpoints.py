@@ -10,11 +10,11 @@ import pytest
 from support import on_devices
 
 import convert
-from convert.__main__ import main
 from paligemma_jax.checkpoints import load
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.save import save_model
 from paligemma_jax.checkpoints.source import TINY
+from paligemma_jax.cli import main
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization.quantize import weight_formats
@@ -28,7 +28,7 @@ def quantized(tmp_path):
 
     def make(quantization=EVERY_PART):
         directory = tmp_path / "quantized"
-        main([str(TINY), str(directory), "--quantize", quantization, "--verify"])
+        main(["convert", str(TINY), str(directory), "--quantize", quantization, "--verify"])
         return directory
 
     return make
@@ -85,13 +85,13 @@ def test_the_size_on_disk_is_the_size_in_memory(quantized):
 
 def test_a_quantized_checkpoint_can_be_dequantized(quantized, tmp_path, capsys):
     directory = quantized()
-    main([str(directory), str(tmp_path / "dense"), "--to", "huggingface", "--verify"])
+    main(["convert", str(directory), str(tmp_path / "dense"), "--to", "huggingface", "--verify"])
     model, dense = load_model(directory), parameters(load_model(tmp_path / "dense", "bfloat16"))
     kernel, table = model.decoder.layers[1].mlp.down, model.decoder.embedder
     assert (kernel.dense("bfloat16") == dense["decoder/layers/1/mlp/down/kernel"]).all()
     assert (table.dense("bfloat16") == dense["decoder/embedder/table"]).all()
     assert convert.inspect(directory)["parameters"] == convert.inspect(TINY)["parameters"]
-    main(["inspect", str(directory)])
+    main(["convert", "inspect", str(directory)])
     assert "nf4-32-double (28)" in capsys.readouterr().out
     save_model(tmp_path / "exported", model, to="huggingface")
     exported = load_model(tmp_path / "exported", "bfloat16")
@@ -111,7 +111,7 @@ def test_codes_and_scales_are_sharded(quantized, stored):
 
 def test_a_warning_lists_matrices_that_blocks_do_not_divide(random_directory):
     """In the random checkpoint 64 divides all projections, but not the rows of the table."""
-    message = r"left as they are, since blocks do not divide them: decoder/embedder \[1600, 56\]$"
+    message = r"not quantized, since blocks do not divide them: decoder/embedder \[1600, 56\]$"
     with pytest.warns(UserWarning, match=message):
         model = load_model(random_directory(), quantize="nf4,embedding=nf4")
     assert len(weight_formats(model)) == 4 * 7
@@ -120,7 +120,7 @@ def test_a_warning_lists_matrices_that_blocks_do_not_divide(random_directory):
 def test_a_quantized_matrix_keeps_its_format(quantized):
     directory = quantized()
     assert_same(load_model(directory, quantize="vision=int4"), load_model(directory))
-    message = "is held as nf4-32-double already and cannot be made int8"
+    message = "is already nf4-32-double and cannot be quantized to int8"
     with pytest.raises(ValueError, match=message):
         load_model(directory, quantize="int8")
 
@@ -130,15 +130,15 @@ def test_a_quantized_matrix_keeps_its_format(quantized):
     [
         (
             {"decoder/layers/0/mlp/down": "nf5"},
-            "no sound list of what is quantized: quantization must be one of int8, int4, nf4, "
+            "an invalid list of quantized matrices: quantization must be one of int8, int4, nf4, "
             "got 'nf5'",
         ),
         (
             {"decoder/layers/9/mlp/down": "nf4"},
-            r"decoder/layers/\*/mlp/down: no matrix of this model",
+            r"the model has no matrix decoder/layers/\*/mlp/down",
         ),
-        ({"decoder/layers/0/mlp/down": "nf4-64"}, "asks for"),
-        ({"decoder/layers/0/mlp/down": "int8"}, "asks for"),
+        ({"decoder/layers/0/mlp/down": "nf4-64"}, "requires"),
+        ({"decoder/layers/0/mlp/down": "int8"}, "requires"),
         ({"decoder/layers/0/mlp/down": None}, r"unknown key decoder/layers/0/mlp/down/codes"),
         ({"projector": "int8"}, "missing projector/codes"),
     ],
@@ -164,17 +164,17 @@ def test_damaged_codes_are_refused(quantized):
     metadata = (array / ".zarray").read_text()
     (array / ".zarray").write_text(metadata.replace("|u1", "|i1"))
     path = "decoder/layers/0/mlp/down/codes"
-    with pytest.raises(ValueError, match=f"{path} has dtype int8, paligemma.json asks for uint8"):
+    with pytest.raises(ValueError, match=f"{path} has dtype int8, but paligemma.json requires uint8"):
         load_model(directory)
 
 
 def test_only_the_jax_format_can_be_quantized(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main([str(TINY), str(tmp_path / "x"), "--to", "huggingface", "--quantize", "nf4"])
-    assert "huggingface checkpoints hold no quantized weights" in capsys.readouterr().err
+        main(["convert", str(TINY), str(tmp_path / "x"), "--to", "huggingface", "--quantize", "nf4"])
+    assert "huggingface checkpoints cannot be quantized" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([str(TINY), str(tmp_path / "x")])
-    assert "required: --to" in capsys.readouterr().err and not (tmp_path / "x").exists()
+        main(["convert", str(TINY), str(tmp_path / "x")])
+    assert "--to is required" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_the_dense_model_is_never_in_memory(monkeypatch):

@@ -306,8 +306,9 @@ def write_random(
     import jax
     from safetensors.numpy import save_file as save_arrays
 
-    from convert.config import write_config
-    from convert.huggingface import INDEX, expected_shapes
+    from convert.config import config_to_json
+    from convert.huggingface import INDEX
+    from convert.match import file_shapes, huggingface_weights
     from paligemma_jax.model.config import PaliGemmaConfig as Config
 
     config = Config.preset(preset)
@@ -321,7 +322,7 @@ def write_random(
         weight_map.update(dict.fromkeys(shard, name))
         shard, number = {}, number + 1
 
-    for name, shape in expected_shapes(config).items():
+    for name, shape in file_shapes(huggingface_weights(config)).items():
         offset = next(
             (value for key, value in OFFSETS.items() if key in name and name.endswith("weight")), 0
         )
@@ -338,5 +339,5 @@ def write_random(
     (directory / INDEX).write_text(
         json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
     )
-    (directory / "config.json").write_text(json.dumps(write_config(config, dtype)))
+    (directory / "config.json").write_text(json.dumps(config_to_json(config, dtype)))
     return directory
