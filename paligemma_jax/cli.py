@@ -36,7 +36,7 @@ COMMANDS = {
     "convert": convert,
     "convert inspect": inspect,
 }
-ABOUT = "PaliGemma 2 in JAX."
+ABOUT = "PaliGemma 2 in JAX: generate, fine-tune, evaluate, serve and convert models."
 
 
 def main(arguments: list[str] | None = None) -> None:

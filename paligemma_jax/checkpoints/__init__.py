@@ -1,0 +1,1 @@
+"""Find, load and save checkpoints, or make models of random weights."""

@@ -8,15 +8,16 @@ import subprocess
 import sys
 
 import pytest
-from support.paths import ROOT
+from support.paths import GOLDEN, ROOT
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.cli import COMMANDS
 
-MODEL = ROOT / "tests" / "golden" / "pg2"
-A = str(ROOT / "tests" / "golden" / "image.png")
-NEW = 6
+MODEL = GOLDEN / "pg2"
+IMAGE = str(GOLDEN / "image.png")
+NEW_TOKENS = 6
+TWO_IMAGES = "<image>the cat<image> and the dog"
 
 
 @pytest.fixture(scope="module")
@@ -25,87 +26,111 @@ def predictor():
 
 
 @pytest.fixture(scope="module")
-def B(tmp_path_factory):
+def rotated(tmp_path_factory):
     from PIL import Image
 
-    path = tmp_path_factory.mktemp("images") / "turned.png"
-    Image.open(A).transpose(Image.Transpose.ROTATE_90).save(path)
+    path = tmp_path_factory.mktemp("images") / "rotated.png"
+    Image.open(IMAGE).transpose(Image.Transpose.ROTATE_90).save(path)
     return str(path)
 
 
 @pytest.fixture
 def generate(command):
-    """Arguments -> the lines that the subcommand prints, all of stdout; nothing may be on stderr."""
+    """Run `generate` and return the lines of stdout; nothing may be on stderr."""
 
-    def run(*arguments, model=MODEL, new=NEW):
-        code, out, err = command("generate", "--model", model, "--max-new-tokens", new, *arguments)
+    def run(*arguments, model=MODEL, max_new_tokens=NEW_TOKENS):
+        options = ("--model", model, "--max-new-tokens", max_new_tokens)
+        code, out, err = command("generate", *options, *arguments)
         assert (code, err) == (0, "") and out.endswith("\n")
         return out[:-1].split("\n")
 
     return run
 
 
-def test_one_image_one_prompt(generate, predictor):
-    assert generate("--image", A, "--prompt", "caption en") == predictor.generate(A, "caption en", NEW)
+def test_one_image_and_one_prompt(generate, predictor):
+    lines = generate("--image", IMAGE, "--prompt", "caption en")
+    assert lines == predictor.generate(IMAGE, "caption en", NEW_TOKENS)
 
 
-def test_pairs(generate, predictor, B):
-    """One image for each prompt, one for all prompts, one prompt for all images: in the order given."""
-    prompts = ["caption en", "what color is this"]
-    assert generate("--image", A, B, "--prompt", *prompts) == predictor.generate([A, B], prompts, NEW)
-    assert generate("--image", A, "--prompt", *prompts) == predictor.generate([A, A], prompts, NEW)
-    assert generate("--image", A, B, "--prompt", prompts[0]) == predictor.generate([A, B], prompts[:1] * 2, NEW)
+def test_images_and_prompts_are_paired_in_order(generate, predictor, rotated):
+    """One image per prompt, one image for all prompts, one prompt for all images."""
+    images, prompts = [IMAGE, rotated], ["caption en", "what color is this"]
+    for own_images, own_prompts in (
+        (images, prompts),
+        (images[:1], prompts),
+        (images, prompts[:1]),
+    ):
+        lines = generate("--image", *own_images, "--prompt", *own_prompts)
+        paired = (own_images * 2)[:2], (own_prompts * 2)[:2]
+        assert lines == predictor.generate(*paired, NEW_TOKENS)
 
 
-def test_placeholders(generate, predictor, B):
-    both = ["<image>the cat<image> and the dog", "<image>the car"]
-    assert generate("--image", A, B, A, "--prompt", *both) == predictor.generate([A, B, A], both, NEW)
-    spaced = "<image> caption en"  # one placeholder is still one image a prompt
-    assert generate("--image", A, B, "--prompt", spaced) == predictor.generate([A, B], [spaced] * 2, NEW)
+def test_placeholders_share_out_the_images(generate, predictor, rotated):
+    images, prompts = [IMAGE, rotated, IMAGE], [TWO_IMAGES, "<image>the car"]
+    lines = generate("--image", *images, "--prompt", *prompts)
+    assert lines == predictor.generate(images, prompts, NEW_TOKENS)
+    prompt = "<image> caption en"  # one placeholder is still one image per prompt
+    lines = generate("--image", IMAGE, rotated, "--prompt", prompt)
+    assert lines == predictor.generate([IMAGE, rotated], [prompt] * 2, NEW_TOKENS)
 
 
-def test_json(generate, predictor, B):
-    """One object a line, in the order of the prompts; the image is a list where there are several. Newlines and quotes stay inside."""
-    prompts = ['"caption"\nen', "<image>", "cat 😀"]
-    rows = [json.loads(line) for line in generate("--json", "--image", A, B, A, "--prompt", prompts[0], prompts[2], prompts[0])]
-    answers = predictor.generate([A, B, A], [prompts[0], prompts[2], prompts[0]], NEW)
-    assert rows == [
-        {"image": A, "prompt": prompts[0], "answer": answers[0]},
-        {"image": B, "prompt": prompts[2], "answer": answers[1]},
-        {"image": A, "prompt": prompts[0], "answer": answers[2]},
+def test_json_is_one_object_per_line(generate, predictor, rotated):
+    """In the order of the prompts, with newlines and quotes inside."""
+    images = [IMAGE, rotated, IMAGE]
+    prompts = ['"caption"\nen', "cat 😀", '"caption"\nen']
+    lines = generate("--json", "--image", *images, "--prompt", *prompts)
+    answers = predictor.generate(images, prompts, NEW_TOKENS)
+    assert [json.loads(line) for line in lines] == [
+        {"image": image, "prompt": prompt, "answer": answer}
+        for image, prompt, answer in zip(images, prompts, answers, strict=True)
     ]
-    both = ["<image>the cat<image> and the dog", "<image>the car"]
-    rows = [json.loads(line) for line in generate("--json", "--image", A, B, A, "--prompt", *both)]
-    assert [row["image"] for row in rows] == [[A, B], A] and [row["prompt"] for row in rows] == both
 
 
-def test_dtype_and_numerics(generate):
-    """Both reach the model. (Greedy tokens of a random model differ between big_vision and transformers: there is no window in the one.)"""
-    given = ("--image", A, "--prompt", "caption en")
-    for option in ({"dtype": "bfloat16"}, {"numerics": "big_vision"}):
-        expected = pg.load(MODEL, **option).generate(A, "caption en", 20)
-        assert generate(*given, *(f"--{name}={value}" for name, value in option.items()), new=20) == expected
-    assert expected != generate(*given, new=20)
+def test_json_lists_several_images_of_a_prompt(generate, rotated):
+    prompts = [TWO_IMAGES, "<image>the car"]
+    lines = generate("--json", "--image", IMAGE, rotated, IMAGE, "--prompt", *prompts)
+    rows = [json.loads(line) for line in lines]
+    assert [row["image"] for row in rows] == [[IMAGE, rotated], IMAGE]
+    assert [row["prompt"] for row in rows] == prompts
 
 
-def test_max_new_tokens(generate, predictor):
-    short, long = (generate("--image", A, "--prompt", "caption en", new=new)[0] for new in (1, NEW))
-    assert [short] == predictor.generate(A, "caption en", 1) and long.startswith(short) and long != short
+def test_dtype_and_numerics_reach_the_model(generate):
+    """Greedy tokens of a random model differ: big_vision has no sliding window."""
+    arguments = ("--image", IMAGE, "--prompt", "caption en")
+    for name, value in (("dtype", "bfloat16"), ("numerics", "big_vision")):
+        expected = pg.load(MODEL, **{name: value}).generate(IMAGE, "caption en", 20)
+        assert generate(*arguments, f"--{name}={value}", max_new_tokens=20) == expected
+    assert expected != generate(*arguments, max_new_tokens=20)
+
+
+def test_max_new_tokens_limits_the_answer(generate, predictor):
+    arguments = ("--image", IMAGE, "--prompt", "caption en")
+    short, long = (generate(*arguments, max_new_tokens=n)[0] for n in (1, NEW_TOKENS))
+    assert [short] == predictor.generate(IMAGE, "caption en", 1)
+    assert long.startswith(short) and long != short
 
 
 @pytest.mark.parametrize(
-    "flags,sampler",
+    "flags,sampler,options",
     [
-        ("--temperature 2 --top-k 40 --seed 7", pg.Sample(2.0, 40)),
-        ("--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --best-of 3", pg.BestOf(3, pg.Sample(1.0, None, 0.9, 0.1, 1.2))),
-        ("--beams 3 --length-penalty 0.5 --min-new-tokens 4 --stop a e", pg.Beam(3, 0.5)),
+        ("--temperature 2 --top-k 40 --seed 7", pg.Sample(2.0, 40), {"seeds": [7, 8]}),
+        (
+            "--top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --best-of 3",
+            pg.BestOf(3, pg.Sample(1.0, None, 0.9, 0.1, 1.2)),
+            {"seeds": [0, 1]},
+        ),
+        (
+            "--beams 3 --length-penalty 0.5 --min-new-tokens 4 --stop a e",
+            pg.Beam(3, 0.5),
+            {"min_new_tokens": 4, "stop": ["a", "e"]},
+        ),
     ],
     ids=["sample", "best of", "beam"],
 )
-def test_how_tokens_are_chosen(generate, predictor, flags, sampler):
-    said = dict(min_new_tokens=4, stop=["a", "e"]) if "--stop" in flags else dict(seeds=[7, 8] if "--seed" in flags else [0, 1])
-    found = generate("--image", A, "--prompt", "caption en", "what", *flags.split())
-    assert found == predictor.generate([A, A], ["caption en", "what"], NEW, sampler, **said)
+def test_flags_choose_the_sampler(generate, predictor, flags, sampler, options):
+    prompts = ["caption en", "what"]
+    lines = generate("--image", IMAGE, "--prompt", *prompts, *flags.split())
+    assert lines == predictor.generate([IMAGE] * 2, prompts, NEW_TOKENS, sampler, **options)
 
 
 @pytest.mark.parametrize(
@@ -118,63 +143,97 @@ def test_how_tokens_are_chosen(generate, predictor, flags, sampler):
         ("--beams 0", "Beam(width=0) makes no sense"),
     ],
 )
-def test_contradictions(command, flags, reason):
-    """Told at once, before a checkpoint is looked for, in one line."""
-    code, out, err = command("generate", "--model", "none", "--image", A, "--prompt", "ocr", *flags.split())
+def test_contradicting_flags_are_refused_first(command, flags, reason):
+    """In one line, before a checkpoint is looked for."""
+    arguments = ("--model", "none", "--image", IMAGE, "--prompt", "ocr")
+    code, out, err = command("generate", *arguments, *flags.split())
     assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
 
 
 def test_paligemma_1(generate):
-    directory = MODEL.parent / "pg1"
-    assert generate("--image", A, "--prompt", "caption en", model=directory) == pg.load(directory).generate(A, "caption en", NEW)
+    directory = GOLDEN / "pg1"
+    expected = pg.load(directory).generate(IMAGE, "caption en", NEW_TOKENS)
+    assert generate("--image", IMAGE, "--prompt", "caption en", model=directory) == expected
 
 
-@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="the default checkpoint is not built yet")
-def test_default_model(command):
-    code, out, err = command("generate", "--image", A, "--prompt", "caption en")
-    assert (code, out, err) == (0, pg.load("tiny").generate(A, "caption en")[0] + "\n", "")
+@pytest.mark.skipif(not (TINY / "config.json").exists(), reason="the checkpoint is not built yet")
+def test_the_default_model_is_tiny(command):
+    code, out, err = command("generate", "--image", IMAGE, "--prompt", "caption en")
+    expected = pg.load("tiny").generate(IMAGE, "caption en")[0]
+    assert (code, out, err) == (0, expected + "\n", "")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
-def test_help(arguments, command, monkeypatch):
-    """Fits 80 columns, and shows an example of every subcommand that it tells of."""
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_help_fits_80_columns_and_has_examples(arguments, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = command(*arguments)
-    assert (code, err) == (0, "") and max(map(len, out.splitlines())) <= 80
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
     for name in COMMANDS if not arguments or arguments == ["--help"] else arguments[:1]:
         assert f"Example: paligemma-jax {name} " in out
 
 
-def process(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, **options)
+def test_help_wraps_to_the_terminal(command, monkeypatch):
+    """The line breaks of the docstrings are not kept."""
+    for columns in (100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        _, out, _ = command("generate", "--help")
+        text = " ".join(out.replace("│", " ").split())
+        assert "or a list by part, such as nf4-32-double" in text
+        assert any("by part, such as" in line for line in out.splitlines()) == (columns == 300)
 
 
-def test_module():
-    """`python -m paligemma_jax` is the same command."""
-    done = process("-m", "paligemma_jax", "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage: paligemma-jax") and not done.stderr
+def run_python(*arguments, **options):
+    options = {"capture_output": True, "text": True, "cwd": ROOT} | options
+    return subprocess.run([sys.executable, *arguments], **options)
 
 
-def test_text_alone_on_stdout(predictor):
-    done = process("-m", "paligemma_jax", "generate", "--model", MODEL, "--image", A, "--prompt", "caption en", "--max-new-tokens", "3")
-    assert done.returncode == 0 and done.stdout == predictor.generate(A, "caption en", 3)[0] + "\n"
+def test_python_m_is_the_same_command():
+    done = run_python("-m", "paligemma_jax", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert done.stdout.startswith("usage: paligemma-jax")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "--bogus"]], ids=" ".join)
-def test_help_without_jax(arguments):
-    """What needs no model does not wait for jax: half a second and more."""
-    code = (
-        f"import sys, paligemma_jax.cli as cli\nsys.argv[1:] = {arguments}\ntry: cli.main()\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
-    )
-    done = process("-c", code)
+def test_only_text_is_on_stdout(predictor):
+    arguments = ("--model", MODEL, "--image", IMAGE, "--prompt", "caption en")
+    done = run_python("-m", "paligemma_jax", "generate", *arguments, "--max-new-tokens", "3")
+    assert done.returncode == 0
+    assert done.stdout == predictor.generate(IMAGE, "caption en", 3)[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["generate", "--bogus"]], ids=" ".join
+)
+def test_help_does_not_import_jax(arguments):
+    """Which takes half a second and more."""
+    code = f"""if True:
+        import sys
+        import paligemma_jax.cli as cli
+        sys.argv[1:] = {arguments}
+        try:
+            cli.main()
+        except SystemExit:
+            pass
+        assert "jax" not in sys.modules
+    """
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]], ids=" ".join)
-def test_closed_pipe(arguments):
-    """As in `paligemma-jax --help | head -1`: no traceback."""
+def test_a_closed_pipe_is_no_error(arguments):
+    """As in `paligemma-jax --help | head -1`."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "paligemma_jax", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    done = run_python(
+        "-m",
+        "paligemma_jax",
+        *arguments,
+        capture_output=False,
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
