@@ -1,95 +1,184 @@
-"""What `bench.run` measured, as a table to read and a chart to look at."""
+"""Print what `bench` measured as a table, and draw it as a chart."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from paligemma_jax.bench import training
+from paligemma_jax.bench.clock import Record
+from paligemma_jax.bench.training import MEMORY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HEADER = (
-    "model",
-    "layers",
-    "batch",
-    "prompt",
-    "by",
-    "load s",
-    "compile s",
-    "first token ms",
-    "prefill tokens/s",
-    "matrix",
-    "decode tokens/s",
-    "copy",
+    *("model", "layers", "batch", "prompt", "implementation", "load s", "compile s"),
+    *("first token ms", "prefill tokens/s", "of peak FLOP/s", "decode tokens/s", "of bandwidth"),
     "GiB",
 )
-CACHED = ("model", "layers", "batch", "cached", "ms a step", "MB a step", "copy", "time", "bytes")
-NOTE = """prompt: tokens of image and text. prefill: image encoder included. tokens/s: of all rows together, median (least - most) of the repeats.
-matrix, copy: share of the machine's own matrix rate and copy bandwidth that the counted FLOPs and bytes come to; reading alone can beat copying.
-x: times the speed of the line's contender that paligemma-jax has, each repeat against its neighbour. GiB: the device's peak, or what XLA reserves."""
+CACHED_HEADER = (
+    *("model", "layers", "batch", "cached", "step ms", "step MB", "of bandwidth"),
+    *("time", "bytes"),
+)
+TRAINING_HEADER = (
+    *(
+        "model",
+        "train",
+        "remat",
+        "batch",
+        "tokens",
+        "implementation",
+        "compile s",
+        "step s",
+        "tokens/s",
+        "MFU",
+    ),
+    *("arguments", "temporaries", "GiB"),
+)
+NOTE = """\
+prompt: image and text tokens. prefill: includes the image encoder. tokens/s: of all rows together;
+median (min - max) of the repeats. of peak FLOP/s, of bandwidth: counted FLOPs and bytes relative to
+what a large matrix product and a large copy reach on this machine; reads alone can exceed a copy.
+x: speedup of paligemma-jax over this implementation, per repeat. GiB: peak memory of the device, or
+what XLA allocates."""
+TRAINING_NOTE = """\
+tokens: image, prompt and answer tokens per row. MFU: counted FLOPs relative to what a large matrix
+product reaches on this machine; rematerialization does not count. Memory in GiB, by the compiler's
+analysis; arguments: weights, optimizer state and batch. x: speedup of paligemma-jax over this
+implementation, per repeat."""
 
 
-def table(report: dict[str, Any]) -> str:
-    """The whole report, for a terminal."""
+def table(report: Record) -> str:
+    """Return the report as text for a terminal."""
     machine = report["machine"]
-    head = f"{machine['device']}, {machine['cores']} cores, {machine['dtype']}: copies {machine['copy_bytes_s'] / 1e9:.3g} GB/s,"
-    parts = [f"{head} multiplies {machine['matrix_flops_s'] / 1e12:.3g} TFLOP/s; jax {machine['jax']}"]
+    copy, matrix = machine["copy_bytes_s"] / 1e9, machine["matrix_flops_s"] / 1e12
+    parts = [
+        f"{machine['device']}, {machine['cores']} cores, {machine['dtype']}: copy {copy:.3g} GB/s, "
+        f"matrix product {matrix:.3g} TFLOP/s; jax {machine['jax']}"
+    ]
     if "training" in report:
-        return "\n\n".join([*parts, _align([training.HEADER, *map(training.cells, report["training"])]), training.NOTE])
-    parts.append(_align([HEADER, *map(_row, report["rows"])]))
-    if cached := report["cached"]:
-        parts.append(_align([CACHED, *(_cached(row, cached) for row in cached)]))
+        rows = map(_training_cells, report["training"])
+        return "\n\n".join([*parts, _align([TRAINING_HEADER, *rows]), TRAINING_NOTE])
+    parts.append(_align([HEADER, *map(_cells, report["rows"])]))
+    cached = report["cached"]
+    if cached:
+        parts.append(_align([CACHED_HEADER, *(_cached_cells(row, cached) for row in cached)]))
     return "\n\n".join([*parts, NOTE])
 
 
-def _row(row: dict[str, Any]) -> tuple[str, ...]:
-    ours = "compile_s" in row
-    ratio = {name: f" x{factor:.2f}" for name, factor in row.get("slower", {}).items()}
+def _cells(row: Record) -> tuple[str, ...]:
+    compiled = "compile_s" in row
+    speedup = {phase: f" x{ratio:.2f}" for phase, ratio in row.get("slower", {}).items()}
     return (
-        *(row["model"], row["layers"], str(row["batch"]), str(row["prompt_tokens"]), row["by"]),
-        *((f"{row['load_s']:.1f}", f"{sum(row['compile_s'].values()):.1f}") if ours else ("", "")),
-        spread_text(row["first_token_s"], 1e3),
-        *(spread_text(row["prefill_tokens_s"]) + ratio.get("prefill", ""), f"{row['matrix_share']:.0%}"),
-        *(spread_text(row["decode_tokens_s"]) + ratio.get("decode", ""), f"{row['bandwidth_share']:.0%}"),
-        f"{row['memory_bytes'] / 2**30:.2f}" if ours else "",
+        row["model"],
+        row["layers"],
+        str(row["batch"]),
+        str(row["prompt_tokens"]),
+        row["by"],
+        f"{row['load_s']:.1f}" if compiled else "",
+        f"{sum(row['compile_s'].values()):.1f}" if compiled else "",
+        _spread(row["first_token_s"], 1e3),
+        _spread(row["prefill_tokens_s"]) + speedup.get("prefill", ""),
+        f"{row['matrix_share']:.0%}",
+        _spread(row["decode_tokens_s"]) + speedup.get("decode", ""),
+        f"{row['bandwidth_share']:.0%}",
+        f"{row['memory_bytes'] / 2**30:.2f}" if compiled else "",
     )
 
 
-def _cached(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """With the growth of time and of bytes from the first case of the same model, layers and batch."""
-    first = next(other for other in rows if all(other[key] == row[key] for key in ("model", "layers", "batch")))
-    time, size = row["step_s"]["median"] / first["step_s"]["median"], row["step_bytes"] / first["step_bytes"]
-    about = (row["model"], row["layers"], str(row["batch"]), str(row["cached_tokens"]), spread_text(row["step_s"], 1e3))
-    return (*about, f"{row['step_bytes'] / 1e6:.0f}", f"{row['bandwidth_share']:.0%}", f"x{time:.2f}", f"x{size:.2f}")
+def _cached_cells(row: Record, rows: list[Record]) -> tuple[str, ...]:
+    """With time and bytes relative to the first row of the same model, layers and batch."""
+    case = ("model", "layers", "batch")
+    first = next(other for other in rows if all(other[key] == row[key] for key in case))
+    time = row["step_s"]["median"] / first["step_s"]["median"]
+    return (
+        *(str(row[key]) for key in (*case, "cached_tokens")),
+        _spread(row["step_s"], 1e3),
+        f"{row['step_bytes'] / 1e6:.0f}",
+        f"{row['bandwidth_share']:.0%}",
+        f"x{time:.2f}",
+        f"x{row['step_bytes'] / first['step_bytes']:.2f}",
+    )
 
 
-def spread_text(values: dict[str, float], unit: float = 1.0) -> str:
-    middle, least, most = (f"{values[name] * unit:.{0 if values['median'] * unit >= 100 else 2}f}" for name in ("median", "min", "max"))
+def _training_cells(row: Record) -> tuple[str, ...]:
+    timed = ("", "", "")
+    if "step_s" in row:
+        speedup = f" x{row['slower']:.2f}" if "slower" in row else ""
+        seconds, tokens = (
+            f"{values['median']:.3g} ({values['min']:.3g} - {values['max']:.3g})"
+            for values in (row["step_s"], row["tokens_s"])
+        )
+        timed = (seconds, tokens + speedup, f"{row['mfu']:.0%}")
+    return (
+        *(str(row[key]) for key in ("model", "train", "remat", "batch", "tokens", "by")),
+        f"{row['compile_s']:.1f}" if "compile_s" in row else "",
+        *timed,
+        *(f"{row[name] / 2**30:.2f}" if name in row else "" for name in MEMORY),
+    )
+
+
+def _spread(values: dict[str, float], unit: float = 1.0) -> str:
+    digits = 0 if values["median"] * unit >= 100 else 2
+    middle, least, most = (f"{values[name] * unit:.{digits}f}" for name in ("median", "min", "max"))
     return f"{middle} ({least} - {most})"
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
 
 
-def chart(report: dict[str, Any], path: str) -> None:
-    """Bars of prefill and decode tokens/s, one group a case, one colour a contender, with the spread; written to `path` (.png, .svg, .pdf)."""
+def chart(report: Record, path: str) -> None:
+    """Draw prefill and decode tokens/s as bars with their spread, and save them.
+
+    One group of bars per case, one color per implementation.
+
+    Args:
+        path: A .png, .svg or .pdf file.
+    """
     from matplotlib.figure import Figure
 
-    rows, machine = report["rows"], report["machine"]
-    case = lambda row: f"{row['model']}\n{row['layers']}, batch {row['batch']}\n{row['prompt_tokens']} tokens"
-    cases, names = (list(dict.fromkeys(key(row) for row in rows)) for key in (case, lambda row: row["by"]))
-    figure = Figure(figsize=(3 + 2.4 * len(cases), 4.2), layout="constrained")
+    machine = report["machine"]
+    groups: dict[str, dict[str, Record]] = {}  # case -> implementation -> row
+    for row in report["rows"]:
+        case = (
+            f"{row['model']}\n{row['layers']}, batch {row['batch']}\n{row['prompt_tokens']} tokens"
+        )
+        groups.setdefault(case, {})[row["by"]] = row
+    figure = Figure(figsize=(3 + 2.4 * len(groups), 4.2), layout="constrained")
     figure.suptitle(f"{machine['device']}, {machine['dtype']}")
-    for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode")):
-        for i, name in enumerate(names):
-            mine = [row for row in rows if row["by"] == name]
-            values = [row[f"{phase}_tokens_s"] for row in mine]
-            middle = [value["median"] for value in values]
-            error = [[m - v["min"] for m, v in zip(middle, values)], [v["max"] - m for m, v in zip(middle, values)]]
-            places = [cases.index(case(row)) + (i - (len(names) - 1) / 2) * 0.8 / len(names) for row in mine]
-            bars = axes.bar(places, middle, 0.75 / len(names), yerr=error, label=name, capsize=3, color=f"C{i}")
-            axes.bar_label(bars, [f"{m:,.0f}" if m >= 100 else f"{m:.3g}" for m in middle], padding=2, fontsize=8)
-        axes.set(title=phase, ylabel="tokens/s", xticks=range(len(cases)), xticklabels=cases)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, phase in zip(figure.subplots(1, 2), ("prefill", "decode"), strict=True):
+        _draw_bars(axes, phase, groups)
     figure.axes[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def _draw_bars(axes: Axes, phase: str, groups: dict[str, dict[str, Record]]) -> None:
+    names = list(dict.fromkeys(name for rows in groups.values() for name in rows))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        values = {
+            place: rows[name][f"{phase}_tokens_s"]
+            for place, rows in enumerate(groups.values())
+            if name in rows
+        }
+        medians = [value["median"] for value in values.values()]
+        below = [value["median"] - value["min"] for value in values.values()]
+        above = [value["max"] - value["median"] for value in values.values()]
+        places = [place + (i - (len(names) - 1) / 2) * width for place in values]
+        bars = axes.bar(
+            places,
+            medians,
+            0.75 / len(names),
+            yerr=[below, above],
+            label=name,
+            capsize=3,
+            color=f"C{i}",
+        )
+        labels = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in medians]
+        axes.bar_label(bars, labels, padding=2, fontsize=8)
+    axes.set(title=phase, ylabel="tokens/s", xticks=range(len(groups)), xticklabels=groups)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -8,41 +8,53 @@ from typing import Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import File, Numbers, dumps
-from paligemma_jax.planning import chips
+from paligemma_jax.commands.options import File, dumps
+from paligemma_jax.planning.chips import Slice, simulate_devices
 from paligemma_jax.planning.config import PlanConfig
+
+Batches = Annotated[
+    tuple[int, ...],
+    tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="(default: the value of --batch)"),
+]
 
 
 def plan(
-    work: Annotated[PlanConfig, tyro.conf.arg(name="")] = PlanConfig(),
+    config: Annotated[PlanConfig, tyro.conf.arg(name="")] = PlanConfig(),
     search: bool = False,
-    batches: Numbers = (),
+    batches: Batches = (),
     table: File = None,
     json: bool = False,
 ) -> None:
-    """See what fits chips that nobody has to own, and how fast it can be.
+    """Check what fits a slice of accelerators, and how fast it can run, without having one.
 
     Example: paligemma-jax plan --model 28b-224 --batch 4 --on v5e:2x4
 
     Args:
-        search: Try every mesh of the chips, with --batches and every --remat, and name the fastest that fits.
-        batches: With --search: rows at a time to try; by default --batch.
-        table: Instead, plan the published sizes on four slices, keep every plan in this file, go on with those that it has, and print the tables.
-        json: Print one JSON object a plan, and after a --search once more the fastest that fits, with "fastest".
+        search: Try every mesh of the chips, every --remat and all --batches, and report the
+            fastest that fits.
+        batches: Batch sizes to try with --search.
+        table: Instead, plan the published sizes on four TPU slices and print the tables. Plans are
+            kept in this file, and a second run continues from it.
+        json: Print one JSON object per plan. With --search, the last one repeats the fastest plan
+            that fits, with "fastest": true.
     """
-    chips.prepare(chips.find_slice(work.on).count)
+    simulate_devices(Slice.parse(config.on).count)
     if table:
-        from paligemma_jax.planning import table
+        from paligemma_jax.planning.table import markdown, plan_table
 
-        print(table.markdown(table.cells(Path(table))))
+        print(markdown(plan_table(Path(table))))
         return
     from paligemma_jax.planning import plan, report
 
-    found = []
-    for one in plan.search(work, batches) if search else [plan.plan(work)]:
-        found.append(one)
-        print(dumps(asdict(one)) if json else report.line(one) if search else report.text(one), flush=True)
-    if search and (best := report.best(found)):
-        print(dumps(asdict(best) | {"fastest": True}) if json else f"fastest: {report.line(best)}")
-    elif search and not json:
-        print("nothing fits")
+    results = []
+    for result in plan.search(config, batches) if search else [plan.plan(config)]:
+        results.append(result)
+        text = report.summary(result) if search else report.describe(result)
+        print(dumps(asdict(result)) if json else text, flush=True)
+    if not search:
+        return
+    best = report.fastest(results)
+    if best and json:
+        print(dumps(asdict(best) | {"fastest": True}))
+    elif not json:
+        print(f"fastest: {report.summary(best)}" if best else "nothing fits")

@@ -1,4 +1,4 @@
-"""What accelerators are published to do, and how slices of them are named: "v5e:4x4", "h200x8"."""
+"""Published figures of accelerators, and the names of slices: "v5e:4x4", "h200x8"."""
 
 from __future__ import annotations
 
@@ -11,64 +11,72 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One of them, by its maker's figures."""
+    """One accelerator, by its maker's figures."""
 
-    memory: float  # bytes; of TPUs those that their compiler (libtpu 0.0.42) lets a program use: of 16, 95 and 32 GB
-    flops: float  # per second, bfloat16, dense
-    bandwidth: float  # of that memory, bytes per second
-    links: float  # to the other chips, bytes per second that it can send
+    memory: float  # bytes; on TPUs what libtpu 0.0.42 gives a program of 16, 95 and 32 GB
+    flops: float  # bfloat16 FLOP/s, dense
+    bandwidth: float  # bytes/s from and to that memory
+    links: float  # bytes/s sent to other chips
     source: str
-    axes: int = 0  # of a slice; 0: no compiler that works without the chip
+    axes: int = 0  # of the shape of a slice; 0 if programs cannot be compiled without the chip
 
 
 GB = 1e9
 _TPU = "https://cloud.google.com/tpu/docs/"
 _GPU = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {  # links: half of the published figure, which counts both directions
-    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB, 200 * GB, _TPU + "v5e", 2),
-    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB, 600 * GB, _TPU + "v5p", 3),
-    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB, 400 * GB, _TPU + "v6e", 2),
+    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB, 200 * GB, _TPU + "v5e", axes=2),
+    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB, 600 * GB, _TPU + "v5p", axes=3),
+    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB, 400 * GB, _TPU + "v6e", axes=2),
     "a100-40g": Chip(40 * GB, 312e12, 1555 * GB, 300 * GB, _GPU + "a100/"),
     "a100-80g": Chip(80 * GB, 312e12, 2039 * GB, 300 * GB, _GPU + "a100/"),
     "h100": Chip(80 * GB, 989e12, 3350 * GB, 450 * GB, _GPU + "h100/"),
     "h200": Chip(141 * GB, 989e12, 4800 * GB, 450 * GB, _GPU + "h200/"),
 }
+SHAPE_EXAMPLES = {0: "x8", 2: ":2x4", 3: ":2x2x2"}  # by the number of axes
 
 
 @dataclass(frozen=True)
 class Slice:
-    name: str  # as asked for
+    """Several chips of a kind, linked to each other."""
+
+    name: str
     chip: Chip
     count: int
 
+    @classmethod
+    def parse(cls, name: str) -> Slice:
+        """Parse "v5e:4x4" (16 chips), "h200x8" (8) or "h200" (1).
 
-def find_slice(name: str) -> Slice:
-    """ "v5e:4x4" -> 16 chips of v5e, "h200x8" -> 8 of h200, "h200" -> one. ValueError for what is not known."""
-    kind, shape = (name.split(":", 1) + [""])[:2]
-    plain = re.fullmatch(r"(.+?)x(\d+)", name)
-    if re.fullmatch(r"\d+(x\d+)+", shape) and kind in CHIPS and CHIPS[kind].axes == len(sides := shape.split("x")):
-        return _checked(name, kind, math.prod(map(int, sides)))
-    if name in CHIPS and not CHIPS[name].axes:
-        return _checked(name, name, 1)
-    if plain and plain[1] in CHIPS and not CHIPS[plain[1]].axes:
-        return _checked(name, plain[1], int(plain[2]))
-    known = ", ".join(kind + {0: "x8", 2: ":2x4", 3: ":2x2x2"}[chip.axes] for kind, chip in CHIPS.items())
-    rented = "what is rented as v5e-8 or v5litepod-8 is v5e:2x4, and v5p-16, of 16 cores, v5p:2x2x2"
-    raise ValueError(f"--on {name}: not known; name a chip and how many, as in {known}; {rented}")
+        Raises:
+            ValueError: The name is not of this form, or the chip is unknown.
+        """
+        match = re.fullmatch(r"([^:]+?)(?::(\d+(?:x\d+)+)|x(\d+))?", name)
+        chip = CHIPS.get(match[1]) if match else None
+        if match and chip:
+            shape = [int(size) for size in match[2].split("x")] if match[2] else []
+            count = math.prod(shape) if shape else int(match[3] or 1)
+            if len(shape) == chip.axes and count:
+                return cls(name, chip, count)
+        known = ", ".join(kind + SHAPE_EXAMPLES[chip.axes] for kind, chip in CHIPS.items())
+        raise ValueError(
+            f"--on must name a chip and a number or shape, like {known}; got {name!r}. Cloud TPU's "
+            "v5e-8 or v5litepod-8 is v5e:2x4 here; its v5p-16 has 16 cores and is v5p:2x2x2"
+        )
 
 
-def _checked(name: str, kind: str, count: int) -> Slice:
-    if not count:
-        raise ValueError(f"--on {name}: no chips")
-    return Slice(name, CHIPS[kind], count)
+def simulate_devices(count: int) -> None:
+    """Let CPU devices stand for `count` chips, and do not search for a TPU.
 
-
-def prepare(count: int) -> None:
-    """Before jax is imported: so many devices of a CPU to stand for the chips, and no search for a TPU."""
+    Call it before jax is imported.
+    """
     if "jax" not in sys.modules:
-        os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag(count)}"}
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # a compiler is no reason to ask who has the chip
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {device_count_flag(count)}"
+        os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # To compile for a TPU is no reason to query the metadata server, or to lock the device.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
-def flag(count: int) -> str:
+def device_count_flag(count: int) -> str:
+    """Return the XLA flag that gives a process `count` CPU devices."""
     return f"--xla_force_host_platform_device_count={count}"

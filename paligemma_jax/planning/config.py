@@ -1,4 +1,4 @@
-"""What `paligemma-jax plan` is asked, as one frozen value. Nothing here imports jax, which has to be told of the devices first."""
+"""The flags of `paligemma-jax plan`. Must not import jax: the number of devices is set first."""
 
 from __future__ import annotations
 
@@ -7,53 +7,71 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.planning import chips
+from paligemma_jax.planning.chips import Slice
 
-Batch = Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: 8, or the next number that divides over the mesh)")]
+BatchSize = Annotated[
+    int | None, tyro.conf.arg(help_behavior_hint="(default: 8, rounded up to fit the mesh)")
+]
+Layers = Annotated[
+    Literal["stack", "list"] | None,
+    tyro.conf.arg(help_behavior_hint="(default: list to generate, stack to finetune)"),
+]
 
 
 @dataclass(frozen=True)
 class PlanConfig:
+    """What to plan: a model, a workload and chips to run it on."""
+
     model: str = "3b-224"
-    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...) or a checkpoint, of which config and formats are read."""
+    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...), or a checkpoint. Of a checkpoint,
+    only the config and the formats of quantized weights are read."""
     workload: Literal["generate", "finetune"] = "generate"
-    """Answer, or a training step."""
+    """Plan inference or a training step."""
     on: str = "v5e:2x4"
-    """Chips: a TPU slice by its shape (v5e:2x4, v5e:4x4, v6e:2x4, v5p:2x2x2), for which the TPU's own compiler is asked (pip install
-    'paligemma-jax[plan]' into an environment of its own), or GPUs by their number (h200x8, a100-80gx3), an estimate by the compiler for CPUs."""
+    """The chips: a TPU slice by its shape (v5e:2x4, v5e:4x4, v6e:2x4, v5p:2x2x2) or GPUs by their
+    number (h200x8, a100-80gx3). Programs for TPUs are compiled by the TPU compiler (pip install
+    'paligemma-jax[plan]' in a separate environment), those for GPUs estimated with the CPU
+    compiler."""
     mesh: str = "auto"
-    """How the work is spread over them: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto."""
-    batch: Batch = None
-    """Rows at a time, over all chips."""
+    """Mesh of the chips: data=2,fsdp=4,tensor=2 (1 if left out), or auto."""
+    batch: BatchSize = None
+    """Global batch size."""
     text: int = 64
-    """Tokens of text a row, beside those of its image; to train, the answer included."""
+    """Text tokens per example, besides the image tokens; for finetune, prompt and answer."""
     new: int = 32
-    """Tokens to generate; to train, of the longest answer."""
+    """Tokens to generate; for finetune, tokens of the longest answer."""
     lora: int = 0
-    """To train: the rank of LoRA; 0 trains all weights."""
+    """LoRA rank for finetune; 0 trains all weights."""
     quantize: str | None = None
-    """What to hold in 8 or 4 bits: int8, int4, nf4, or more in words, as for generate."""
+    """Quantize weights or cache: int8, int4, nf4, or a list such as nf4-32,embedding=int8."""
     remat: Literal["none", "full", "dots"] = "full"
-    """To train: what of each layer is computed again in the backward pass."""
+    """What the backward pass recomputes to save memory: nothing, each layer, or each layer except
+    its matrix products."""
     accumulate: int = 1
-    """To train: parts that each batch is computed in, one after the other."""
+    """Gradient accumulation: number of parts that each batch is computed in."""
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
-    """To train."""
-    layers: Literal["stack", "list"] | None = None
-    """How the layers are held; by default as finetune (a stack) and generate (a list) do."""
+    """Optimizer for finetune."""
+    layers: Layers = None
+    """Compile each layer (list), or one that a loop runs (stack)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Of activations and of the weights that do not learn."""
+    """Type of activations and frozen weights."""
     estimate: bool = False
-    """By the compiler for CPUs, though that for TPUs may be there."""
+    """Estimate with the CPU compiler even if the TPU compiler is installed."""
 
     def __post_init__(self):
-        if min(1 if self.batch is None else self.batch, self.text, self.new - 1) < 1 or self.lora < 0:
-            raise ValueError("plan counts from 1: --batch and --text are at least 1, --new at least 2, --lora at least 0")
+        for name, minimum in {"batch": 1, "text": 1, "new": 2, "lora": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name} must be at least {minimum}, got {value}")
         if self.workload == "generate" and self.lora:
-            raise ValueError("--lora is for --workload finetune: an adapter is merged before it answers")
+            raise ValueError(
+                "--lora is for --workload finetune: adapters are merged before inference"
+            )
         if self.quantize and self.workload == "finetune" and not self.lora:
-            raise ValueError("--quantize freezes the decoder's projections: give --lora RANK to adapt them")
-        chips.find_slice(self.on)
+            raise ValueError(
+                "--quantize freezes the decoder's projections; give --lora RANK to train adapters"
+            )
+        Slice.parse(self.on)
 
     @property
     def training(self) -> bool:
@@ -61,9 +79,10 @@ class PlanConfig:
 
     @property
     def rows(self) -> int:
+        """The batch size, or its default."""
         return self.batch or 8
 
     @property
     def parts(self) -> int:
-        """In which a batch is computed."""
+        """Number of parts that a batch is computed in."""
         return self.accumulate if self.training else 1

@@ -1,41 +1,77 @@
-"""Plans as people read them."""
+"""Print plans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from paligemma_jax.planning.config import PlanConfig
 from paligemma_jax.planning.plan import PlanResult
+from paligemma_jax.planning.programs import ProgramCost
 
 GIB = 2**30
-NOTE = """GiB on each chip. TFLOP, moved and sent GB: of products, of memory (arguments, results and temporaries at least once), to other chips.
-At best: the slowest of the three at the chip's published rates. decode: one more token of every row."""
+HEADER = (
+    *("", "arguments", "temporaries", "results", "total GiB", "TFLOP", "moved GB", "sent GB"),
+    *("min. ms", "compile s"),
+)
+NOTE = """\
+Memory is in GiB per chip. TFLOP: matrix products. moved: traffic to and from memory (arguments,
+results and temporaries at least once). sent: traffic to other chips. min. ms: the slowest of these
+three at the chip's published rates. decode: one more token for each row."""
 
 
-def line(plan: PlanResult) -> str:
-    """Work, mesh, whether it fits, the best rate."""
-    work = plan.work
-    what = work.workload if not work.training else f"LoRA {work.lora}" if work.lora else f"all weights, {work.optimizer}"
-    what += f" on {work.quantize}" if work.quantize else ""
-    mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one chip"
-    remat = f", remat {work.remat}" if work.training else ""
-    needs = f"{plan.bytes_per_chip / GIB:.1f} of {plan.chip_bytes / GIB:.1f} GiB a chip" if plan.bytes_per_chip else "more than the chip has"
-    rate = f"; at best {plan.rows_s:.3g} rows/s" if plan.fits else ""
-    fits = "fits" if plan.fits else "does not fit"
-    return f"{work.model} {what} on {work.on}, {mesh}, batch {work.batch}{remat}: {fits}, {needs}{' (estimate)' if plan.estimate else ''}{rate}"
+def summary(result: PlanResult) -> str:
+    """Return one line: workload, mesh, whether it fits, and the highest possible rate."""
+    config = result.config
+    mesh = ",".join(f"{axis}={size}" for axis, size in result.mesh.items() if size > 1)
+    remat = f", remat {config.remat}" if config.training else ""
+    verdict = "fits" if result.fits else "does not fit"
+    memory = "more than a chip has"
+    if result.bytes_per_chip:
+        needed, available = result.bytes_per_chip / GIB, result.chip_bytes / GIB
+        memory = f"{needed:.1f} of {available:.1f} GiB per chip"
+    estimate = " (estimate)" if result.estimate else ""
+    rate = f"; at most {result.rows_s:.3g} rows/s" if result.fits else ""
+    return (
+        f"{config.model} {_workload(config)} on {config.on}, {mesh or 'one chip'}, "
+        f"batch {config.batch}{remat}: {verdict}, {memory}{estimate}{rate}"
+    )
 
 
-def text(plan: PlanResult) -> str:
-    """`line`, and a table of the programs."""
-    rows: list[tuple[str, ...]] = [("", "arguments", "temporaries", "results", "GiB", "TFLOP", "moved", "sent", "at best ms", "compile s")]
-    for name, one in plan.programs.items():
-        sizes = (one.argument_bytes, one.temporary_bytes, one.output_bytes, one.memory_bytes)
-        work = (one.flops / 1e12, one.bytes / 1e9, sum(one.sent_bytes.values()) / 1e9, 1000 * one.seconds)
-        rows.append((name, *(f"{size / GIB:.2f}" for size in sizes), *(f"{value:.3g}" for value in work), f"{one.compile_seconds:.0f}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join([line(plan), *(table if plan.programs else []), *([NOTE] if plan.programs else [])])
+def _workload(config: PlanConfig) -> str:
+    quantized = f" on {config.quantize}" if config.quantize else ""
+    if not config.training:
+        return config.workload + quantized
+    return (
+        f"LoRA {config.lora}" if config.lora else f"all weights, {config.optimizer}"
+    ) + quantized
 
 
-def best(plans: Sequence[PlanResult]) -> PlanResult | None:
-    """The fastest that fits."""
-    return max((plan for plan in plans if plan.fits), key=lambda plan: plan.rows_s, default=None)
+def describe(result: PlanResult) -> str:
+    """Return the summary and a table of the programs."""
+    if not result.programs:
+        return summary(result)
+    lines = [HEADER, *(_cells(name, cost) for name, cost in result.programs.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    ]
+    return "\n".join([summary(result), *table, NOTE])
+
+
+def _cells(name: str, cost: ProgramCost) -> tuple[str, ...]:
+    sizes = (cost.argument_bytes, cost.temporary_bytes, cost.output_bytes, cost.memory_bytes)
+    sent = sum(cost.sent_bytes.values())
+    work = (cost.flops / 1e12, cost.bytes / 1e9, sent / 1e9, 1000 * cost.seconds)
+    return (
+        name,
+        *(f"{size / GIB:.2f}" for size in sizes),
+        *(f"{value:.3g}" for value in work),
+        f"{cost.compile_seconds:.0f}",
+    )
+
+
+def fastest(results: Sequence[PlanResult]) -> PlanResult | None:
+    """Return the fastest result that fits."""
+    fitting = (result for result in results if result.fits)
+    return max(fitting, key=lambda result: result.rows_s, default=None)

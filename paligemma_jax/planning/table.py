@@ -1,4 +1,4 @@
-"""The published sizes on TPU slices: what fits, how much of a chip it takes, the largest batch. Every plan is kept in a file: all take hours."""
+"""Tables of the published sizes on TPU slices: what fits, its memory, and the largest batch."""
 
 from __future__ import annotations
 
@@ -10,102 +10,122 @@ from dataclasses import asdict, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from paligemma_jax.planning import chips
+from paligemma_jax.planning.chips import Slice
 from paligemma_jax.planning.config import PlanConfig
 from paligemma_jax.planning.plan import PlanResult, plan
 
 SLICES = ("v5e:2x4", "v5e:4x4", "v6e:2x4", "v5p:2x2x2")
 MODELS = tuple(f"{size}-{side}" for size, side in product(("3b", "10b", "28b"), (224, 448, 896)))
-KINDS = {  # a stack everywhere: a list of 46 layers takes the compiler many times as long
+WORKLOADS = {  # stacked everywhere: a list of 46 layers takes many times as long to compile
     "generate, bfloat16": PlanConfig(workload="generate", layers="stack"),
     "LoRA of rank 16": PlanConfig(workload="finetune", lora=16),
     "all weights, AdamW": PlanConfig(workload="finetune"),
 }
-MOST = 256  # rows
-PlanTableRow = dict[str, Any]  # a `Plan`, as JSON keeps it
+MAX_BATCH = 256
+
+Cells = dict[
+    tuple[str, str, str], list[PlanResult]
+]  # by workload, model, slice; smallest batch first
 
 
-def cells(file: Path) -> dict[tuple[str, str, str], list[PlanTableRow]]:
-    """The plans of every cell (kind, model, slice), smallest batch first; those that are missing in `file` are made."""
-    known = {_key(row["work"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+def plan_table(file: Path) -> Cells:
+    """Plan every cell of the tables, which takes hours.
 
-    def ask(work: PlanConfig) -> PlanTableRow:
-        if (row := known.get(_key(asdict(work)))) is None:
-            row = known[_key(asdict(work))] = asdict(apart(work) or PlanResult(work, {}, False, 0))
+    Every plan is appended to `file` as a line of JSON. Plans that it contains are not repeated.
+    """
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = {result.config: result for result in map(PlanResult.from_json, lines)}
+
+    def plan_once(config: PlanConfig) -> PlanResult:
+        if config not in known:
+            known[config] = plan_in_subprocess(config) or PlanResult(config, {}, False, 0)
             with file.open("a") as out:
-                out.write(json.dumps(row) + "\n")
-        return row
+                out.write(json.dumps(asdict(known[config])) + "\n")
+        return known[config]
 
-    found = {}
-    for kind, model, on in tqdm(list(product(KINDS, MODELS, SLICES)), unit="cell", disable=None):
-        plans = climb(replace(KINDS[kind], model=model, on=on), ask)
-        found[kind, model, on] = sorted(plans, key=lambda row: row["work"]["batch"])
-    return found
+    cells = {}
+    for workload, model, on in tqdm(
+        list(product(WORKLOADS, MODELS, SLICES)), unit="cell", disable=None
+    ):
+        config = replace(WORKLOADS[workload], model=model, on=on)
+        results = plan_batches(config, plan_once)
+        cells[workload, model, on] = sorted(results, key=lambda result: result.config.rows)
+    return cells
 
 
-def apart(work: PlanConfig) -> PlanResult | None:
-    """`plan` in a process of its own; None where the compiler brought that down, as libtpu does on shapes that it cannot lay out."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+def plan_in_subprocess(config: PlanConfig) -> PlanResult | None:
+    """Plan in a subprocess. Return None if the compiler aborts it: libtpu does on some shapes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         try:
-            return process.submit(plan, work).result()
+            return pool.submit(plan, config).result()
         except BrokenProcessPool:
             return None
 
 
-def climb(work: PlanConfig, ask: Callable[[PlanConfig], PlanTableRow]) -> Iterator[PlanTableRow]:
-    """Plans of one row a chip, and if that fits of larger batches, in powers of two, up to the largest that does. Few compilations:
+def plan_batches(
+    config: PlanConfig, plan_once: Callable[[PlanConfig], PlanResult]
+) -> Iterator[PlanResult]:
+    """Plan one row per chip and, if that fits, larger powers of two up to the largest that fits.
 
-    what is no argument is taken to grow with the rows; from the second plan on, memory is read off the line through the last two.
+    To compile few programs, the next batch is read off the line of memory over batch size: first
+    through the arguments alone at batch 0, then through the last two plans.
     """
-    batch = chips.find_slice(work.on).count
-    yield (row := ask(replace(work, batch=batch)))
-    fixed = max((one["argument_bytes"] for one in row["programs"].values()), default=0)
-    before, tried = (0, fixed), {batch}
-    while row["fits"]:
-        rate = (row["bytes_per_chip"] - before[1]) / (batch - before[0])
-        room = batch + (row["chip_bytes"] - row["bytes_per_chip"]) / max(rate, 1)
-        larger = batch
-        while 2 * larger <= min(room, MOST):
-            larger *= 2
-        if larger in tried:
+    batch = Slice.parse(config.on).count
+    result = plan_once(replace(config, batch=batch))
+    yield result
+    tried = {batch}
+    previous = 0, max((cost.argument_bytes for cost in result.programs.values()), default=0)
+    while result.fits:
+        slope = (result.bytes_per_chip - previous[1]) / (batch - previous[0])
+        limit = batch + (result.chip_bytes - result.bytes_per_chip) / max(slope, 1)
+        previous = batch, result.bytes_per_chip
+        while 2 * batch <= min(limit, MAX_BATCH):
+            batch *= 2
+        if batch in tried:
             return
-        before, batch = (batch, row["bytes_per_chip"]), larger
         tried.add(batch)
-        yield (row := ask(replace(work, batch=batch)))
-    while not row["fits"] and batch // 2 not in tried and len(tried) > 1:
+        result = plan_once(replace(config, batch=batch))
+        yield result
+    while not result.fits and batch // 2 not in tried and len(tried) > 1:
         batch //= 2
         tried.add(batch)
-        yield (row := ask(replace(work, batch=batch)))
+        result = plan_once(replace(config, batch=batch))
+        yield result
 
 
-def markdown(found: dict[tuple[str, str, str], list[PlanTableRow]]) -> str:
-    """A table of every kind: models down, slices across."""
-    parts = []
-    for kind in KINDS:
-        parts += [f"| {kind} | {' | '.join(SLICES)} |", "| --- " * (len(SLICES) + 1) + "|"]
-        parts += [f"| {model} | {' | '.join(cell(found[kind, model, on]) for on in SLICES)} |" for model in MODELS] + [""]
-    return "\n".join(parts)
+def markdown(cells: Cells) -> str:
+    """Return one table per workload, with models as rows and slices as columns."""
+    lines = []
+    for workload in WORKLOADS:
+        lines += [f"| {workload} | {' | '.join(SLICES)} |", "| --- " * (len(SLICES) + 1) + "|"]
+        for model in MODELS:
+            texts = [format_cell(cells[workload, model, on]) for on in SLICES]
+            lines.append(f"| {model} | {' | '.join(texts)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def cell(plans: list[PlanTableRow]) -> str:
-    """ "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash for what was not compiled or could not be."""
-    whole = [row for row in plans if row["chip_bytes"]]
-    if not whole:
+def format_cell(results: list[PlanResult]) -> str:
+    """Return "yes: 3.2 GiB with 8 rows, 11.0 with 64", "no: 20.1 of 15.8 GiB", or a dash if nothing
+    was compiled."""
+    compiled = [result for result in results if result.chip_bytes]
+    if not compiled:
         return "–"
-    aborted, plans = len(whole) < len(plans), whole
-    gib = lambda row: f"{row['bytes_per_chip'] / 2**30:.1f}"
-    fitting = [row for row in plans if row["fits"]]
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.1f}"
+
+    fitting = [result for result in compiled if result.fits]
     if not fitting:
-        return f"no: {gib(plans[0])} of {plans[0]['chip_bytes'] / 2**30:.1f} GiB" if plans[0]["bytes_per_chip"] else "no"
+        needed, available = compiled[0].bytes_per_chip, compiled[0].chip_bytes
+        return f"no: {gib(needed)} of {gib(available)} GiB" if needed else "no"
     first, last = fitting[0], fitting[-1]
-    more = f", {gib(last)} with {last['work']['batch']}" if last is not first else ""
-    beyond = " (or more)" if 2 * last["work"]["batch"] > MOST else " (libtpu aborted above)" if aborted else ""
-    return f"yes: {gib(first)} GiB with {first['work']['batch']} rows{more}{beyond}"
-
-
-def _key(work: PlanTableRow) -> str:
-    return json.dumps(work, sort_keys=True)
+    text = f"yes: {gib(first.bytes_per_chip)} GiB with {first.config.batch} rows"
+    if last is not first:
+        text += f", {gib(last.bytes_per_chip)} with {last.config.batch}"
+    if 2 * last.config.rows > MAX_BATCH:
+        return text + " (or more)"
+    return text + " (libtpu aborted above)" if len(compiled) < len(results) else text

@@ -1,4 +1,4 @@
-"""The devices of this process: whether JAX sees them, their peak memory, their speed."""
+"""The devices of this process: whether JAX sees them, their memory, their speed."""
 
 from __future__ import annotations
 
@@ -59,6 +59,21 @@ def peak_bytes() -> int:
 def peak_resident_bytes() -> int:
     """Return the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def program_bytes(program: jax.stages.Compiled) -> dict[str, int]:
+    """Return the memory of a compiled program on each device, by the compiler's analysis.
+
+    `output_bytes` are of results that do not reuse the memory of an argument; `memory_bytes` are
+    of arguments, temporaries and results.
+    """
+    sizes = program.memory_analysis()
+    parts = {
+        "argument_bytes": sizes.argument_size_in_bytes,
+        "temporary_bytes": sizes.temp_size_in_bytes,
+        "output_bytes": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    }
+    return parts | {"memory_bytes": sum(parts.values())}
 
 
 def matrix_rate(dtype: str, side: int | None = None) -> float:

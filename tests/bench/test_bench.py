@@ -1,4 +1,4 @@
-"""The measuring instrument: what it counts, what it makes up, what it prints; and that decoding moves no more than it must."""
+"""The benchmark: what it counts and prints; random models; decoding copies nothing large."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.bench import generation, report
+from paligemma_jax.bench import clock, generation, report
+from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.checkpoints import synthetic
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.inference import generate
@@ -25,164 +26,236 @@ from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization import quantize
 
 CONFIG = synthetic.with_depth(PaliGemmaConfig.preset("tiny"), 2)
-MACHINE = {"device": "cpu", "platform": "cpu", "cores": 2, "dtype": "float32", "jax": "0", "copy_bytes_s": 1e9, "matrix_flops_s": 1e10}
+MACHINE = {
+    "device": "cpu",
+    "platform": "cpu",
+    "cores": 2,
+    "dtype": "float32",
+    "jax": "0",
+    "copy_bytes_s": 1e9,
+    "matrix_flops_s": 1e10,
+}
 
 
 @pytest.fixture
-def fast(monkeypatch):
-    """Tiny random models, and no time spent on measuring the machine."""
+def random_preset(monkeypatch):
+    """Let "random" name a tiny model."""
     monkeypatch.setattr(synthetic, "RANDOM_CONFIGS", {"random": CONFIG})
-    monkeypatch.setattr(generation, "measure_machine", lambda dtype: dict(MACHINE))
-    return partial(generation.BenchConfig, model=("random",), new=4, repeats=2)
+
+
+@pytest.fixture
+def quick_config(random_preset, monkeypatch):
+    """Configs for the tiny random model; the machine is not measured."""
+    monkeypatch.setattr(clock, "measure_machine", lambda dtype: dict(MACHINE))
+    return partial(BenchConfig, model=("random",), new=4, repeats=2)
+
+
+def token_row(tokens):
+    mask = jnp.ones((1, tokens), bool)
+    return jnp.ones((1, tokens), jnp.int32), None, mask, mask
 
 
 @pytest.mark.parametrize("preset", ["tiny", "3b-224", "pg1-3b-224"])
-def test_bytes(preset):
-    """The decoder's parameters to the last one, and a cache that grows by the row and by the token."""
+def test_decode_bytes(preset):
+    """All of the decoder's parameters, and a cache that grows with rows and tokens."""
     config = PaliGemmaConfig.preset(preset)
-    weights = sum(leaf.size for path, leaf in parameters(abstract_model(config)).items() if path.startswith("decoder"))
+    model = abstract_model(config)
+    weights = sum(a.size for path, a in parameters(model).items() if path.startswith("decoder"))
     assert decode_bytes(config, 0, 1, 2) == 2 * weights
-    cache = jax.eval_shape(lambda model: model.prefill(*_row(10), slots=10), abstract_model(config))[1]
-    assert decode_bytes(config, 10, 3, 2) == 2 * (weights + 3 * sum(leaf.size for leaf in jax.tree.leaves((cache.k, cache.v))))
+    cache = jax.eval_shape(lambda model: model.prefill(*token_row(10), slots=10), model)[1]
+    numbers = sum(leaf.size for leaf in jax.tree.leaves((cache.k, cache.v)))
+    assert decode_bytes(config, 10, 3, 2) == 2 * (weights + 3 * numbers)
 
 
-def test_flops():
+def test_prefill_flops():
     """XLA counts a little more: activations, norms, softmax."""
     config = replace(CONFIG, decoder=replace(CONFIG.decoder, vocab_size=8000))
     inputs = synthetic.synthetic_inputs(config, 2, 200)
     model = synthetic.random_model(config)
+    tokens = inputs.tokens.shape[1]
 
     def prefill(model, inputs):
-        return model.prefill(inputs.tokens, model.encode_images(inputs.images), inputs.valid, inputs.prefix, inputs.tokens.shape[1])
+        features = model.encode_images(inputs.images)
+        return model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, tokens)
 
     counted = jax.jit(prefill).lower(model, inputs).cost_analysis()["flops"]
-    assert 1 < counted / (2 * prefill_flops(config, inputs.tokens.shape[1])) < 1.1
+    assert 1 < counted / (2 * prefill_flops(config, tokens)) < 1.1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_random_model(dtype):
-    """The published shapes, a variance of 1 / fan_in, the asked dtype, finite logits that are not all alike."""
+    """The published shapes, a variance of 1 / fan_in, the dtype, finite logits that differ."""
     model = synthetic.random_model(replace(CONFIG, dtype=dtype))
-    found, expected = parameters(model), parameters(abstract_model(CONFIG))
-    assert {path: (a.shape, a.dtype.name) for path, a in found.items()} == {path: (a.shape, dtype) for path, a in expected.items()}
+    values, expected = parameters(model), parameters(abstract_model(CONFIG))
+    assert {path: (a.shape, a.dtype.name) for path, a in values.items()} == {
+        path: (a.shape, dtype) for path, a in expected.items()
+    }
     for path, fan_in in (("attention/q", 160), ("attention/o", 4 * 32), ("mlp/down", 256)):
-        assert float(found[f"decoder/layers/1/{path}/kernel"].astype(jnp.float32).std()) == pytest.approx(fan_in**-0.5, rel=0.05)
+        kernel = values[f"decoder/layers/1/{path}/kernel"].astype(jnp.float32)
+        assert float(kernel.std()) == pytest.approx(fan_in**-0.5, rel=0.05)
     inputs = synthetic.synthetic_inputs(model.config, 2, 5)
     logits = model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
     assert jnp.isfinite(logits).all() and 0.3 < float(logits.std()) < 4
 
 
-def test_a_random_model_tells_what_blocks_do_not_divide():
-    """Of 160 numbers a row, blocks of 128 may run over the ends of a matrix's rows, not of a table's, which are looked up one by one."""
-    with pytest.warns(UserWarning, match=r"^not quantized, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"):
+def test_random_model_warns_of_matrices_that_blocks_do_not_divide():
+    """Rows have 160 numbers. Blocks of 128 may span the rows of a matrix, but not those of a table,
+    which are looked up one by one."""
+    message = r"^left as they are, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"
+    with pytest.warns(UserWarning, match=message):
         model = synthetic.random_model(CONFIG, quantization=Quantization.parse("embedding=nf4-128"))
     assert not quantize.weight_formats(model)
 
 
-def test_report(fast):
-    """A row for every combination; twice the share of the machine is twice the speed; a table of lines that start alike."""
-    report = generation.run(fast(batch=(1, 2), prompt=(3, 8), layers=("stack", "list"), cached=(20, 40)))
-    assert [(row["layers"], row["batch"], row["prompt_tokens"]) for row in report["rows"]] == [
-        (form, batch, 64 + text) for form in ("list", "stack") for batch in (1, 2) for text in (3, 8)
+def test_report(quick_config):
+    """A row for every combination, with consistent rates, and a table of them."""
+    measured = generation.run(
+        quick_config(batch=(1, 2), prompt=(3, 8), layers=("stack", "list"), cached=(20, 40))
+    )
+    rows, cached = measured["rows"], measured["cached"]
+    assert [(row["layers"], row["batch"], row["prompt_tokens"]) for row in rows] == [
+        (layers, batch, 64 + text)
+        for layers in ("list", "stack")
+        for batch in (1, 2)
+        for text in (3, 8)
     ]
-    assert [(row["layers"], row["batch"], row["cached_tokens"]) for row in report["cached"]] == [
-        (form, batch, cached) for form in ("list", "stack") for batch in (1, 2) for cached in (20, 40)
+    assert [(row["layers"], row["batch"], row["cached_tokens"]) for row in cached] == [
+        (layers, batch, tokens)
+        for layers in ("list", "stack")
+        for batch in (1, 2)
+        for tokens in (20, 40)
     ]
-    for row in report["rows"]:
+    for row in rows:
+        batch, tokens = row["batch"], row["prompt_tokens"]
         first, speed = row["first_token_s"], row["prefill_tokens_s"]
-        assert speed["min"] <= speed["median"] <= speed["max"] == pytest.approx(row["batch"] * row["prompt_tokens"] / first["min"])
-        assert row["matrix_share"] == pytest.approx(row["batch"] * prefill_flops(CONFIG, row["prompt_tokens"]) / first["median"] / 1e10)
-        assert set(row["compile_s"]) == {"encode", "prefill", "decode"} and row["memory_bytes"] > 2e6 and "slower" not in row
-    text = report.table(json.loads(json.dumps(report)))
-    assert text.startswith("cpu, 2 cores, float32: copies 1 GB/s, multiplies 0.01 TFLOP/s")
+        assert speed["min"] <= speed["median"] <= speed["max"]
+        assert speed["max"] == pytest.approx(batch * tokens / first["min"])
+        share = batch * prefill_flops(CONFIG, tokens) / first["median"] / 1e10
+        assert row["matrix_share"] == pytest.approx(share)
+        assert set(row["compile_s"]) == {"encode", "prefill", "decode"}
+        assert row["memory_bytes"] > 2e6 and "slower" not in row
+    text = report.table(json.loads(json.dumps(measured)))
+    start = "cpu, 2 cores, float32: copy 1 GB/s, matrix product 0.01 TFLOP/s"
+    assert text.startswith(start)
     assert len([line for line in text.splitlines() if line.startswith("random")]) == 16
 
 
-def test_against_transformers(fast):
-    """The same weights: the same logits. Then both are timed, and the ratio is that of the neighbours."""
+def test_against_transformers(quick_config):
+    """The same weights compute the same logits. Ratios are those of the times."""
     torch = pytest.importorskip("torch")
     from paligemma_jax.bench.contender import transformers_model
 
     model = synthetic.random_model(CONFIG)
     inputs = synthetic.synthetic_inputs(CONFIG, 2, 5)
-    tokens, pixels = torch.from_numpy(inputs.tokens).long(), torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy())
+    tokens = torch.from_numpy(inputs.tokens).long()
     with torch.no_grad():
-        copy = transformers_model(model)
-        logits = copy(input_ids=tokens, pixel_values=pixels, attention_mask=torch.ones_like(tokens), token_type_ids=torch.zeros_like(tokens)).logits
-    np.testing.assert_allclose(model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix), logits, atol=1e-4)
-    ours, theirs = generation.run(fast(against=("transformers",), repeats=1))["rows"]
+        logits = transformers_model(model)(
+            input_ids=tokens,
+            pixel_values=torch.from_numpy(np.moveaxis(inputs.images, 3, 1).copy()),
+            attention_mask=torch.ones_like(tokens),
+            token_type_ids=torch.zeros_like(tokens),
+        ).logits
+    expected = model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
+    np.testing.assert_allclose(expected, logits, atol=1e-4)
+    ours, theirs = generation.run(quick_config(against=("transformers",), repeats=1))["rows"]
     assert (ours["by"], theirs["by"]) == ("paligemma-jax", "transformers")
-    assert theirs["slower"]["decode"] == pytest.approx(ours["decode_tokens_s"]["median"] / theirs["decode_tokens_s"]["median"])
-    assert theirs["slower"]["prefill"] == pytest.approx(theirs["first_token_s"]["median"] / ours["first_token_s"]["median"])
+
+    def ratio(name, a, b):
+        return a[name]["median"] / b[name]["median"]
+
+    slower = theirs["slower"]
+    assert slower["decode"] == pytest.approx(ratio("decode_tokens_s", ours, theirs))
+    assert slower["prefill"] == pytest.approx(ratio("first_token_s", theirs, ours))
 
 
-def test_chart(fast, tmp_path):
+def test_chart(quick_config, tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    report.chart(generation.run(fast(layers=("list", "stack"))), str(tmp_path / "speed.png"))
+    measured = generation.run(quick_config(layers=("list", "stack")))
+    report.chart(measured, str(tmp_path / "speed.png"))
     with Image.open(tmp_path / "speed.png") as image:
         assert image.width > 600 and len(image.convert("RGB").getcolors(2**24) or ()) > 5
 
 
-def test_command(command, fast):
-    code, out, _ = command("bench", "--model", "random", "--new", 3, "--repeats", 1, "--depth", 2, "--json")
-    report = json.loads(out)
-    assert code == 0 and report["rows"][0]["new_tokens"] == 3 and report["rows"][0]["model"] == "random"
-    for wrong, told in ((("--batch", 0), "at least 1"), (("--new", 1), "at least 2"), (("--model", "4b-224"), "no such checkpoint")):
-        code, out, err = command("bench", *wrong)
-        assert (code, out) == (2, "") and told in err and err.count("\n") == 1
+def test_command(command, quick_config):
+    options = ["--model", "random", "--new", 3, "--repeats", 1, "--depth", 2, "--json"]
+    code, out, _ = command("bench", *options)
+    row = json.loads(out)["rows"][0]
+    assert code == 0 and row["new_tokens"] == 3 and row["model"] == "random"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--batch", 0), "--batch must be at least 1, got 0"),
+        (("--new", 1), "--new must be at least 2, got 1"),
+        (("--model", "4b-224"), "no such checkpoint"),
+    ],
+)
+def test_invalid_arguments(command, quick_config, arguments, message):
+    code, out, err = command("bench", *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+
+
+def test_depth_requires_random_weights(command, quick_config):
     code, _, err = command("bench", "--model", "tiny", "--depth", 2)
     assert code == 2 and "random weights" in err
 
 
-def test_machine():
-    machine = generation.measure_machine("float32")
+def test_unknown_dtype(command):
+    code, _, error = command("bench", "--dtype", "int3")
+    message = "dtype must be one of float32, bfloat16, float16, got 'int3'"
+    assert code == 2 and error == f"paligemma-jax: {message}\n"
+
+
+def test_measure_machine():
+    machine = clock.measure_machine("float32")
     assert 1e8 < machine["copy_bytes_s"] < 1e14 and 1e9 < machine["matrix_flops_s"] < 1e16
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads what the CPU compiler made")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads programs of the CPU compiler")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_decoding_copies_neither_cache_nor_weights(rows):
-    """What the loop holds beside its arguments is smaller than the cache of one layer, and no matrix is laid out anew."""
+    """The temporaries of the loop are smaller than the cache of a layer, and no matrix is copied to
+    another layout."""
     model, slots = synthetic.random_model(CONFIG), 4000
-    request, inputs = make_request(model, rows), synthetic.synthetic_inputs(CONFIG, rows, 8)
-    state = jax.eval_shape(partial(generate.prefill, slots=slots, sampler=Greedy()), model, replace(inputs, images=None), None, request)
-    program = generate.decode.lower(model, state, request, jnp.int32(8), size=7, sampler=Greedy()).compile()
-    layer = parameters(model)["decoder/layers/0/attention/k/kernel"]
-    assert program.memory_analysis().temp_size_in_bytes < 0.75 * 4 * rows * slots * layer.shape[0] * layer.shape[1]
-    kernel_o = {f"[{','.join(axes)}]" for axes in permutations(("160", "4", "32"))} | {"[160,128]", "[128,160]"}
-    copied = [line for line in program.as_text().splitlines() if " copy(" in line and any(s in line for s in {*kernel_o, f"{slots},2,32]"})]
-    assert not copied
+    request = make_request(model, rows)
+    inputs = replace(synthetic.synthetic_inputs(CONFIG, rows, 8), images=None)
+    prefill = partial(generate.prefill, slots=slots, sampler=Greedy())
+    state = jax.eval_shape(prefill, model, inputs, None, request)
+    options = dict(size=7, sampler=Greedy())
+    program = generate.decode.lower(model, state, request, jnp.int32(8), **options).compile()
+    heads, head_dim, _ = parameters(model)["decoder/layers/0/attention/k/kernel"].shape
+    cache_bytes = 4 * rows * slots * heads * head_dim
+    assert program.memory_analysis().temp_size_in_bytes < 0.75 * cache_bytes
+    shapes = {f"[{','.join(axes)}]" for axes in permutations(("160", "4", "32"))}
+    shapes |= {"[160,128]", "[128,160]", f"{slots},2,32]"}
+    copies = [line for line in program.as_text().splitlines() if " copy(" in line]
+    assert not [line for line in copies if any(shape in line for shape in shapes)]
 
 
-def _row(tokens):
-    yes = jnp.ones((1, tokens), bool)
-    return jnp.ones((1, tokens), jnp.int32), None, yes, yes
-
-
-def test_an_unknown_dtype_is_told(command):
-    code, _, error = command("bench", "--dtype", "int3")
-    assert code == 2 and error == "paligemma-jax: unknown dtype 'int3'; there are float32, bfloat16, float16\n"
-
-
-def test_training_steps(fast, command):
-    """A step of all weights, of LoRA and of QLoRA: measured, and compiled only, which tells the same memory."""
+def test_training_steps(random_preset, command):
+    """Steps of all weights, LoRA and QLoRA. Compiling alone reports the same memory."""
     options = ["bench", "--model", "random", "--new", 8, "--remat", "full", "--json", "--train"]
-    rows = json.loads(command(*options, "all", "lora", "qlora", "--repeats", 1)[1])["training"]
-    full, low, small = rows
-    assert [row["train"] for row in rows] == ["all", "lora", "qlora"] and all(row["tokens_s"]["median"] > 0 for row in rows)
-    assert small["argument_bytes"] < low["argument_bytes"] < 0.5 * full["argument_bytes"]
-    assert low["flops"] == small["flops"] < full["flops"] and all(0 < row["mfu"] < 1 for row in rows)
+    _, out, _ = command(*options, "all", "lora", "qlora", "--repeats", 1)
+    rows = json.loads(out)["training"]
+    full, lora, qlora = rows
+    assert [row["train"] for row in rows] == ["all", "lora", "qlora"]
+    assert all(row["tokens_s"]["median"] > 0 and 0 < row["mfu"] < 1 for row in rows)
+    assert qlora["argument_bytes"] < lora["argument_bytes"] < 0.5 * full["argument_bytes"]
+    assert lora["flops"] == qlora["flops"] < full["flops"]
     compiled = json.loads(command(*options, "qlora", "--repeats", 0)[1])
-    assert compiled["training"][0]["memory_bytes"] == small["memory_bytes"]
+    assert compiled["training"][0]["memory_bytes"] == qlora["memory_bytes"]
     text = report.table(compiled)
     assert "qlora" in text and max(map(len, text.splitlines())) < 140
 
 
 def test_training_against_transformers(command):
-    pytest.importorskip("peft", reason="the contender is transformers with peft: install the extra test")
-    code, out, error = command("bench", "--train", "lora", "--model", "tiny", "--new", 4, "--repeats", 1, "--against", "transformers", "--json")
+    pytest.importorskip("peft", reason="transformers needs peft for LoRA: install the extra test")
+    options = ["--train", "lora", "--model", "tiny", "--new", 4, "--repeats", 1, "--json"]
+    code, out, error = command("bench", *options, "--against", "transformers")
     assert code == 0, error
     ours, theirs = json.loads(out)["training"]
-    assert theirs["by"] == "transformers" and theirs["slower"] == pytest.approx(theirs["step_s"]["median"] / ours["step_s"]["median"])
+    ratio = theirs["step_s"]["median"] / ours["step_s"]["median"]
+    assert theirs["by"] == "transformers" and theirs["slower"] == pytest.approx(ratio)

@@ -1,4 +1,7 @@
-"""What the tests of sharding run in a process of its own: `python tests/support/on_devices.py DEVICES FUNCTION ARGUMENTS`, both as JSON; prints JSON."""
+"""Functions for the tests of sharding, run in a process with several CPU devices.
+
+`call` runs `python tests/support/on_devices.py FUNCTION ARGUMENTS`; arguments and results are JSON.
+"""
 
 from __future__ import annotations
 
@@ -12,79 +15,126 @@ import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from support.paths import ROOT, TESTS
 
+if TYPE_CHECKING:
+    import jax
+    from jax.sharding import Mesh
 
-def call(devices: int, function: str, *arguments: Any, **options: Any) -> Any:
-    """What `function` below returns in a process with so many CPU devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu", "PALIGEMMA_JAX_CACHE": "off"}
-    path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    from paligemma_jax.model.config import PaliGemmaConfig
+    from paligemma_jax.training.batches import Batch
+
+
+def call(devices: int, function: str, *arguments: Any, **options: Any) -> Any:  # any JSON
+    """Return the result of a function below, run in a process with that many CPU devices."""
+    flags = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PALIGEMMA_JAX_CACHE": "off",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]),
+    }
     command = [sys.executable, __file__, function, json.dumps([arguments, options])]
-    done = subprocess.run(command, env=os.environ | flags | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def small(kind: str, layers: int = 1) -> Any:
-    """Gemma 1 has one key head, Gemma 2 half as many as heads: over 4 devices they divide, over 8 they do not."""
+def small_config(kind: str, layers: int = 1) -> PaliGemmaConfig:
+    """A small config. PaliGemma 1 has one key head, PaliGemma 2 half as many as query heads: 4
+    devices divide them, 8 do not."""
     from paligemma_jax.model.config import PaliGemmaConfig
 
     config = PaliGemmaConfig.preset("3b-224" if kind == "pg2" else "pg1-3b-224")
-    vision = replace(config.vision, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, image_size=56)
-    sizes = dict(hidden_size=64, num_hidden_layers=layers, num_attention_heads=8, head_dim=8, intermediate_size=96, vocab_size=512)
-    keys = 4 if kind == "pg2" else 1
-    return replace(config, vision=vision, decoder=replace(config.decoder, **sizes, num_key_value_heads=keys), image_token_id=500, dtype="float32")
+    vision = replace(
+        config.vision,
+        hidden_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=56,
+    )
+    decoder = replace(
+        config.decoder,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4 if kind == "pg2" else 1,
+        head_dim=8,
+        intermediate_size=96,
+        vocab_size=512,
+    )
+    return replace(config, vision=vision, decoder=decoder, image_token_id=500, dtype="float32")
 
 
-def batch(config: Any, rows: int) -> Any:
+def make_batch(config: PaliGemmaConfig, rows: int) -> Batch:
     """Ragged rows of one image each, with an answer of 8 tokens."""
     import numpy as np
 
-    from paligemma_jax.bench.training import answering
+    from paligemma_jax.bench.training import with_targets
     from paligemma_jax.checkpoints.synthetic import synthetic_inputs
     from paligemma_jax.training.batches import Batch
 
-    inputs = answering(synthetic_inputs(config, rows, 16), 8)
+    inputs = with_targets(synthetic_inputs(config, rows, 16), 8)
     inputs.prefix[:, -9] = inputs.valid[:, -9] = np.arange(rows) % 2 == 0
-    return Batch(replace(inputs, images=inputs.images[:, None]), np.linspace(0.5, 1.5, rows, dtype=np.float32))
+    inputs = replace(inputs, images=inputs.images[:, None])
+    return Batch(inputs, np.linspace(0.5, 1.5, rows, dtype=np.float32))
 
 
 def compare(cases: list[list]) -> list[dict]:
-    """Each case (kind, form, train, quantize, mesh) against one device: logits, loss, gradients, tokens."""
+    """Compare each case (kind, layers, train, quantize, mesh) with one device."""
     import jax
     import numpy as np
 
     from paligemma_jax.sharding import rules
     from paligemma_jax.sharding.mesh import resolve_mesh
 
-    found = []
-    for kind, form, train, quantize, mesh in cases:
-        config = small(kind)
-        rules._said.clear()
-        with warnings.catch_warnings(record=True, action="always") as told:
-            one, many = (_all_of(config, form, train, quantize, resolve_mesh(where, config)) for where in (None, mesh))
-        worst = lambda a, b: float(np.abs(a - b).max() / max(1, np.abs(a).max()))
-        found.append(
-            dict(
-                {name: worst(one[name], many[name]) for name in ("logits", "loss")},
-                gradients=max(worst(value, many["gradients"][path]) for path, value in one["gradients"].items()),
-                largest=float(max(np.abs(value).max() for value in one["gradients"].values())),
-                same_tokens=bool((one["tokens"] == many["tokens"]).all()), different=len(np.unique(one["tokens"])),
-                strays=many["strays"], part=many["part"], told=[str(warning.message) for warning in told if "whole on every" in str(warning.message)],
+    def error(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.abs(a - b).max() / max(1, np.abs(a).max()))
+
+    results = []
+    for kind, layers, train, quantize, mesh in cases:
+        config = small_config(kind)
+        rules._warned.clear()
+        with warnings.catch_warnings(record=True, action="always") as caught:
+            single, sharded = (
+                _compute(config, layers, train, quantize, resolve_mesh(name, config))
+                for name in (None, mesh)
             )
-        )  # fmt: skip
+        gradients = single["gradients"]
+        messages = [str(warning.message) for warning in caught]
+        results.append(
+            {
+                "logits": error(single["logits"], sharded["logits"]),
+                "loss": error(single["loss"], sharded["loss"]),
+                "gradients": max(
+                    error(gradient, sharded["gradients"][path])
+                    for path, gradient in gradients.items()
+                ),
+                "largest": float(max(np.abs(gradient).max() for gradient in gradients.values())),
+                "same_tokens": bool((single["tokens"] == sharded["tokens"]).all()),
+                "distinct_tokens": len(np.unique(single["tokens"])),
+                "moved": sharded["moved"],
+                "share": sharded["share"],
+                "warnings": [text for text in messages if "every device replicates it" in text],
+            }
+        )
         jax.clear_caches()
-    return found
+    return results
 
 
-def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any) -> dict:
+def _compute(
+    config: PaliGemmaConfig, layers: str, train: str, quantize: str | None, mesh: Mesh | None
+) -> dict:
+    """Logits, tokens and a training step of a random model on a mesh."""
     import jax
     import numpy as np
 
     from paligemma_jax.checkpoints.synthetic import random_model
-    from paligemma_jax.inference import generate, scoring
+    from paligemma_jax.inference import scoring
+    from paligemma_jax.inference.generate import generate
+    from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.model.tree import parameters, with_parameters
     from paligemma_jax.sharding.arrays import distribute, shard_batch
     from paligemma_jax.training.batches import max_targets
@@ -92,119 +142,174 @@ def _all_of(config: Any, form: str, train: str, quantize: str | None, mesh: Any)
     from paligemma_jax.training.prepare import prepare_model
     from paligemma_jax.training.trainer import Trainer
 
-    options = FinetuneConfig("", "", train=train, quantize=quantize, layers=form, warmup=0, clip=0, learning_rate=1.0, optimizer="sgd", lora_rank=2)
+    options = FinetuneConfig(
+        data="",
+        output="",
+        train=train,
+        quantize=quantize,
+        layers=layers,
+        warmup=0,
+        clip=0,
+        learning_rate=1.0,
+        optimizer="sgd",
+        lora_rank=2,
+    )
     rng = np.random.default_rng(0)
-    noise = {path: value + rng.normal(0, 0.1, value.shape).astype("f") for path, value in sorted(parameters(random_model(config)).items())}
-    model = prepare_model(with_parameters(random_model(config), noise.__getitem__), options)
-    learned = {p: a + rng.normal(0, 0.1, a.shape).astype("f") if "lora_b" in p else a for p, a in sorted(parameters(model).items())}
-    model = distribute(with_parameters(model, learned.__getitem__), mesh)
-    data = batch(config, 8)
-    logits = np.asarray(scoring.forward(model, data.inputs))
-    asked = replace(data.inputs, valid=data.inputs.prefix)
-    tokens = generate.generate(model, asked, 6, slots=asked.tokens.shape[1] + 6).tokens
+
+    def add_noise(model: Any, pattern: str) -> Any:
+        values = {
+            path: a + rng.normal(0, 0.1, a.shape).astype("f") if re.search(pattern, path) else a
+            for path, a in sorted(parameters(model).items())
+        }
+        return with_parameters(model, values.__getitem__)
+
+    model = prepare_model(add_noise(random_model(config), ""), options)
+    model = distribute(add_noise(model, "lora_b"), mesh)
+    batch = make_batch(config, 8)
+    logits = np.asarray(scoring.forward(model, batch.inputs))
+    prompts = replace(batch.inputs, valid=batch.inputs.prefix)
+    slots = prompts.tokens.shape[1] + 6
+    tokens = generate(model, prompts, DecodingOptions(6), slots=slots).tokens
     trainer = Trainer(model, options, 10)
     state = trainer.start()
     before = {path: np.array(value) for path, value in state.trainable.items()}
-    places = jax.tree.map(lambda a: a.sharding, state)
-    state, report = trainer.step(state, trainer.frozen, shard_batch(data, mesh), max_targets=max_targets(data))
-    strays = sum(not a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(places)))
-    held = [max(shard.data.nbytes for shard in a.addressable_shards) for a in jax.tree.leaves((state.trainable, state.optimizer))]
-    return dict(
-        logits=logits, tokens=tokens, loss=np.asarray(report["loss"]), strays=strays,
-        gradients={path: before[path] - np.asarray(value) for path, value in state.trainable.items()},
-        part=sum(held) / sum(a.nbytes for a in jax.tree.leaves((state.trainable, state.optimizer))),
-    )  # fmt: skip
+    shardings = [a.sharding for a in jax.tree.leaves(state)]
+    longest = max_targets(batch)
+    state, report = trainer.step(
+        state, trainer.frozen, shard_batch(batch, mesh), max_targets=longest
+    )
+    moved = sum(
+        not a.sharding.is_equivalent_to(sharding, a.ndim)
+        for a, sharding in zip(jax.tree.leaves(state), shardings, strict=True)
+    )
+    arrays = jax.tree.leaves((state.trainable, state.optimizer))
+    largest_shards = [max(shard.data.nbytes for shard in a.addressable_shards) for a in arrays]
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "loss": np.asarray(report["loss"]),
+        "gradients": {
+            path: before[path] - np.asarray(value) for path, value in state.trainable.items()
+        },
+        "moved": moved,
+        "share": sum(largest_shards) / sum(a.nbytes for a in arrays),
+    }
 
 
-def program(config: Any, mesh: Any, rows: int, **options: Any) -> Any:
-    """The compiled training step: of shapes, without an array."""
+def compile_step(
+    config: PaliGemmaConfig, mesh: Mesh, rows: int, **options: Any
+) -> jax.stages.Compiled:
+    """Compile a training step from shapes."""
     from paligemma_jax.checkpoints.load import abstract_model
-    from paligemma_jax.sharding.arrays import batch_shapes
-    from paligemma_jax.sharding.rules import sharded_shapes
+    from paligemma_jax.sharding.arrays import batch_shapes, sharded_shapes
     from paligemma_jax.training.config import FinetuneConfig
     from paligemma_jax.training.prepare import trainer_shapes
 
-    trainer, state, frozen = trainer_shapes(abstract_model(config), FinetuneConfig("", "", batch_size=rows, **options))
-    data = batch_shapes(batch(config, rows), mesh)
-    return trainer.step.lower(sharded_shapes(state, mesh), sharded_shapes(frozen, mesh), data, max_targets=8).compile()
+    finetune = FinetuneConfig("", "", batch_size=rows, **options)
+    trainer, state, frozen = trainer_shapes(abstract_model(config), finetune)
+    state, frozen = sharded_shapes((state, frozen), mesh)
+    batch = batch_shapes(make_batch(config, rows), mesh)
+    return trainer.step.lower(state, frozen, batch, max_targets=8).compile()
 
 
 def collectives(mesh: str, rows: int, **options: Any) -> list[list]:
-    """[name, shapes that come out, operation, dtypes] of every collective of a step: 3 stacked layers, a vocabulary of two chunks."""
+    """Return [opcode, shapes of the results, operation name, dtypes] of every collective of a step,
+    for 3 stacked layers and a vocabulary of two chunks."""
     from paligemma_jax.sharding.mesh import resolve_mesh
 
-    config = small("pg2", layers=3)
+    config = small_config("pg2", layers=3)
     config = replace(config, decoder=replace(config.decoder, vocab_size=2**16))
-    text = program(config, resolve_mesh(mesh, config), rows, remat="full", **options).as_text()
-    found = []
-    for line in text.splitlines():
-        if named := re.search(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line):
-            dtypes, shapes = zip(*re.findall(r"(\w+)\[([\d,]*)\]", named[1]))
-            shapes = [[int(n) for n in shape.split(",") if n] for shape in shapes]
-            operation = re.search(r'op_name="([^"]*)"', line)
-            found.append([named[2], shapes, operation[1] if operation else "", dtypes])
-    return found
+    program = compile_step(config, resolve_mesh(mesh, config), rows, remat="full", **options)
+    opcodes = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    results = []
+    for line in program.as_text().splitlines():
+        match = re.search(rf" = (.*?) ({opcodes})(?:-start)?\(", line)
+        if match:
+            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            shapes = [[int(size) for size in sizes.split(",") if size] for _, sizes in arrays]
+            name = re.search(r'op_name="([^"]*)"', line)
+            dtypes = [dtype for dtype, _ in arrays]
+            results.append([match[2], shapes, name[1] if name else "", dtypes])
+    return results
 
 
-def auto(cases: list[tuple]) -> list[dict]:
-    """The mesh that "auto" is for (kind, training?, rows)."""
+def auto_meshes(cases: list[tuple]) -> list[dict]:
+    """Return the mesh that "auto" makes for each (kind, training, rows)."""
     from paligemma_jax.sharding.mesh import resolve_mesh
 
-    return [dict(resolve_mesh("auto", small(kind), training, rows=rows).shape) for kind, training, rows in cases]
+    return [
+        dict(resolve_mesh("auto", small_config(kind), training, rows=rows).shape)
+        for kind, training, rows in cases
+    ]
 
 
-def flops(meshes: list[tuple[str, int]]) -> list[float]:
-    """Of a training step on one device, by the compiler's count, for so many rows each."""
+def step_flops(cases: list[tuple[str, int]]) -> list[float]:
+    """Return XLA's FLOPs on one device of a training step, for each (mesh, rows)."""
     from paligemma_jax.sharding.mesh import resolve_mesh
 
-    config = small("pg2")
-    return [program(config, resolve_mesh(mesh, config), rows, layers="list").cost_analysis()["flops"] for mesh, rows in meshes]
+    config = small_config("pg2")
+    return [
+        compile_step(config, resolve_mesh(mesh, config), rows, layers="list").cost_analysis()[
+            "flops"
+        ]
+        for mesh, rows in cases
+    ]
 
 
-def loaded(directory: str, quantize: str | None = None) -> dict:
-    """A checkpoint on eight devices: the paths of what is not as on one, to the bit, and of what lies in slices."""
+def compare_loading(directory: str, quantize: str | None = None) -> dict:
+    """Load a checkpoint on one and on eight devices. Return the paths of parameters that are not
+    equal to the bit, and of those that are sharded."""
     import numpy as np
 
     from paligemma_jax.checkpoints.load import load_model
     from paligemma_jax.model.tree import parameters
 
-    one = parameters(load_model(Path(directory), quantize=quantize))
-    found = parameters(load_model(Path(directory), mesh="data=1,fsdp=2,tensor=4", quantize=quantize))
-    other = [path for path, value in found.items() if value.dtype != one[path].dtype or (np.asarray(value) != np.asarray(one[path])).any()]
-    return {"other": other, "sliced": [path for path, value in found.items() if not value.sharding.is_fully_replicated]}
+    single = parameters(load_model(Path(directory), quantize=quantize))
+    mesh = "data=1,fsdp=2,tensor=4"
+    loaded = parameters(load_model(Path(directory), mesh=mesh, quantize=quantize))
+
+    def equal(path: str) -> bool:
+        same_values = (np.asarray(loaded[path]) == np.asarray(single[path])).all()
+        return loaded[path].dtype == single[path].dtype and same_values
+
+    return {
+        "different": [path for path in loaded if not equal(path)],
+        "sharded": [p for p, value in loaded.items() if not value.sharding.is_fully_replicated],
+    }
 
 
-def said(commands: list[list[str]]) -> list[str]:
-    """What `paligemma-jax` prints when it is run so, or what it says is wrong."""
+def run_commands(commands: list[list[str]]) -> list[str]:
+    """Return what `paligemma-jax` prints for each list of arguments, errors included."""
     from paligemma_jax.cli import main
 
-    found = []
+    outputs = []
     for sys.argv in (["paligemma-jax", *arguments] for arguments in commands):
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(out), suppress(SystemExit):
             main()
-        found.append(out.getvalue())
-    return found
+        outputs.append(out.getvalue())
+    return outputs
 
 
-def predicted(arguments: list[str]) -> list[int]:
-    """`paligemma-jax predict`: the rows of each batch that it asks the model for."""
+def predict_batch_sizes(arguments: list[str]) -> list[int]:
+    """Run `paligemma-jax predict`. Return the sizes of the batches that the model gets."""
     from paligemma_jax.inference import generate
 
-    asked, prefill = [], generate.prefill
+    sizes, prefill = [], generate.prefill
 
-    def watched(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        asked.append(len(inputs.tokens))
-        return prefill(model, inputs, *rest, **named)
+    def recording_prefill(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(inputs.tokens))
+        return prefill(model, inputs, *args, **kwargs)
 
-    generate.prefill = watched  # type: ignore[assignment]
-    said([["predict", *arguments]])
-    return asked
+    generate.prefill = recording_prefill
+    run_commands([["predict", *arguments]])
+    return sizes
 
 
 if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    jax.config.update("jax_disable_most_optimizations", True)  # what XLA's own passes and LLVM do to the same sums takes most of the time
-    given, options = json.loads(sys.argv[2])
-    print(json.dumps(globals()[sys.argv[1]](*given, **options)))
+    # What XLA's and LLVM's optimizations do to the same sums takes most of the time.
+    jax.config.update("jax_disable_most_optimizations", True)
+    arguments, options = json.loads(sys.argv[2])
+    print(json.dumps(globals()[sys.argv[1]](*arguments, **options)))

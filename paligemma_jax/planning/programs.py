@@ -1,0 +1,130 @@
+"""Compile the programs of `inference/generate.py` and `training/trainer.py` from shapes alone, for
+chips that need not exist."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from paligemma_jax.inference import generate
+from paligemma_jax.inference.request import make_request
+from paligemma_jax.inference.sampling import Greedy
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.stack import stack_model
+from paligemma_jax.planning.chips import Chip
+from paligemma_jax.planning.config import PlanConfig
+from paligemma_jax.planning.hlo import program_work
+from paligemma_jax.processing.processor import Inputs, round_up
+from paligemma_jax.quantization.quantize import quantize_model
+from paligemma_jax.sharding.arrays import batch_shapes, shape_struct, sharded_shapes
+from paligemma_jax.sharding.compiled import mesh_jit
+from paligemma_jax.sharding.devices import program_bytes
+from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.prepare import trainer_shapes
+
+
+@dataclass(frozen=True)
+class ProgramCost:
+    """Memory, work and time of one compiled program on each chip."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    output_bytes: int  # of results that do not reuse the memory of an argument
+    memory_bytes: int  # in total
+    flops: float
+    bytes: float  # moved at least: arguments and results once, temporaries written and read
+    sent_bytes: dict[str, float]  # to other chips, by kind of collective
+    compile_seconds: float
+    seconds: float  # lower bound at the chip's published rates
+
+
+def training_programs(
+    config: PlanConfig, model: PaliGemma, mesh: Mesh, chip: Chip
+) -> Iterator[tuple[str, ProgramCost]]:
+    """Compile the training step."""
+    finetune = FinetuneConfig(
+        data="",
+        output="",
+        train="lora" if config.lora else "all",
+        lora_rank=config.lora or 16,
+        quantize=config.quantize,
+        batch_size=config.rows,
+        remat=config.remat,
+        accumulate=config.accumulate,
+        optimizer=config.optimizer,
+        dtype=config.dtype,
+        layers=config.layers or "stack",
+    )
+    trainer, state, frozen = trainer_shapes(model, finetune)
+    trainer.mesh = mesh
+    inputs, images = _input_shapes(config, model)
+    images = jax.ShapeDtypeStruct((config.rows, 1, *images.shape[1:]), images.dtype)
+    weights = jax.ShapeDtypeStruct((config.rows,), jnp.float32)
+    batch = batch_shapes(Batch(replace(inputs, images=images), weights), mesh)
+    state, frozen = sharded_shapes((state, frozen), mesh)
+    targets = round_up(config.new)
+    _, cost = _compile(chip, trainer.step, state, frozen, batch, max_targets=targets)
+    yield "step", cost
+
+
+def generation_programs(
+    config: PlanConfig, model: PaliGemma, mesh: Mesh, chip: Chip
+) -> Iterator[tuple[str, ProgramCost]]:
+    """Compile the image encoder, the prefill and the decode loop, of which one step counts."""
+    if config.quantize:
+        model = jax.eval_shape(partial(quantize_model, quantization=config.quantize), model)
+    if config.layers == "stack":
+        model = jax.eval_shape(partial(stack_model, delete=False), model)
+    model = sharded_shapes(model, mesh)
+    inputs, images = _input_shapes(config, model)
+    request = jax.eval_shape(partial(make_request, model, config.rows))
+    encode, cost = _compile(chip, generate.encode_images, model, images)
+    yield "encode", cost
+    features = encode.out_info
+    features = jax.ShapeDtypeStruct((config.rows, 1, *features.shape[1:]), features.dtype)
+    slots = inputs.tokens.shape[1] + round_up(config.new)
+    prefill, cost = _compile(
+        chip, generate.prefill, model, inputs, features, request, slots=slots, sampler=Greedy()
+    )
+    yield "prefill", cost
+    state = jax.tree.map(shape_struct, prefill.out_info, prefill.output_shardings)
+    limit, size = jax.ShapeDtypeStruct((), jnp.int32), round_up(config.new)
+    _, cost = _compile(
+        chip, generate.decode, model, state, request, limit, size=size, sampler=Greedy()
+    )
+    yield "decode", cost
+
+
+def _input_shapes(config: PlanConfig, model: PaliGemma) -> tuple[Inputs, jax.ShapeDtypeStruct]:
+    """Inputs of one image per row, without the images, and the images."""
+    vision, rows = model.config.vision, config.rows
+    shape = (rows, round_up(vision.num_patches + config.text))
+    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
+    side = vision.image_size
+    no_images, images = (
+        jax.ShapeDtypeStruct((count, side, side, 3), jnp.float32) for count in (0, rows)
+    )
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return Inputs(tokens, no_images, valid=mask, prefix=mask, targets=mask), images
+
+
+def _compile(
+    chip: Chip, function: mesh_jit, *args: object, **static: object
+) -> tuple[jax.stages.Compiled, ProgramCost]:
+    start = time.perf_counter()
+    program = function.lower(*args, **static).compile()
+    seconds = time.perf_counter() - start
+    work, memory = program_work(program.as_text() or ""), program_bytes(program)
+    moved = memory["argument_bytes"] + memory["output_bytes"] + 2 * memory["temporary_bytes"]
+    roofline = max(
+        work.flops / chip.flops, moved / chip.bandwidth, sum(work.sent_bytes.values()) / chip.links
+    )
+    times = dict(compile_seconds=seconds, seconds=roofline)
+    return program, ProgramCost(**memory, **asdict(work), bytes=moved, **times)
