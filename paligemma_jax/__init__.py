@@ -1,37 +1,38 @@
-"""PaliGemma 2 in JAX/Flax: the public door. Its names are imported when first used, so that the command's --help need not wait for jax."""
+"""PaliGemma 2 in JAX/Flax: the public names of the package.
 
-from __future__ import annotations
+They are imported when first used, so that `paligemma-jax --help` does not wait for jax.
+"""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from paligemma_jax.inference.answer import Answer
-    from paligemma_jax.inference.loading import load
-    from paligemma_jax.inference.predictor import Predictor
-    from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
-    from paligemma_jax.model.config import PaliGemmaConfig
-    from paligemma_jax.processing.processor import Inputs
-
-__all__ = ["Answer", "Beam", "BestOf", "Greedy", "Inputs", "PaliGemmaConfig", "Predictor", "Sample", "load"]
-
-_HOMES = {
-    "Answer": "inference.predictor",
-    "Beam": "inference.sampling",
-    "BestOf": "inference.sampling",
-    "Greedy": "inference.sampling",
-    "Inputs": "processing.processor",
-    "PaliGemmaConfig": "model.config",
-    "Predictor": "inference.predictor",
-    "Sample": "inference.sampling",
-    "load": "inference.loading",
+_MODULES = {
+    "load": "paligemma_jax.inference.loading",
+    "finetune": "paligemma_jax.training.finetune",
+    "evaluate": "paligemma_jax.evaluation.evaluate",
+    "convert": "convert.formats",
+    "draw": "paligemma_jax.processing.locations",
+    "parse_detections": "paligemma_jax.processing.locations",
+    "Greedy": "paligemma_jax.inference.sampling",
+    "Sample": "paligemma_jax.inference.sampling",
+    "Beam": "paligemma_jax.inference.sampling",
+    "BestOf": "paligemma_jax.inference.sampling",
+    "DecodingOptions": "paligemma_jax.inference.options",
+    "Answer": "paligemma_jax.inference.answer",
+    "Detection": "paligemma_jax.processing.locations",
+    "Inputs": "paligemma_jax.processing.processor",
+    "Predictor": "paligemma_jax.inference.predictor",
+    "PaliGemmaConfig": "paligemma_jax.model.config",
+    "FinetuneConfig": "paligemma_jax.training.config",
 }
 
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+
+def __getattr__(name: str) -> Any:  # the type depends on the name
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -7,15 +7,14 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
 from paligemma_jax.commands.options import (
-    Decoded,
+    Decoding,
     DecodingFlags,
     File,
     ModelFlags,
     ModelOptions,
     dumps,
+    flag,
     require_parent,
 )
 
@@ -24,16 +23,15 @@ if TYPE_CHECKING:
 
     from paligemma_jax.processing.locations import Detections
 
-Images = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]")]
-Texts = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]")]
+Images = Annotated[tuple[str, ...], flag("FILE [FILE ...]")]
+Texts = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]")]
 
 
 def generate(
     image: Images,
     prompt: Texts,
     source: ModelFlags = ModelOptions(),
-    max_new_tokens: int = 128,
-    decoding: Decoded = DecodingFlags(),
+    decoding: Decoding = DecodingFlags(),
     draw: File = None,
     json: bool = False,
 ) -> None:
@@ -42,65 +40,87 @@ def generate(
     Example: paligemma-jax generate --image a.jpg --prompt "detect cat" --draw b.jpg
 
     Args:
-        image: Image files, one for each prompt, or one for all of them. For several images in one prompt write <image> into it for each.
-        prompt: What to ask: "caption en", "answer en where is the cat?", "detect cat". One for each image, or one for all of them.
-        max_new_tokens: The longest answer, in tokens.
-        draw: Draw the boxes and masks of all answers about an image into this file; of several images into boxes-1.png, boxes-2.png, ...
-        json: Print one JSON object a line, with image, prompt and answer, instead of text.
+        image: Image files: one per prompt, or one for all prompts. For several images in one
+            prompt, write <image> into it for each.
+        prompt: Prompts such as "caption en", "answer en where is the cat?" or "detect cat": one
+            per image, or one for all images.
+        draw: Draw the boxes and masks of all answers about an image to this file. With several
+            images, to boxes-1.png, boxes-2.png, ...
+        json: Print one JSON object per line with image, prompt and answer, instead of text.
     """
     from paligemma_jax.processing.image import load_image
 
-    images, prompts = _pair(list(image), list(prompt))
-    drawings = _drawings(images, draw) if draw else {}
-    opened = {path: load_image(path) for path in image}  # before the model, so that a wrong path is told at once
-    options, seeds = decoding.options(), range(decoding.seed, decoding.seed + len(prompts))
+    groups, prompts = _pair(list(image), list(prompt))
+    drawings = _drawings(groups, draw) if draw else {}
+    opened = {path: load_image(path) for path in image}  # errors come before the model is loaded
+    options = decoding.options()
     predictor = source.load()
-    answers = predictor.answers([[opened[path] for path in group] for group in images], prompts, max_new_tokens, seeds=seeds, **options)
-    for shown, asked, answer in zip(images, prompts, answers):
-        shown = shown[0] if len(shown) == 1 else shown
-        print(dumps({"image": shown, "prompt": asked, "answer": answer.text}) if json else answer.text)
+    answers = predictor.answers(
+        [[opened[path] for path in group] for group in groups],
+        prompts,
+        options=options,
+        seeds=range(decoding.seed, decoding.seed + len(prompts)),
+    )
+    for group, text, answer in zip(groups, prompts, answers, strict=True):
+        images = group[0] if len(group) == 1 else group
+        record = {"image": images, "prompt": text, "answer": answer.text}
+        print(dumps(record) if json else answer.text)
     for path, file in drawings.items():
-        about = [predictor.detections(answer, opened[path]) for group, answer in zip(images, answers) if group == [path]]
-        _draw(opened[path], about, file)
+        detections = [
+            predictor.detections(answer, opened[path])
+            for group, answer in zip(groups, answers, strict=True)
+            if group == [path]
+        ]
+        _draw(opened[path], detections, file)
 
 
-def _drawings(images: list[list[str]], draw: str) -> dict[str, Path]:
-    """The file for each image. ValueError, before anything is computed, if it cannot be drawn."""
+def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
+    """The file to draw each image to. ValueError, before any computation, if it is invalid."""
     from PIL import Image
 
-    if any(len(group) > 1 for group in images):
-        raise ValueError("--draw cannot tell which of several images in one prompt an answer points at: ask about one at a time")
-    file, paths = Path(draw), list(dict.fromkeys(path for (path,) in images))
+    if any(len(group) > 1 for group in groups):
+        raise ValueError("--draw supports one image per prompt: a box does not name its image")
+    file, paths = Path(draw), list(dict.fromkeys(path for (path,) in groups))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--draw {draw}: no picture can be written as {file.suffix or 'a file without a suffix'}; name it .png or .jpg")
+        suffix = f"the suffix {file.suffix}" if file.suffix else "no suffix"
+        raise ValueError(f"--draw {draw}: {suffix} is not an image format; use .png or .jpg")
     require_parent("--draw", draw)
-    return {path: file if len(paths) == 1 else file.with_stem(f"{file.stem}-{n}") for n, path in enumerate(paths, 1)}
+    if len(paths) == 1:
+        return {paths[0]: file}
+    return {path: file.with_stem(f"{file.stem}-{n}") for n, path in enumerate(paths, 1)}
 
 
-def _draw(image: Image, about: list[Detections], file: Path) -> None:
-    """One picture of all; what an answer says that is no box goes to stderr."""
-    from convert.files import atomic_output
+def _draw(image: Image, answers: list[Detections], file: Path) -> None:
+    """Draw all answers on one image; report what they contain besides boxes on stderr."""
+    from convert.files import output
     from paligemma_jax.processing.locations import draw
 
-    for part in (part for found in about for part in found.skipped):
-        print(f"paligemma-jax: {file.name} shows nothing for {part!r}", file=sys.stderr)
-    with atomic_output(file, force=True) as unfinished:
-        draw(image, [thing for found in about for thing in found]).save(unfinished)
+    for detections in answers:
+        for text in detections.skipped:
+            print(f"paligemma-jax: not drawn in {file.name}: {text!r}", file=sys.stderr)
+    things = [detection for detections in answers for detection in detections]
+    with output(file, force=True) as temporary:
+        draw(image, things).save(temporary)
 
 
 def _pair(images: list[str], prompts: list[str]) -> tuple[list[list[str]], list[str]]:
-    """The images of each prompt, and the prompts: as many as it has `<image>`, else one; a single prompt or image serves all of the others."""
-    if missing := [name for name, given in (("image", images), ("prompt", prompts)) if not given]:
-        raise ValueError(f"no {missing[0]}: give at least one after --{missing[0]}")
-    wanted = [max(prompt.count("<image>"), 1) for prompt in prompts]
-    if set(wanted) == {1}:
+    """The images of each prompt, and the prompts.
+
+    A prompt has as many images as `<image>` in it, else one. A single prompt or image is used for
+    all of the others.
+    """
+    for name, values in (("image", images), ("prompt", prompts)):
+        if not values:
+            raise ValueError(f"no {name}: give at least one after --{name}")
+    counts = [max(prompt.count("<image>"), 1) for prompt in prompts]
+    if set(counts) == {1}:
         prompts = prompts * len(images) if len(prompts) == 1 else prompts
         images = images * len(prompts) if len(images) == 1 else images
-        wanted = [1] * len(prompts)
-    if sum(wanted) != len(images):
+        counts = [1] * len(prompts)
+    if sum(counts) != len(images):
         raise ValueError(
-            f"{len(images)} images do not fit {len(prompts)} prompts, which take {sum(wanted)}: "
-            "give one for all prompts, one for each, or one for every <image> in them"
+            f"got {len(images)} images for {len(prompts)} prompts, which need {sum(counts)}: give "
+            "one for all prompts, one per prompt, or one for every <image> in them"
         )
     remaining = iter(images)
-    return [list(islice(remaining, n)) for n in wanted], prompts
+    return [list(islice(remaining, n)) for n in counts], prompts

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 if TYPE_CHECKING:
+    from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.predictor import Predictor
     from paligemma_jax.inference.sampling import Strategy
 
@@ -87,51 +88,63 @@ ModelFlags = Annotated[ModelOptions, tyro.conf.arg(name="")]  # flags without a 
 
 @dataclass(frozen=True)
 class DecodingFlags:
-    """How an answer is chosen, greedily unless a flag says otherwise, and when it ends."""
+    """How tokens are chosen (by default the most likely ones), and when an answer ends."""
 
+    max_new_tokens: int = 128
+    """Maximum length of an answer in tokens."""
     temperature: Number = None
-    """Sample, at this temperature. So does any of the next four, and --best-of."""
+    """Sample at this temperature. Each of the next four flags and --best-of also enables
+    sampling."""
     top_k: Count = None
-    """Only among the K likeliest tokens."""
+    """Sample from the K most likely tokens only."""
     top_p: Number = None
-    """Only among the likeliest tokens that together have this probability."""
+    """Sample only from the most likely tokens that together have this probability."""
     min_p: Number = None
-    """Only among tokens at least this fraction as likely as the likeliest."""
+    """Sample only from tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: Number = None
-    """Divides the logits of what was said before, in the prompt too; 1 is none."""
+    """Divide the logits of tokens that prompt or answer already contain; 1 disables it."""
     best_of: Count = None
-    """Of so many samples the likeliest."""
+    """Draw this many samples and keep the most likely one."""
     beams: Count = None
-    """Beam search of this width instead."""
+    """Use beam search with this many beams."""
     length_penalty: float = 1.0
-    """Its scores are divided by the length to this power."""
+    """Divide beam scores by the length to this power."""
     seed: int = 0
-    """Samples depend on their prompt and its seed: this number and its place, or that of its line in a data set."""
+    """Random seed, to which the number of the prompt, or of its line in a data set, is added."""
     min_new_tokens: int = 0
-    """No end before so many tokens."""
+    """Minimum length of an answer in tokens."""
     stop: Stops = ()
     """End an answer before the first of these texts."""
 
-    def options(self) -> dict[str, Any]:
-        """Those of `Predictor.answers` but for the seeds. ValueError for what makes no sense, or not together."""
-        return {"sampler": self._strategy(), "min_new_tokens": self.min_new_tokens, "stop": self.stop}
+    def options(self) -> DecodingOptions:
+        """The options without the seed. ValueError if flags are invalid or contradictory."""
+        from paligemma_jax.inference.options import DecodingOptions
+
+        return DecodingOptions(
+            self.max_new_tokens, self._strategy(), self.min_new_tokens, self.stop
+        )
 
     def _strategy(self) -> Strategy:
         from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "best_of")
-        drawn = {name: value for name in names if (value := getattr(self, name)) is not None}
+        values = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
         if self.beams is not None:
-            if drawn:
-                raise ValueError(f"--beams and --{next(iter(drawn)).replace('_', '-')}: beam search draws no samples, leave out one of them")
+            if given:
+                name = next(iter(given)).replace("_", "-")
+                raise ValueError(f"--beams cannot be combined with --{name}, which is for sampling")
             return Beam(self.beams, self.length_penalty)
         if self.length_penalty != 1:
-            raise ValueError(f"--length-penalty {self.length_penalty} is for beam search: give --beams too")
-        width = drawn.pop("best_of", None)
-        return Greedy() if width is None and not drawn else Sample(**drawn) if width is None else BestOf(width, Sample(**drawn))
+            raise ValueError(f"--length-penalty {self.length_penalty} requires --beams")
+        if not given:
+            return Greedy()
+        width = given.pop("best_of", None)
+        sampler = Sample(**given)
+        return sampler if width is None else BestOf(width, sampler)
 
 
-Decoded = Annotated[DecodingFlags, tyro.conf.arg(name="")]
+Decoding = Annotated[DecodingFlags, tyro.conf.arg(name="")]  # flags without a prefix
 
 
 def require_file(flag: str, file: str) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from paligemma_jax.commands.options import (
-    Decoded,
+    Decoding,
     DecodingFlags,
     ModelFlags,
     ModelOptions,
@@ -19,34 +18,51 @@ def predict(
     data: str,
     output: str,
     source: ModelFlags = ModelOptions(),
-    max_new_tokens: int = 128,
-    decoding: Decoded = DecodingFlags(),
+    decoding: Decoding = DecodingFlags(),
     batch_size: int = 16,
     score: bool = False,
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer a whole data set; a stopped run continues with --resume.
+    """Answer a data set of any size. A stopped run continues with --resume.
 
     Example: paligemma-jax predict --data in.jsonl --output out
 
     Args:
-        data: Rows to answer: JSONL with image (a path, or a list of them; relative to the file) and prefix. Other fields come along.
-        output: A folder for answers.jsonl, the same rows in the same order with "answer", and errors.jsonl, those that have none and why. Several
-            processes write a part each (answers-00000-of-00004.jsonl, ...).
-        max_new_tokens: The longest answer, in tokens.
-        batch_size: Rows at a time.
+        data: JSONL file whose rows have image (a path, or a list of them, relative to the file)
+            and prefix. Other fields are copied to the output.
+        output: Output directory. Gets answers.jsonl, the same rows in the same order with
+            "answer", and errors.jsonl, the rows without an answer and why. With several processes,
+            each writes a part (answers-00000-of-00004.jsonl, ...).
+        batch_size: Maximum number of rows in a batch.
         score: Add the log-probability of each answer as "score".
-        resume: Go on with what is in --output: nothing is answered or written twice.
-        json: Print what was done as one JSON object instead of a line of text.
+        resume: Continue the run in --output. No row is answered or written twice.
+        json: Print a summary as one JSON object instead of a line of text.
     """
     require_file("--data", data)
-    from paligemma_jax.inference.offline import predict
+    from paligemma_jax.inference import offline
 
-    options: Any = dict(batch_size=batch_size, score=score, resume=resume, settings=source.settings(), part=source.process_part())
-    options |= decoding.options() | {"seed": decoding.seed}
-    done = predict(source.load(), data, output, max_new_tokens, **options)
-    told = f"{done.answered} rows answered, {done.failed} failed; {done.rows_s:.1f} rows/s, {done.tokens / done.seconds:.0f} tokens/s: {done.answers}"
-    print(dumps(asdict(done)) if json else told)
-    if done.failed and not done.answered:
-        raise ValueError(f"no row could be answered: {done.errors} says why")
+    options = decoding.options()
+    part = source.process_part()
+    result = offline.predict(
+        source.load(),
+        data,
+        output,
+        options,
+        batch_size=batch_size,
+        score=score,
+        seed=decoding.seed,
+        resume=resume,
+        part=part,
+        settings=source.settings(),
+    )
+    if json:
+        print(dumps(asdict(result)))
+    else:
+        rate = result.tokens / result.seconds
+        print(
+            f"{result.answered} rows answered, {result.failed} failed; "
+            f"{result.rows_s:.1f} rows/s, {rate:.0f} tokens/s: {result.answers}"
+        )
+    if result.failed and not result.answered:
+        raise ValueError(f"no row could be answered; the reasons are in {result.errors}")

@@ -1,10 +1,13 @@
-"""Thousands of prompts: sorted into length buckets, images opened in threads beside the device and encoded once, order kept."""
+"""Run any number of prompts in batches of similar length, in any order.
+
+Threads open images ahead of the device, and an image is encoded once for all of its prompts.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,37 +16,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from tqdm import tqdm
+from jaxtyping import Float
 
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference.generate import encode_images
+from paligemma_jax.inference.sampling import is_integer
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import pixel_values
+from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
 
 AHEAD = 2  # batches whose images are opened before their turn
 
-Run = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]  # (inputs without images, features, which rows of all) -> arrays [B, ...]
+# (inputs without images, features [B, n, P, D], prompt numbers int[B]) -> arrays [B, ...]
+RunBatch = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]
+# Its arrays' entries for one prompt; or why the image of the prompt cannot be read.
+BatchResult = tuple[Any, ...] | ValueError
 
 
-def run_batches(model: PaliGemma, processor: Processor, rows: list[EncodedPrompt], run: Run, batch_size: int, progress: bool | None) -> Iterator[dict[int, Any]]:
-    """What `run` finds, batch by batch: by number of row its part of each array, or its error if its image fails."""
-    batches = _batches(rows, batch_size)
-    shown = progress if progress is not None else len(batches) > 1 and sys.stderr.isatty()
-    with ThreadPoolExecutor(4) as threads, tqdm(total=len(rows), disable=not shown, unit="prompt") as bar:
-        images = ImageCache(model, processor.image_size, threads, Counter(key for row in rows for key in map(_key, row.images)))
+def run_batches(
+    model: PaliGemma,
+    processor: Processor,
+    prompts: list[EncodedPrompt],
+    run: RunBatch,
+    batch_size: int,
+    progress: bool | None,
+) -> Iterator[dict[int, BatchResult]]:
+    """Run all prompts, batch by batch.
+
+    Args:
+        run: Computes a batch. Batches are filled up to a `padded_batch_size`.
+        batch_size: Maximum number of prompts in a batch.
+        progress: Whether to report progress; by default for several batches on a terminal.
+
+    Yields:
+        The results of a batch by prompt number.
+    """
+    if not is_integer(batch_size) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    batches = _batches(prompts, batch_size)
+    if progress is None:
+        progress = len(batches) > 1 and sys.stderr.isatty()
+    uses = Counter(_key(image) for prompt in prompts for image in prompt.images)
+    bar = progress_bar(total=len(prompts), unit="prompt", show=progress)
+    with ThreadPoolExecutor(4) as threads, bar:
+        images = ImageCache(model, processor.image_size, threads, uses)
         for number, batch in enumerate(batches):
-            images.open([image for ahead in batches[number : number + 1 + AHEAD] for i in ahead for image in rows[i].images])
-            yield dict(_run_batch(processor, rows, batch, images, run))
+            for ahead in batches[number : number + 1 + AHEAD]:
+                images.open([image for i in ahead for image in prompts[i].images])
+            yield _run_batch(processor, prompts, batch, images, run)
             bar.update(len(batch))
 
 
-def _batches(rows: Sequence[EncodedPrompt], size: int) -> list[list[int]]:
-    """Row numbers in batches of equal bucket and number of images, longest first so that memory runs out at once if it does."""
-    kind = lambda i: (round_up(len(rows[i].prompt) + len(rows[i].suffix)), len(rows[i].images))
+def pad_batch(processor: Processor, prompts: Sequence[EncodedPrompt]) -> Inputs:
+    """The inputs of a batch without its images, padded to a bucket of lengths."""
+    length = min(round_up(processor.padded_length(prompts)), processor.context)
+    return Inputs(images=None, **processor.pad(prompts, length=length))
+
+
+def _batches(prompts: Sequence[EncodedPrompt], size: int) -> list[list[int]]:
+    """Prompt numbers in batches of one length bucket and number of images.
+
+    The longest come first, so that running out of memory happens at once or never.
+    """
+
+    def kind(i: int) -> tuple[int, int]:
+        tokens = len(prompts[i])
+        return round_up(tokens), len(prompts[i].images)
+
     batches: list[list[int]] = []
-    for i in sorted(range(len(rows)), key=kind, reverse=True):
+    for i in sorted(range(len(prompts)), key=kind, reverse=True):
         if batches and len(batches[-1]) < size and kind(batches[-1][0]) == kind(i):
             batches[-1].append(i)
         else:
@@ -51,19 +94,31 @@ def _batches(rows: Sequence[EncodedPrompt], size: int) -> list[list[int]]:
     return batches
 
 
-def _run_batch(processor: Processor, rows: list[EncodedPrompt], batch: list[int], images: ImageCache, run: Run) -> Iterator[tuple[int, Any]]:
-    failed = {i: error for i in batch for image in rows[i].images if (error := images.error(image))}
-    yield from failed.items()
-    if not (good := [i for i in batch if i not in failed]):
-        return
-    filled = np.array(good + [good[0]] * (images.room(len(good)) - len(good)))
-    chosen = [rows[i] for i in filled]
-    features = images.features([image for row in chosen for image in row.images])
-    images.forget([image for i in batch for image in rows[i].images])
-    length = min(round_up(max(len(row.prompt) + len(row.suffix) for row in chosen)), processor.context)
-    nothing = np.zeros((0, processor.image_size, processor.image_size, 3), np.float32)
-    features = features.reshape(len(chosen), -1, *features.shape[1:])  # a batch's rows have as many images each
-    yield from zip(good, zip(*run(Inputs(images=nothing, **processor.pad(chosen, length=length)), features, filled)))
+def _run_batch(
+    processor: Processor,
+    prompts: list[EncodedPrompt],
+    batch: list[int],
+    images: ImageCache,
+    run: RunBatch,
+) -> dict[int, BatchResult]:
+    results: dict[int, BatchResult] = {}
+    for i in batch:
+        errors = [error for image in prompts[i].images if (error := images.error(image))]
+        if errors:
+            results[i] = errors[-1]
+    readable = [i for i in batch if i not in results]
+    if not readable:
+        return results
+    missing = images.padded_batch_size(len(readable)) - len(readable)
+    numbers = np.array(readable + [readable[0]] * missing)
+    chosen = [prompts[i] for i in numbers]
+    features = images.features([image for prompt in chosen for image in prompt.images])
+    images.release([image for i in batch for image in prompts[i].images])
+    # All prompts of a batch have the same number of images.
+    features = features.reshape(len(chosen), -1, *features.shape[1:])
+    arrays = run(pad_batch(processor, chosen), features, numbers)
+    # `arrays` also has the rows that only fill the batch up.
+    return results | dict(zip(readable, zip(*arrays, strict=True), strict=False))
 
 
 @dataclass
@@ -71,43 +126,55 @@ class ImageCache:
     """Opened images and their features, each kept from its first prompt to its last."""
 
     model: PaliGemma
-    size: int
+    image_size: int
     threads: ThreadPoolExecutor
-    waiting: Counter  # how many uses of an image are to come
-    opened: dict[Any, Future] = field(default_factory=dict)
-    encoded: dict[Any, Array] = field(default_factory=dict)
+    uses: Counter[Hashable]  # number of remaining uses of each image
+    opened: dict[Hashable, Future[np.ndarray]] = field(default_factory=dict)
+    encoded: dict[Hashable, Array | np.ndarray] = field(default_factory=dict)
 
-    def open(self, images: list[Any]) -> None:
+    def open(self, images: list[ImageSource]) -> None:
+        """Start to open images in the background."""
         for image in images:
-            if _key(image) not in self.opened:
-                self.opened[_key(image)] = self.threads.submit(lambda image=image: pixel_values([image], self.size)[0])
+            key = _key(image)
+            if key not in self.opened:
+                self.opened[key] = self.threads.submit(_open, image, self.image_size)
 
-    def error(self, image: Any) -> ValueError | None:
+    def error(self, image: ImageSource) -> ValueError | None:
+        """Why an image cannot be read, or None."""
         error = self.opened[_key(image)].exception()
         if error is not None and not isinstance(error, ValueError):
             raise error
         return error
 
-    def features(self, images: list[Any]) -> Array:
-        """[M, P, D]; what is new is encoded in one go, filled up to its `room`."""
+    def features(self, images: list[ImageSource]) -> Float[Array, "M P D"]:
+        """The features of opened images. New ones are encoded together, in a padded batch."""
         keys = [_key(image) for image in images]
-        if new := [key for key in dict.fromkeys(keys) if key not in self.encoded]:
-            batch = np.stack([self.opened[key].result() for key in new])
-            batch = np.concatenate([batch, np.zeros((self.room(len(new)) - len(new), *batch.shape[1:]), batch.dtype)])
-            found = encode_images(self.model, jnp.asarray(batch))
-            self.encoded |= zip(new, found if found.is_fully_addressable else to_host(found))  # of what lies in other processes there is no part to take
+        new = [key for key in dict.fromkeys(keys) if key not in self.encoded]
+        if new:
+            pixels = np.stack([self.opened[key].result() for key in new])
+            missing = self.padded_batch_size(len(new)) - len(new)
+            padding = np.zeros((missing, *pixels.shape[1:]), pixels.dtype)
+            features = encode_images(self.model, jnp.asarray(np.concatenate([pixels, padding])))
+            if not features.is_fully_addressable:  # parts on other processes cannot be sliced
+                features = to_host(features)
+            self.encoded |= zip(new, features, strict=False)  # without the padding
         return _stack([self.encoded[key] for key in keys])
 
-    def padded_batch_size(self, n: int) -> int:
-        """For as many rows or images."""
-        return padded_batch_size(n, mesh_of(self.model))
+    def padded_batch_size(self, size: int) -> int:
+        """The size that a batch of images or prompts is filled up to."""
+        return padded_batch_size(size, mesh_of(self.model))
 
-    def forget(self, images: list[Any]) -> None:
-        self.waiting.subtract(map(_key, images))
-        for key in {_key(image) for image in images}:
-            if self.waiting[key] <= 0:
+    def release(self, images: list[ImageSource]) -> None:
+        """Count one use of each image, and drop those that are not used again."""
+        self.uses.subtract(map(_key, images))
+        for key in set(map(_key, images)):
+            if self.uses[key] <= 0:
                 self.encoded.pop(key, None)
                 self.opened.pop(key, None)
+
+
+def _open(image: ImageSource, size: int) -> np.ndarray:
+    return pixel_values([image], size)[0]
 
 
 @jax.jit
@@ -115,6 +182,6 @@ def _stack(arrays: list[Array]) -> Array:
     return jnp.stack(arrays)
 
 
-def _key(image: Any) -> Any:
-    """Equal for what is surely the same image: a path by its name, an image in memory by its identity."""
+def _key(image: ImageSource) -> Hashable:
+    """Equal for the same image: the name of a path, or the identity of an object."""
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)

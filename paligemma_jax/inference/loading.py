@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
@@ -11,9 +12,12 @@ from jax.sharding import Mesh
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.sharding import devices
+from paligemma_jax.sharding.arrays import distribute
+from paligemma_jax.sharding.mesh import mesh_of
 
 
 def load(
@@ -23,44 +27,65 @@ def load(
     numerics: str | None = None,
     mesh: Mesh | str | None = None,
     quantize: str | None = None,
+    layers: Literal["list", "stack"] = "list",
 ) -> Predictor:
-    """A `Predictor` from "tiny" (the embedded default), a Hugging Face directory, a converted checkpoint, a LoRA adapter, or a hub id.
+    """Load a checkpoint. Compiled programs are cached on disk (`enable_compilation_cache`).
 
     Args:
-        dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on a CPU.
-        numerics: "transformers" (release 5.23) or "big_vision", where the two differ (`paligemma_jax.model.config.Numerics`); by default
-            the one that the checkpoint was converted from, or means.
-        mesh: over which devices the model is spread: "data=2,fsdp=4,tensor=2", "auto", or a `jax.sharding.Mesh` of such axes
-            (`paligemma_jax.sharding.mesh`). Each device gets its slices of the parameters only, and only they are read.
-        quantize: what to hold in 8 or 4 bits: "int8", "int4", "nf4" for the decoder's projections, or more in words, such as
-            "nf4-32-double,embedding=int8,vision=int8" (`paligemma_jax.model.precision.Quantization`).
+        source: "tiny" (the embedded model), a Hugging Face directory, a converted checkpoint, a
+            LoRA adapter, or a Hub id.
+        dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on
+            a CPU.
+        numerics: "transformers" (release 5.23) or "big_vision", which differ in details
+            (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
+        mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a
+            `jax.sharding.Mesh` with these axes. Each device reads its slices only.
+        quantize: Weights to hold in 8 or 4 bits: "int8", "int4" or "nf4" for the decoder's
+            projections, or more in detail, as in "nf4-32-double,embedding=int8,vision=int8"
+            (`paligemma_jax.model.precision.Quantization`).
+        layers: "list" decodes fastest. "stack" has one block of stacked weights per tower, whose
+            compile time does not grow with depth. Stacking needs the memory of both for a moment.
 
-    Compiled programs are kept for the next process (`keep_programs`). ValueError says in one line what is wrong with the source.
+    Raises:
+        ValueError: The checkpoint or an option cannot be used.
     """
+    if layers not in ("list", "stack"):
+        raise ValueError(f"layers must be 'list' or 'stack', got {layers!r}")
     devices.check_devices()
     enable_compilation_cache()
     checkpoint = resolve(source)
     processor = make_processor(checkpoint)  # before the weights, so that errors come at once
     model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize)
+    if layers == "stack":
+        model = distribute(stack_model(model), mesh_of(model))
     return Predictor(model, processor, checkpoint.codec_file)
 
 
 def make_processor(source: CheckpointSource) -> Processor:
     """The processor of a checkpoint. ValueError if its tokenizer and its config disagree."""
-    config = source.config
-    tokenizer = Tokenizer(source.tokenizer_dir / "tokenizer.model", config.image_token_id)
-    words = tokenizer.vocab_size - (tokenizer.image_id == tokenizer.vocab_size - 1)  # the id of <image>, if it is the last, needs no row
-    if words > config.decoder.vocab_size:
-        raise ValueError(f"{source.reference}: tokenizer.model has {words} ids, config.json {config.decoder.vocab_size}; take both from one checkpoint")
-    return Processor(tokenizer, config.vision.image_size, config.vision.num_patches, config.max_context)
+    config, file = source.config, source.tokenizer_dir / "tokenizer.model"
+    tokenizer = Tokenizer(file, config.image_token_id)
+    ids, rows = tokenizer.vocab_size, config.decoder.vocab_size
+    if tokenizer.image_id == ids - 1:  # as the last id, <image> needs no row of the table
+        ids -= 1
+    if ids > rows:
+        raise ValueError(
+            f"{source.reference}: tokenizer.model has {ids} ids, but vocab_size in config.json is "
+            f"{rows}: use files of one checkpoint"
+        )
+    vision = config.vision
+    return Processor(tokenizer, vision.image_size, vision.num_patches, config.max_context)
 
 
 def enable_compilation_cache() -> None:
-    """Turns on JAX's persistent compilation cache, in $PALIGEMMA_JAX_CACHE or ~/.cache/paligemma_jax; PALIGEMMA_JAX_CACHE=off leaves it alone.
+    """Enable JAX's persistent compilation cache.
 
-    So does a directory that is set already, by JAX_COMPILATION_CACHE_DIR or jax.config.
+    Its directory is $PALIGEMMA_JAX_CACHE, by default ~/.cache/paligemma_jax. Nothing changes if
+    PALIGEMMA_JAX_CACHE=off, or if a directory is configured already, by JAX_COMPILATION_CACHE_DIR
+    or jax.config.
     """
-    place = os.environ.get("PALIGEMMA_JAX_CACHE", str(Path.home() / ".cache" / "paligemma_jax"))
-    if place != "off" and not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", place)
+    default = str(Path.home() / ".cache" / "paligemma_jax")
+    directory = os.environ.get("PALIGEMMA_JAX_CACHE", default)
+    if directory != "off" and not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,63 +1,95 @@
-"""."""
+"""What a batch asks of the compiled programs, and what it gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float32, Int, Int32, Key
 
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import AnyArray
 
-Ends = Callable[[np.ndarray], np.ndarray]  # tokens int32[B, N] so far -> how many of each row make its answer int[B]; more than N: it goes on
+# Tokens int32[B, N] so far -> length int[B] of each answer; N + 1 while it continues.
+AnswerLengths = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What B rows were answered."""
+    """The answers to B prompts, as tokens."""
 
-    tokens: np.ndarray  # int32[B, N]: up to and with eos, then pads
-    log_probabilities: np.ndarray  # float32[B, N]: of each token under the model, before any filter; 0 on pads
-    scores: np.ndarray  # float32[B]: their sum; for Beam divided by length ** length_penalty, as transformers' sequences_scores
+    tokens: Int32[np.ndarray, "B N"]  # up to and including eos, then pads
+    log_probabilities: Float32[np.ndarray, "B N"]  # under the model, before any filter; 0 on pads
+    scores: Float32[np.ndarray, " B"]  # their sum; Beam divides it by length ** length_penalty
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Request:
-    """What a call asks for; another value compiles nothing."""
+    """The traced options of a batch: other values do not compile another program.
 
-    seeds: Array | np.ndarray  # int32[B]
-    copies: Array | np.ndarray  # int32[B]: which of several answers to its prompt a row is
-    allowed: Array | np.ndarray  # bool[V] or bool[B, V], False for ids that are never emitted
-    min_new_tokens: Array | np.int32  # int32: no eos before that many tokens
+    A row is one answer; BestOf and Beam have several for each prompt.
+    """
 
-    def mask(self, logits: Array, step: Array | int, eos: Array) -> Array:
-        """float32[B, V] with -inf where the token number `step` may not be."""
-        ends = jnp.isin(jnp.arange(logits.shape[1]), eos)
-        return jnp.where(self.allowed & ~(ends & (step < self.min_new_tokens)), logits, -jnp.inf)
+    seeds: Int[AnyArray, " B"]
+    copies: Int[AnyArray, " B"]  # number of the answer among those to its prompt
+    allowed: Bool[AnyArray, "*rows V"]  # [V] or [B, V]
+    min_new_tokens: Int[AnyArray, ""]  # no eos before that many tokens
 
-    def keys(self, step: Array | int) -> Array:
-        """One random key a row [B] for the token number `step`."""
+    def mask(
+        self, logits: Float32[Array, "B V"], step: Int[Array, ""] | int, eos: Int[Array, " E"]
+    ) -> Float32[Array, "B V"]:
+        """Set the logits of tokens that may not come at `step` to -inf."""
+        is_eos = jnp.isin(jnp.arange(logits.shape[1]), eos)
+        too_early = is_eos & (step < self.min_new_tokens)
+        return jnp.where(self.allowed & ~too_early, logits, -jnp.inf)
 
-        def one(seed: Any, copy: Any) -> Array:
+    def keys(self, step: Int[Array, ""] | int) -> Key[Array, " B"]:
+        """One random key per row for the token at `step`."""
+
+        def row_key(seed: Array, copy: Array) -> Array:
             key = jax.random.key(seed)
-            return jax.random.fold_in(jnp.where(copy, jax.random.fold_in(key, copy), key), step)  # the first copy is as if it were alone
+            # The first of several answers is the one that there would be alone.
+            key = jnp.where(copy, jax.random.fold_in(key, copy), key)
+            return jax.random.fold_in(key, step)
 
-        return jax.vmap(one)(self.seeds, self.copies)
+        return jax.vmap(row_key)(self.seeds, self.copies)
 
 
-def make_request(model: PaliGemma, rows: int, seeds=None, allowed=None, min_new_tokens: int = 0, copies: int = 1) -> Request:
-    """A `Request` for `copies` answers to each of `rows` prompts, of arrays of the host; ValueError if nothing is allowed."""
-    seeds = np.asarray(np.arange(rows) if seeds is None else seeds, np.int32)
-    allowed = np.ones(model.config.decoder.vocab_size, bool) if allowed is None else np.asarray(allowed)
-    kept = allowed.copy()
-    if min_new_tokens:
-        kept[..., list(model.config.eos_token_ids)] = False
-    if not kept.any(axis=-1).all():
-        raise ValueError("allowed allows no token" + (" but eos, and min_new_tokens forbids that" if allowed.any() else ""))
-    allowed = allowed if allowed.ndim == 1 else np.repeat(allowed, copies, axis=0)
-    return Request(np.repeat(seeds, copies), np.tile(np.arange(copies, dtype=np.int32), rows), allowed, np.int32(min_new_tokens))
+def make_request(
+    model: PaliGemma,
+    prompts: int,
+    options: DecodingOptions = DecodingOptions(),
+    seeds: Int[AnyArray, " B"] | None = None,
+) -> Request:
+    """Make the request of a batch, out of host arrays.
+
+    Args:
+        prompts: Number of prompts.
+        options: Their decoding options.
+        seeds: What random draws depend on besides the prompt; by default 0, 1, 2, ...
+
+    Raises:
+        ValueError: No token is allowed.
+    """
+    seeds = np.asarray(np.arange(prompts) if seeds is None else seeds, np.int32)
+    allowed = options.allowed
+    if allowed is None:
+        allowed = np.ones(model.config.decoder.vocab_size, bool)
+    if not allowed.any(axis=-1).all():
+        raise ValueError("allowed must permit at least one token")
+    eos_ids = list(model.config.eos_token_ids)
+    if options.min_new_tokens and not np.delete(allowed, eos_ids, axis=-1).any(axis=-1).all():
+        raise ValueError("allowed must permit a token besides eos if min_new_tokens is not 0")
+    copies = options.copies
+    return Request(
+        seeds=np.repeat(seeds, copies),
+        copies=np.tile(np.arange(copies, dtype=np.int32), prompts),
+        allowed=allowed if allowed.ndim == 1 else np.repeat(allowed, copies, axis=0),
+        min_new_tokens=np.asarray(options.min_new_tokens, np.int32),
+    )

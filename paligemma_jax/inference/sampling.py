@@ -1,33 +1,46 @@
-"""How the next token is chosen: one frozen dataclass a strategy. The filters are transformers' logits processors (5.23, NUMERICS section 5)."""
+"""How the next token is chosen: one frozen dataclass per strategy.
+
+The filters are the logits processors of transformers 5.23.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float32, Int32, Key
 
 
-def is_integer(value: Any) -> bool:
-    """Is it an integer, Python's or numpy's, and no bool."""
+def is_integer(value: object) -> bool:
+    """Whether a value is an integer of Python or numpy, and not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return is_integer(value) or isinstance(value, float | np.floating)
+
+
+def _require(condition: bool, owner: object, field: str, requirement: str) -> None:
+    if not condition:
+        name, value = f"{type(owner).__name__}.{field}", getattr(owner, field)
+        raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """The likeliest token; the first of several equally likely ones, as transformers takes it."""
+    """The most likely token; among equals the one with the lowest id, as in transformers."""
 
-    def __call__(self, logits: Array, seen: Array | None, keys: Array) -> Array:
-        """float32[B, V] -> int32[B]"""
-        places = jnp.arange(logits.shape[-1], dtype=jnp.int32)  # jnp.argmax, which XLA on a CPU computes ten times as slowly
-        return jnp.where(logits == logits.max(axis=-1, keepdims=True), places, places[-1]).min(axis=-1)
+    def __call__(
+        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: Key[Array, " B"]
+    ) -> Int32[Array, " B"]:
+        """Choose one token per row; `seen` and `keys` are not used."""
+        ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        is_best = logits == logits.max(axis=-1, keepdims=True)
+        return jnp.where(is_best, ids, ids[-1]).min(axis=-1)  # argmax is 10 times slower on a CPU
 
     @property
     def needs_seen(self) -> bool:
@@ -38,8 +51,17 @@ class Greedy:
 class Sample:
     """A random token from the filtered distribution.
 
-    The filters in the order of transformers: repetition_penalty, temperature, top_k, top_p, min_p; None, and 1.0 for the penalty, is off.
-    (transformers' generate() samples with top_k=50 where nothing is set; nothing is set here unless you do.)
+    The filters are applied in the order of transformers: repetition_penalty, temperature, top_k,
+    top_p, min_p. None disables a filter, and so does a penalty of 1. (transformers samples with
+    top_k=50 by default; here nothing is filtered by default.)
+
+    Args:
+        temperature: Divides the logits.
+        top_k: Keep only the k most likely tokens.
+        top_p: Keep only the most likely tokens that together have this probability.
+        min_p: Keep only tokens at least this fraction as likely as the most likely one.
+        repetition_penalty: Divides the positive logits, and multiplies the negative ones, of
+            tokens that the prompt or the answer already contains.
     """
 
     temperature: float = 1.0
@@ -49,51 +71,72 @@ class Sample:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        rules = {
-            "temperature": _number(self.temperature) and 1e-6 <= self.temperature < np.inf,  # beyond, float32 logits overflow or vanish
-            "top_k": self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
-            "top_p": self.top_p is None or (_number(self.top_p) and 0 < self.top_p <= 1),
-            "min_p": self.min_p is None or (_number(self.min_p) and 0 <= self.min_p <= 1),
-            "repetition_penalty": _number(self.repetition_penalty) and 0 < self.repetition_penalty < np.inf,
-        }
-        for name, holds in rules.items():
-            if not holds:
-                hint = "; for the likeliest token use Greedy()" if name == "temperature" else ""
-                raise ValueError(f"Sample({name}={getattr(self, name)!r}) makes no sense{hint}")
+        # Beyond these temperatures, float32 logits overflow or vanish.
+        temperature_valid = _is_number(self.temperature) and 1e-6 <= self.temperature < np.inf
+        hint = "a finite number of at least 1e-6 (use Greedy() for the most likely token)"
+        _require(temperature_valid, self, "temperature", hint)
+        top_k_valid = self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1)
+        _require(top_k_valid, self, "top_k", "a positive integer or None")
+        top_p_valid = self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1)
+        _require(top_p_valid, self, "top_p", "a number above 0 and at most 1, or None")
+        min_p_valid = self.min_p is None or (_is_number(self.min_p) and 0 <= self.min_p <= 1)
+        _require(min_p_valid, self, "min_p", "a number from 0 to 1, or None")
+        penalty = self.repetition_penalty
+        penalty_valid = _is_number(penalty) and 0 < penalty < np.inf
+        _require(penalty_valid, self, "repetition_penalty", "a positive finite number")
 
     @property
     def needs_seen(self) -> bool:
+        """Whether choosing a token requires the set of tokens that a row already contains."""
         return self.repetition_penalty != 1.0
 
-    def __call__(self, logits: Array, seen: Array | None, keys: Array) -> Array:
-        """float32[B, V], the ids that a row holds already bool[B, V], one random key a row -> int32[B]"""
+    def __call__(
+        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: Key[Array, " B"]
+    ) -> Int32[Array, " B"]:
+        """Draw one token per row.
+
+        Args:
+            logits: Logits for the next token.
+            seen: Which tokens a row already contains. None if not `needs_seen`.
+            keys: One random key per row.
+        """
         return jax.vmap(jax.random.categorical)(keys, self.filter(logits, seen)).astype(jnp.int32)
 
-    def filter(self, logits: Array, seen: Array | None) -> Array:
-        """float32[B, V] -> the same, -inf where a token is ruled out."""
-        if self.repetition_penalty != 1.0:
-            penalized = jnp.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
+    def filter(
+        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None
+    ) -> Float32[Array, "B V"]:
+        """Scale the logits, and set those of excluded tokens to -inf."""
+        if self.needs_seen:
+            penalty = self.repetition_penalty
+            penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
             logits = jnp.where(jnp.asarray(seen), penalized, logits)
         logits = logits / self.temperature
-        if self.top_k is not None:  # ties at the k-th place stay
-            logits = _keep(logits, logits >= jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0][:, -1:])
+        if self.top_k is not None:  # keeps all tokens that tie for the k-th place
+            best = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0]
+            logits = jnp.where(logits >= best[:, -1:], logits, -jnp.inf)
         if self.top_p is not None and self.top_p < 1:
-            order = jnp.argsort(logits, axis=-1)  # ascending, stable: of tied tokens the later ids stay
-            mass = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1)
-            kept = (mass > 1 - self.top_p).at[:, -1].set(True)
-            logits = _keep(logits, jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1))
+            order = jnp.argsort(logits, axis=-1)  # ascending and stable: keeps the later of ties
+            ascending = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+            keep = (jnp.cumsum(ascending, axis=-1) > 1 - self.top_p).at[:, -1].set(True)
+            keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+            logits = jnp.where(keep, logits, -jnp.inf)
         if self.min_p is not None:
             probabilities = jax.nn.softmax(logits)
-            logits = _keep(logits, probabilities >= self.min_p * probabilities.max(axis=-1, keepdims=True))
+            keep = probabilities >= self.min_p * probabilities.max(axis=-1, keepdims=True)
+            logits = jnp.where(keep, logits, -jnp.inf)
         return logits
 
 
 @dataclass(frozen=True)
 class Beam:
-    """Beam search as transformers 5.23 does it: at each step the best `width` unfinished continuations go on.
+    """Beam search as in transformers 5.23: each step continues the best `width` unfinished answers.
 
-    A finished answer scores log-probability / length ** length_penalty. early_stopping: True stops a row at `width` finished answers,
-    False when no running one can be better at its present length, "never" when none can at any length.
+    Args:
+        width: Number of beams.
+        length_penalty: A finished answer scores log-probability / length ** length_penalty.
+        early_stopping: When a row stops. True: at `width` finished answers. False: when no
+            unfinished answer can score better at its current length. "never": when none can at
+            any length.
     """
 
     width: int = 4
@@ -101,31 +144,27 @@ class Beam:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self):
-        if not is_integer(self.width) or self.width < 1:
-            raise ValueError(f"Beam(width={self.width!r}) makes no sense; for the likeliest token use Greedy()")
-        if not _number(self.length_penalty) or not np.isfinite(self.length_penalty):
-            raise ValueError(f"Beam(length_penalty={self.length_penalty!r}) makes no sense; pass a number, 0 for the plain sum")
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(f"Beam(early_stopping={self.early_stopping!r}) makes no sense; pass True, False or 'never'")
+        width_valid = is_integer(self.width) and self.width >= 1
+        _require(width_valid, self, "width", "a positive integer")
+        penalty_valid = _is_number(self.length_penalty) and np.isfinite(self.length_penalty)
+        _require(penalty_valid, self, "length_penalty", "a finite number")
+        early = self.early_stopping
+        early_valid = isinstance(early, bool) or early == "never"
+        _require(early_valid, self, "early_stopping", "True, False or 'never'")
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """Of `width` samples the one with the highest log-probability under the model."""
+    """The sample with the highest log-probability under the model, out of `width` samples."""
 
     width: int
     sampler: Sample = Sample()
 
     def __post_init__(self):
-        if not is_integer(self.width) or self.width < 1:
-            raise ValueError(f"BestOf(width={self.width!r}) makes no sense")
-        if not isinstance(self.sampler, Sample):
-            raise ValueError(f"BestOf(sampler={self.sampler!r}) makes no sense; it chooses among samples: pass a Sample(...)")
+        width_valid = is_integer(self.width) and self.width >= 1
+        _require(width_valid, self, "width", "a positive integer")
+        _require(isinstance(self.sampler, Sample), self, "sampler", "a Sample(...)")
 
 
 Sampler = Greedy | Sample
 Strategy = Sampler | Beam | BestOf
-
-
-def _keep(logits: Array, kept: Array) -> Array:
-    return jnp.where(kept, logits, -jnp.inf)

@@ -1,4 +1,4 @@
-"""Teacher-forced passes: logits, every stage by name, log-probabilities of given answers."""
+"""Teacher-forced passes: logits, intermediate stages, and log-probabilities of given answers."""
 
 from __future__ import annotations
 
@@ -8,67 +8,144 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Int32
 
-from paligemma_jax.inference.generate import encode_inputs
+from paligemma_jax.inference.batching import run_batches
+from paligemma_jax.inference.generate import Features, encode_inputs
+from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stages import collect_stages
-from paligemma_jax.processing.processor import Inputs, round_up
+from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
 
 
 @mesh_jit
-def forward(model: PaliGemma, inputs: Inputs) -> Array:
-    """Teacher-forced logits float32[B, T, V]."""
-    return model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
+def forward(model: PaliGemma, inputs: Inputs) -> Float32[Array, "B T V"]:
+    """Compute teacher-forced logits; those at t predict the token at t + 1."""
+    return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
 
 
 @partial(mesh_jit, static_argnames="attention")
-def forward_stages(model: PaliGemma, inputs: Inputs, attention: bool = False) -> dict[str, Array]:
-    """Every stage's output of a teacher-forced pass, in order of computation."""
-    with collect_stages(attention) as found:
-        model(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)
-    return found
+def forward_stages(
+    model: PaliGemma, inputs: Inputs, attention: bool = False
+) -> dict[str, Float[Array, "..."]]:
+    """Compute every stage of a teacher-forced pass, in order of computation.
 
-
-def score(model: PaliGemma, inputs: Inputs, features: Array | None = None) -> np.ndarray:
-    """float32[B]: the log-probability of each row's targets (suffix and eos), in the profile's teacher-forced logits.
-
-    features: of the images, if they are encoded already. One program is compiled for every B, T and 32 targets.
+    With `attention`, also the attention weights.
     """
-    longest = min(round_up(int(inputs.targets.sum(axis=1).max())), inputs.targets.shape[1])
-    return to_host(_score(model, inputs, encode_inputs(model, inputs) if features is None else features, longest))
+    with collect_stages(attention) as stages:
+        model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
+    return stages
 
 
-@partial(mesh_jit, static_argnames="longest")
-def _score(model: PaliGemma, inputs: Inputs, features: Array | None, longest: int) -> Array:
+def score(
+    model: PaliGemma, inputs: Inputs, features: Features | None = None
+) -> Float32[np.ndarray, " B"]:
+    """Compute the log-probability of each row's targets (suffix and eos).
+
+    One program is compiled for each B, T and bucket of 32 targets.
+
+    Args:
+        features: Of the images, if they are encoded already.
+    """
+    features = encode_inputs(model, inputs) if features is None else features
+    return to_host(_score(model, inputs, features, _max_targets(inputs)))
+
+
+def score_prompts(
+    model: PaliGemma,
+    processor: Processor,
+    prompts: list[EncodedPrompt],
+    batch_size: int,
+    progress: bool | None,
+) -> Float32[np.ndarray, " N"]:
+    """Compute the `score` of any number of encoded prompts with suffixes, in batches.
+
+    Raises:
+        ValueError: A prompt does not fit the context, or its image cannot be read.
+    """
+    processor.padded_length(prompts)
+
+    def run(inputs: Inputs, features: Array, _: np.ndarray) -> tuple[np.ndarray]:
+        return (score(model, inputs, features),)
+
+    batches = run_batches(model, processor, prompts, run, batch_size, progress)
+    results = {i: result for batch in batches for i, result in batch.items()}
+    scores = np.zeros(len(prompts), np.float32)
+    for i, result in sorted(results.items()):
+        if isinstance(result, ValueError):
+            raise result
+        (scores[i],) = result
+    return scores
+
+
+@partial(mesh_jit, static_argnames="max_targets")
+def _score(
+    model: PaliGemma, inputs: Inputs, features: Features | None, max_targets: int
+) -> Float32[Array, " B"]:
     x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=features)
-    places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :longest]
+    places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :max_targets]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
-    tokens, wanted = (jnp.take_along_axis(jnp.asarray(a), places, axis=1) for a in (inputs.tokens, inputs.targets))
-    return jnp.where(wanted, model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill), 0).sum(axis=1)
+    tokens = jnp.take_along_axis(jnp.asarray(inputs.tokens), places, axis=1)
+    is_target = jnp.take_along_axis(jnp.asarray(inputs.targets), places, axis=1)
+    capped = model.config.profile.capped_prefill
+    log_probabilities = model.decoder.log_probabilities(x, tokens, capped)
+    return jnp.where(is_target, log_probabilities, 0).sum(axis=1)
 
 
-def alternatives(model: PaliGemma, inputs: Inputs, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the N targets of one row: float32[N] log-probabilities as in `score`, and the likeliest tokens in the place of each, likeliest first,
+def alternatives(
+    model: PaliGemma, inputs: Inputs, count: int
+) -> tuple[Float32[np.ndarray, " N"], Int32[np.ndarray, "N count"], Float32[np.ndarray, "N count"]]:
+    """Compare the N targets of one row with the most likely tokens in their place.
 
-    int32[N, count] with float32[N, count]. One program is compiled for every 32 targets.
+    One program is compiled for each bucket of 32 targets.
+
+    Returns:
+        The log-probability of each target, as in `score`; the `count` most likely tokens in its
+        place, most likely first; and their log-probabilities.
     """
     targets = int(inputs.targets.sum())
-    found = _alternatives(model, inputs, min(round_up(targets), inputs.targets.shape[1]), count)
-    own, tokens, others = (to_host(one)[:targets] for one in found)
+    results = _alternatives(model, inputs, _max_targets(inputs), count)
+    log_probabilities, tokens, others = (to_host(array)[:targets] for array in results)
+    return log_probabilities, tokens, others
+
+
+@partial(mesh_jit, static_argnames=("max_targets", "count"))
+def _alternatives(
+    model: PaliGemma, inputs: Inputs, max_targets: int, count: int
+) -> tuple[Array, Array, Array]:
+    x = model.hidden(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)[0]
+    places = jnp.argsort(~inputs.targets[0], stable=True)[:max_targets]
+    logits = model.decoder.logits(x[places - 1], model.config.profile.capped_prefill)
+    log_probabilities = jax.nn.log_softmax(logits)
+    targets = inputs.tokens[0, places][:, None]
+    own = jnp.take_along_axis(log_probabilities, targets, axis=1)[:, 0]
+    others, tokens = jax.lax.top_k(log_probabilities, count)
     return own, tokens, others
 
 
-@partial(mesh_jit, static_argnames=("longest", "count"))
-def _alternatives(model: PaliGemma, inputs: Inputs, longest: int, count: int) -> tuple[Array, Array, Array]:
-    x = model.hidden(inputs.tokens, _images(inputs), inputs.valid, inputs.prefix)[0]
-    places = jnp.argsort(~inputs.targets[0], stable=True)[:longest]
-    logits = jax.nn.log_softmax(model.decoder.logits(x[places - 1], model.config.profile.capped_prefill))
-    own = jnp.take_along_axis(logits, inputs.tokens[0, places][:, None], axis=1)[:, 0]
-    others, tokens = jax.lax.top_k(logits, count)
-    return own, tokens, others
+def check_inputs(config: PaliGemmaConfig, inputs: Inputs) -> None:
+    """Check what a compiled program would silently clip.
+
+    Raises:
+        ValueError: A token is outside the vocabulary, or image tokens do not match the images.
+    """
+    tokens, size = np.asarray(inputs.tokens), config.decoder.vocab_size
+    is_image = tokens == config.image_token_id
+    invalid = tokens[~is_image & ((tokens < 0) | (tokens >= size))]
+    if invalid.size:
+        raise ValueError(f"token {invalid[0]} is outside the vocabulary of {size}")
+    if inputs.images is None:
+        return
+    count, patches = len(inputs.images), config.vision.num_patches
+    if is_image.sum() != count * patches:
+        raise ValueError(
+            f"{count} images need {count * patches} image tokens ({patches} each), "
+            f"got {is_image.sum()}"
+        )
 
 
-def _images(inputs: Inputs) -> Array | None:
-    return jnp.asarray(inputs.images) if len(inputs.images) else None
+def _max_targets(inputs: Inputs) -> int:
+    """The largest number of targets of a row, rounded up to a bucket."""
+    return min(round_up(int(inputs.targets.sum(axis=1).max())), inputs.targets.shape[1])

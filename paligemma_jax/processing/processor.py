@@ -1,61 +1,66 @@
-"""Images + prompts (+ suffixes) -> Inputs, as transformers' PaliGemmaProcessor makes them (NUMERICS section 3); ids -> text."""
+"""Images and text to `Inputs`, as in transformers' PaliGemmaProcessor; token ids to text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 
-Array = Any  # numpy from the Processor, jax inside a compiled function
+AnyArray = jax.Array | np.ndarray
 ImageInputs = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]
 
-BUCKET = 32  # lengths are rounded up to a multiple of this, so that a new length within it compiles nothing
+BUCKET = 32  # lengths are padded to multiples of this, so that few programs are compiled
 
 
 def round_up(length: int) -> int:
+    """The next multiple of `BUCKET`."""
     return -(-length // BUCKET) * BUCKET
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Inputs:
-    """What the model reads; a pytree. The Processor fills it with numpy arrays.
+    """The inputs of the model, a pytree. The processor fills it with numpy arrays.
 
-    In transformers' words: tokens is input_ids, valid attention_mask, targets token_type_ids (so prefix is valid & ~targets), images
-    pixel_values with the channels last, and labels are tokens where targets holds and -100 elsewhere.
+    In transformers: tokens are input_ids, valid is attention_mask, targets are token_type_ids (so
+    prefix is valid & ~targets), images are pixel_values with channels last, and labels are tokens
+    where targets is True and -100 elsewhere.
     """
 
-    tokens: Array  # int32 [B, T]
-    images: Array  # float32 [M, S, S, 3], in the order of their tokens, row after row
-    valid: Array  # bool [B, T], False on pads
-    prefix: Array  # bool [B, T], True on image and prompt
-    targets: Array  # bool [B, T], True on suffix and eos
+    tokens: Int[AnyArray, "B T"]
+    images: Float[AnyArray, "*images S S 3"] | None  # in the order of their tokens
+    valid: Bool[AnyArray, "B T"]  # False on pads
+    prefix: Bool[AnyArray, "B T"]  # True on image and prompt
+    targets: Bool[AnyArray, "B T"]  # True on suffix and eos
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt as ids, with its images not yet opened."""
+    """One prompt as token ids, with its images not opened yet."""
 
     images: tuple[ImageSource, ...]
-    prompt: list[int]
-    suffix: list[int]
+    prompt: list[int]  # image tokens, bos, text and newline
+    suffix: list[int]  # text and eos; empty without suffix
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.suffix)
 
 
 @dataclass(frozen=True)
 class Processor:
-    """Turns what people have into Inputs, and ids into text."""
+    """Turns images and text into `Inputs`, and token ids into text."""
 
     tokenizer: Tokenizer
-    image_size: int  # S: pixels on a side
+    image_size: int  # S: pixels per side
     image_tokens: int  # per image: (S / patch size) squared
-    context: int = 8192  # the longest row of tokens, images included
+    context: int = 8192  # maximum number of tokens of a row, images included
 
     def __call__(
         self,
@@ -65,103 +70,154 @@ class Processor:
         padding_side: str = "left",
         length: int | None = None,
     ) -> Inputs:
-        """Inputs for B prompts: `<image>` x image_tokens for each image, `<bos>`, the prompt as it is, a newline, then suffix and `<eos>` if given.
+        """Make the inputs for B prompts.
+
+        A row is `<image>` x image_tokens for each image, `<bos>`, the prompt, a newline, then
+        suffix and `<eos>` if there is a suffix.
 
         Args:
-          images: a path, PIL image or uint8 array; or a list with one of them, or a list of them, per prompt. Where the prompts say with
-            `<image>` where the images go, one flat list for all of them does too; bos then follows the last `<image>` of each prompt.
-          suffixes: what the model is to say, one per prompt, for training and scoring.
-          padding_side: "left" (to generate) or "right".
-          length: pads to this many tokens instead of to the longest row.
+            images: A path, PIL image or uint8 array; or a list with one of them, or a list of them,
+                per prompt. If the prompts contain `<image>` where their images go, one flat list
+                for all prompts is accepted too; `<bos>` then follows the last `<image>`.
+            prompts: One text or several.
+            suffixes: The answers to train on or to score, one per prompt.
+            padding_side: "left" (for generation) or "right".
+            length: Number of tokens to pad to; by default that of the longest row.
 
         Raises:
-          ValueError: on anything that does not fit. Nothing is truncated, dropped or repeated to make it fit.
+            ValueError: The arguments do not fit together, or a row does not fit. Nothing is
+                truncated, dropped or repeated.
         """
-        rows = self.rows(images, prompts, suffixes)
-        flat = [image for row in rows for image in row.images]
-        return Inputs(images=pixel_values(flat, self.image_size), **self.pad(rows, padding_side, length))
+        encoded = self.encode(images, prompts, suffixes)
+        pixels = pixel_values([i for prompt in encoded for i in prompt.images], self.image_size)
+        return Inputs(images=pixels, **self.pad(encoded, padding_side, length))
 
-    def rows(self, images: ImageInputs, prompts: str | Sequence[str], suffixes: str | Sequence[str] | None = None) -> list[EncodedPrompt]:
-        """The ids of every prompt and which images it has; no image is opened. Arguments and errors as those of a call."""
-        prompts, suffixes = _texts(prompts, "prompt"), None if suffixes is None else _texts(suffixes, "suffix")
-        if suffixes is not None and len(suffixes) != len(prompts):
-            raise ValueError(f"{len(suffixes)} suffixes for {len(prompts)} prompts: pass one for each prompt")
-        if any(IMAGE in suffix for suffix in suffixes or []):
-            raise ValueError(f"a suffix contains {IMAGE}, but the model cannot say images: put it into the prompt")
-        flat, prompts = _place(images, prompts)
+    def encode(
+        self,
+        images: ImageInputs,
+        prompts: str | Sequence[str],
+        suffixes: str | Sequence[str] | None = None,
+    ) -> list[EncodedPrompt]:
+        """Tokenize prompts and assign their images, without opening an image.
+
+        Arguments and errors are those of a call.
+        """
+        texts = _texts(prompts, "prompt")
+        answers = [None] * len(texts) if suffixes is None else _texts(suffixes, "suffix")
+        if len(answers) != len(texts):
+            raise ValueError(
+                f"{len(answers)} suffixes for {len(texts)} prompts: pass one per prompt"
+            )
+        if any(answer and IMAGE in answer for answer in answers):
+            raise ValueError(f"a suffix contains {IMAGE}, which the model cannot generate")
+        flat, texts = _assign_images(images, texts)
         remaining = iter(flat)
-        groups = [tuple(islice(remaining, prompt.count(IMAGE))) for prompt in prompts]
-        heads = [self._prompt_ids(prompt) for prompt in prompts]
-        tails = [[*self.tokenizer.encode(suffix), self.tokenizer.eos_id] for suffix in suffixes] if suffixes is not None else [[]] * len(heads)
-        return [EncodedPrompt(*row) for row in zip(groups, heads, tails)]
+        return [
+            EncodedPrompt(
+                tuple(islice(remaining, text.count(IMAGE))),
+                self._prompt_ids(text),
+                [] if answer is None else [*self.tokenizer.encode(answer), self.tokenizer.eos_id],
+            )
+            for text, answer in zip(texts, answers, strict=True)
+        ]
 
-    def pad(self, rows: Sequence[EncodedPrompt], padding_side: str = "left", length: int | None = None) -> dict[str, np.ndarray]:
-        """The fields of `Inputs` but its images; ValueError if a row is longer than `length` or the context."""
-        heads, tails = [row.prompt for row in rows], [row.suffix for row in rows]
-        return _pad(heads, tails, self._length(heads, tails, length), padding_side, self.tokenizer.pad_id)
+    def padded_length(self, prompts: Sequence[EncodedPrompt], length: int | None = None) -> int:
+        """Return `length`, or the length of the longest prompt.
+
+        Raises:
+            ValueError: A prompt is longer than `length` or the context.
+        """
+        longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+        tokens = len(prompts[longest])
+        is_context = length is None or length >= self.context
+        limit, name = (self.context, "the context") if is_context else (length, "length")
+        if tokens > limit:
+            images = prompts[longest].prompt.count(self.tokenizer.image_id)
+            raise ValueError(
+                f"prompt {longest} has {tokens} tokens, {images} of them for images, but {name} is "
+                f"{limit}: shorten the text, pass fewer images"
+                f"{'' if is_context else ' or a larger length'}"
+            )
+        return tokens if length is None else length
+
+    def pad(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        padding_side: str = "left",
+        length: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Return the fields of `Inputs` except images. Arguments and errors as in a call."""
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        length = self.padded_length(prompts, length)
+        prefix = np.array([len(prompt.prompt) for prompt in prompts])[:, None]
+        total = np.array([len(prompt) for prompt in prompts])[:, None]
+        start = length - total if padding_side == "left" else 0
+        place = np.arange(length) - start  # [B, T], 0 at the first token of the row
+        valid = (place >= 0) & (place < total)
+        tokens = np.full(valid.shape, self.tokenizer.pad_id, np.int32)
+        ids = chain.from_iterable(prompt.prompt + prompt.suffix for prompt in prompts)
+        tokens[valid] = list(ids)
+        is_prefix = place < prefix
+        return dict(
+            tokens=tokens, valid=valid, prefix=valid & is_prefix, targets=valid & ~is_prefix
+        )
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, without `<image>`, bos, eos and pad (Tokenizer.decode)."""
+        """Text of token ids, without `<image>`, bos, eos and pads (see `Tokenizer.decode`)."""
         return self.tokenizer.decode(ids)
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         before, image, after = prompt.rpartition(IMAGE)
         bos, image_id = self.tokenizer.bos_id, self.tokenizer.image_id
         ids = [*self.tokenizer.encode(before + image), bos, *self.tokenizer.encode(after + "\n")]
-        return list(chain.from_iterable([i] * (self.image_tokens if i == image_id else 1) for i in ids))
-
-    def _length(self, heads: list[list[int]], tails: list[list[int]], length: int | None) -> int:
-        lengths = [len(head) + len(tail) for head, tail in zip(heads, tails)]
-        longest = max(lengths)
-        limit, name = (self.context, "the context") if length is None or length >= self.context else (length, "length")
-        if longest > limit:
-            images = heads[lengths.index(longest)].count(self.tokenizer.image_id)
-            raise ValueError(
-                f"prompt {lengths.index(longest)} makes {longest} tokens, {images} of them for images, but {name} is {limit}: "
-                f"shorten the text, pass fewer images{' or a larger length' if name == 'length' else ''}"
-            )
-        return longest if length is None else length
+        repeated = ([i] * (self.image_tokens if i == image_id else 1) for i in ids)
+        return list(chain.from_iterable(repeated))
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:
-    listed: list[Any] = list(texts) if isinstance(texts, list | tuple) else [texts]
-    for n, text in enumerate(listed):
+    listed = list(texts) if isinstance(texts, list | tuple) else [texts]
+    for i, text in enumerate(listed):
         if not isinstance(text, str):
-            raise ValueError(f"{name} {n} is {type(text).__name__}, not a str: pass text, or a list of texts")
+            raise ValueError(f"{name} {i} must be a str, got {type(text).__name__}")
     if not listed:
-        raise ValueError(f"no {name}: pass at least one (an empty text is fine)")
+        raise ValueError(f"no {name}: pass at least one (it may be empty text)")
     return listed
 
 
-def _place(images: ImageInputs, prompts: list[str]) -> tuple[list[ImageSource], list[str]]:
-    """All images in order, and each prompt with one `<image>` for each of its own.
+def _assign_images(
+    images: ImageInputs | None, prompts: list[str]
+) -> tuple[list[ImageSource], list[str]]:
+    """Return all images in order, and each prompt with one `<image>` for each of its images.
 
-    transformers mends a batch in which only some prompts have `<image>` by writing bos into the others' words; here that is an error.
+    If only some prompts of a batch contain `<image>`, transformers writes bos inside the words of
+    the others. Here that is an error.
     """
-    entries: list[Any] = list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
+    if images is None:
+        images = []
+    entries = list(images) if isinstance(images, list | tuple) else [images]
     groups = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
-    flat, given, wanted = list(chain(*groups)), [len(group) for group in groups], [prompt.count(IMAGE) for prompt in prompts]
+    flat = list(chain(*groups))
+    given = [len(group) for group in groups]
+    placeholders = [prompt.count(IMAGE) for prompt in prompts]
     if not flat:
-        raise ValueError("no image: PaliGemma reads at least one; pass a path, a PIL image or a uint8 array")
-    if not any(wanted):
+        raise ValueError("no image: pass at least one, as a path, a PIL image or a uint8 array")
+    if not any(placeholders):
         if len(groups) != len(prompts):
-            raise ValueError(f"images for {len(groups)} prompts, but {len(prompts)} prompts: pass one image, or one list of images, for each prompt")
-        return flat, [IMAGE * n + prompt for n, prompt in zip(given, prompts)]
-    if not all(wanted):
-        raise ValueError(f"prompt {wanted.index(0)} has no {IMAGE} but another has: write it into every prompt or into none")
-    nested = any(isinstance(entry, list | tuple) for entry in entries)
-    if given != wanted if nested else len(flat) != sum(wanted):
-        raise ValueError(f"{given if nested else len(flat)} images for {wanted} {IMAGE} in the prompts: pass as many images as {IMAGE}")
+            raise ValueError(
+                f"images for {len(groups)} prompts, but {len(prompts)} prompts: "
+                "pass one image, or one list of images, per prompt"
+            )
+        return flat, [IMAGE * n + prompt for n, prompt in zip(given, prompts, strict=True)]
+    if not all(placeholders):
+        raise ValueError(
+            f"prompt {placeholders.index(0)} has no {IMAGE} but another prompt has: "
+            "write it into every prompt or into none"
+        )
+    is_nested = any(isinstance(entry, list | tuple) for entry in entries)
+    if (given != placeholders) if is_nested else (len(flat) != sum(placeholders)):
+        images = given if is_nested else len(flat)
+        raise ValueError(
+            f"{images} images for {placeholders} {IMAGE} in the prompts: pass one image per {IMAGE}"
+        )
     return flat, prompts
-
-
-def _pad(heads: list[list[int]], tails: list[list[int]], length: int, side: str, pad_id: int) -> dict[str, np.ndarray]:
-    """Rows of head + tail as [B, length] arrays of Inputs, by name."""
-    if side not in ("left", "right"):
-        raise ValueError(f"padding_side is {side!r}: pass 'left' or 'right'")
-    head, total = (np.array(n)[:, None] for n in ([len(h) for h in heads], [len(h) + len(t) for h, t in zip(heads, tails)]))
-    place = np.arange(length) - (length - total if side == "left" else 0)  # [B, T], 0 at the first token of the row
-    valid = (place >= 0) & (place < total)
-    tokens = np.full(valid.shape, pad_id, np.int32)
-    tokens[valid] = list(chain.from_iterable(h + t for h, t in zip(heads, tails)))
-    return {"tokens": tokens, "valid": valid, "prefix": valid & (place < head), "targets": valid & (place >= head)}

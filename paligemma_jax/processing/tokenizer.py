@@ -1,4 +1,7 @@
-"""Text <-> ids: Gemma's sentencepiece model with `<image>`, `<locNNNN>` and `<segNNN>`, as transformers configures it for PaliGemma."""
+"""Text to ids and back: Gemma's sentencepiece model with `<image>`, `<locNNNN>` and `<segNNN>`, as
+transformers configures it for PaliGemma."""
+
+from __future__ import annotations
 
 import json
 import re
@@ -11,7 +14,8 @@ import sentencepiece
 IMAGE = "<image>"
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)]
 SEGMENTS = [f"<seg{i:03}>" for i in range(128)]
-# Ordinary pieces to sentencepiece, special to transformers (GemmaTokenizer, GemmaConverter), which leaves them out of decoded text.
+# Ordinary pieces of the sentencepiece model that transformers omits from decoded text
+# (GemmaTokenizer, GemmaConverter).
 SPECIAL = {IMAGE, "<mask>", "<start_of_turn>", "<end_of_turn>"}
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -19,127 +23,168 @@ BYTE = re.compile("<0x([0-9A-F]{2})>")
 class Tokenizer:
     """A sentencepiece `tokenizer.model` plus the tokens that transformers adds to it.
 
-    Both kinds of file work: the released PaliGemma one, which has the `<loc>` and `<seg>` pieces inside, and Gemma's own without them.
-    A token that is not inside gets the id stated by the directory's `added_tokens.json`, or by `added_tokens_decoder` in its
-    `tokenizer_config.json`; failing that the next free one, in the order loc, seg, image. The released ids (loc0000 256000, seg000 257024,
-    image 257152) come out either way.
+    Works with the released PaliGemma file, which contains the `<loc>` and `<seg>` pieces, and with
+    Gemma's own, which does not. A missing token gets its id from the directory's
+    `added_tokens.json`, or from `added_tokens_decoder` in its `tokenizer_config.json`, or else the
+    next free one, in the order loc, seg, image. Either way the ids are the released ones (loc0000
+    256000, seg000 257024, image 257152).
 
     Args:
-      model_file: path of the sentencepiece model.
-      image_token_id: `image_token_index` of config.json, to be compared with what the files here say.
+        model_file: Path of the sentencepiece model.
+        image_token_id: `image_token_index` of config.json, compared with the tokenizer's own.
 
     Attributes:
-      bos_id, eos_id, pad_id, image_id: int.
-      vocab_size: one more than the highest id; the model's embedding may have further, never trained rows.
+        bos_id, eos_id, pad_id, image_id: Token ids.
+        vocab_size: The highest id plus 1. The model's embedding may have more rows, never trained.
 
     Raises:
-      ValueError: the file is missing or not a sentencepiece model, lacks bos, eos or pad, two tokens share an id, or `image_token_id` differs.
+        ValueError: The file is missing or not a sentencepiece model, has no bos, eos or pad, two
+            tokens share an id, or `image_token_id` differs.
     """
 
     def __init__(self, model_file: str | Path, image_token_id: int | None = None):
         path = Path(model_file)
         self._model, pieces = _load(path)
-        model = self._model
-        self._ids = _ids(pieces, path)
+        self._ids = _token_ids(pieces, path)
         self._pieces = {i: token for token, i in self._ids.items()}
-        hidden = {token for i, token in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)}  # sentencepiece never finds them in a text
-        literals = sorted(hidden | (self._ids.keys() - set(pieces)), key=len, reverse=True)  # the longest match wins, as in transformers
-        self._literal = re.compile("(" + "|".join(map(re.escape, literals)) + ")")
+        model = self._model
+        # Sentencepiece never produces these from text, so they are split off first.
+        hidden = {
+            token for i, token in enumerate(pieces) if model.is_control(i) or model.is_unknown(i)
+        }
+        literals = hidden | (self._ids.keys() - set(pieces))
+        longest_first = sorted(literals, key=len, reverse=True)  # as transformers matches
+        self._literal = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._silent = {self._ids[token] for token in hidden | SPECIAL if token in self._ids}
         self.bos_id, self.eos_id, self.pad_id = model.bos_id(), model.eos_id(), model.pad_id()
         self.image_id = self._ids[IMAGE]
         self.vocab_size = max(self._pieces) + 1
         if min(self.bos_id, self.eos_id, self.pad_id) < 0:
-            raise ValueError(f"{path} has no bos, eos or pad piece, so it is not a Gemma tokenizer: take the tokenizer.model of the checkpoint")
+            raise ValueError(
+                f"{path} has no bos, eos or pad piece, so it is not a Gemma tokenizer: "
+                "use the tokenizer.model of the checkpoint"
+            )
         if image_token_id is not None and image_token_id != self.image_id:
             raise ValueError(
-                f"{IMAGE} has id {self.image_id} by {path} but {image_token_id} by config.json (image_token_index): "
-                f"take both from one checkpoint, or state the id in {path.parent / 'added_tokens.json'}"
+                f"the id of {IMAGE} is {self.image_id} in {path}, but {image_token_id} in "
+                "config.json (image_token_index): use files of one checkpoint, or set the id in "
+                f"{path.parent / 'added_tokens.json'}"
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it is: nothing is stripped or normalised, no bos or eos is added, and a literal `<bos>`, `<image>`, ... is one id.
+        """Token ids of a text, which is not stripped or normalized; bos and eos are not added.
 
-        Equal to transformers', except in runs of spaces that are longer than the longest space piece, or that have a literal U+2581 among
-        them: those are cut greedily here, as sentencepiece does, and there as the order of the merges in tokenizer.json has it.
-        Raises ValueError for a text that is not Unicode (lone surrogates, as undecodable bytes of a command line make them).
+        A literal `<bos>`, `<image>`, ... is one id. Equal to transformers, except in runs of spaces
+        that are longer than the longest space piece or contain a literal U+2581: sentencepiece
+        splits them greedily, transformers by the order of the merges in tokenizer.json.
+
+        Raises:
+            ValueError: The text is not valid Unicode (lone surrogates, such as undecodable bytes of
+                a command line).
         """
-        if bad := re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"character {bad.start()} of the text is a lone surrogate, {bad[0]!r}: decode the text as UTF-8")
-        parts = self._literal.split(text)  # text, literal, text, ..., text
-        return [i for n, part in enumerate(parts) for i in ([self._ids[part]] if n % 2 else self._model.encode(part))]
+        surrogate = re.search("[\ud800-\udfff]", text)
+        if surrogate:
+            raise ValueError(
+                f"character {surrogate.start()} of the text is a lone surrogate, "
+                f"{surrogate[0]!r}: decode the text as UTF-8"
+            )
+        ids: list[int] = []
+        for n, part in enumerate(self._literal.split(text)):  # text, literal, text, ..., text
+            ids += [self._ids[part]] if n % 2 else self._model.encode(part)
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as transformers' `decode(ids, skip_special_tokens=True)`: `<loc>` and `<seg>` stay; `<image>`, bos, eos, pad go.
+        """Text of token ids, as transformers' `decode(ids, skip_special_tokens=True)`.
 
-        Bytes that do not form UTF-8 become one U+FFFD each. Ids beyond the vocabulary (the embedding's spare rows) have no text.
-        Raises ValueError for a negative id, which labels have but texts do not.
+        `<loc>` and `<seg>` stay; `<image>`, bos, eos and pad are omitted. A run of bytes that is
+        not valid UTF-8 becomes one U+FFFD per byte. Ids beyond the vocabulary (unused rows of the
+        embedding) have no text.
+
+        Raises:
+            ValueError: An id is negative, as in labels.
         """
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
-            raise ValueError(f"id {min(ids)} is no token: pass generated or encoded ids, not labels")
+            raise ValueError(f"ids must not be negative, got {min(ids)}: labels are not text")
         pieces = [self._pieces[i] for i in ids if i in self._pieces and i not in self._silent]
         runs = groupby(pieces, lambda piece: BYTE.fullmatch(piece) is not None)
-        return "".join(_bytes_to_text(run) if is_byte else "".join(run).replace("▁", " ") for is_byte, run in runs)
+        return "".join(
+            _bytes_to_text(run) if is_byte else "".join(run).replace("▁", " ")
+            for is_byte, run in runs
+        )
 
-    def settled(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` have a text that no later id can change: all but a run of byte pieces at the end."""
-        count = len(ids)
-        while count and BYTE.fullmatch(self._pieces.get(int(ids[count - 1]), "")):
-            count -= 1
-        return count
+    def stable_length(self, ids: Sequence[int]) -> int:
+        """How many of the first ids have a text that later ids cannot change.
+
+        That is all but a run of byte pieces at the end.
+        """
+        length = len(ids)
+        while length and BYTE.fullmatch(self._pieces.get(int(ids[length - 1]), "")):
+            length -= 1
+        return length
 
     def loc(self, n: int) -> int:
-        """Id of `<locNNNN>`, n in [0, 1023]."""
-        return self._ids[LOCATIONS[_within(n, LOCATIONS)]]
+        """Id of `<locNNNN>`, for n from 0 to 1023."""
+        return self._ids[_at(LOCATIONS, n)]
 
     def seg(self, n: int) -> int:
-        """Id of `<segNNN>`, n in [0, 127]."""
-        return self._ids[SEGMENTS[_within(n, SEGMENTS)]]
+        """Id of `<segNNN>`, for n from 0 to 127."""
+        return self._ids[_at(SEGMENTS, n)]
 
 
 def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, list[str]]:
-    """The model of a file, and its pieces in the order of their ids."""
+    """The model of a file, and its pieces in order of their ids."""
     if not path.is_file():
-        raise ValueError(f"no tokenizer at {path}: a checkpoint directory needs the tokenizer.model of the checkpoint that it comes from")
+        raise ValueError(
+            f"no tokenizer at {path}: copy the tokenizer.model of the original checkpoint there"
+        )
     try:
         proto = path.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the tokenizer {path}: {error.strerror}") from None
-    model = sentencepiece.SentencePieceProcessor()
+    model, pieces = sentencepiece.SentencePieceProcessor(), []
     try:
-        loaded = bool(proto) and model.load_from_serialized_proto(proto)
-        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())] if loaded else []
+        if proto and model.load_from_serialized_proto(proto):
+            pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     except (RuntimeError, UnicodeDecodeError):
         pieces = []
     if not pieces:
-        raise ValueError(f"{path} ({len(proto)} bytes) is not a sentencepiece model: download it again (a Git LFS pointer looks like this too)")
+        raise ValueError(
+            f"{path} ({len(proto)} bytes) is not a sentencepiece model: download it again "
+            "(it may be a Git LFS pointer)"
+        )
     return model, pieces
 
 
-def _ids(pieces: list[str], path: Path) -> dict[str, int]:
-    """token -> id: the pieces of the model, then what the files beside it state, then the next free ids."""
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    ids = _stated(path.parent) | ids
+def _token_ids(pieces: list[str], path: Path) -> dict[str, int]:
+    """Token -> id: pieces of the model, then those of the files beside it, then free ids."""
+    ids = _added_tokens(path.parent) | {piece: i for i, piece in enumerate(pieces)}
     free = count(max(ids.values()) + 1)
     for token in (*LOCATIONS, *SEGMENTS, IMAGE):
         if token not in ids:
             ids[token] = next(free)
     if len(set(ids.values())) != len(ids):
-        raise ValueError(f"two tokens share an id: added_tokens.json or tokenizer_config.json in {path.parent} does not belong to {path.name}")
+        raise ValueError(
+            "two tokens share an id: added_tokens.json or tokenizer_config.json in "
+            f"{path.parent} does not belong to {path.name}"
+        )
     return ids
 
 
-def _stated(directory: Path) -> dict[str, int]:
-    """token -> id as a Hugging Face directory states it in added_tokens.json or in the older tokenizer_config.json; {} if it does not."""
+def _added_tokens(directory: Path) -> dict[str, int]:
+    """Token -> id from added_tokens.json, or from the older tokenizer_config.json, if present."""
+    file, config = directory / "added_tokens.json", directory / "tokenizer_config.json"
     try:
-        if (file := directory / "added_tokens.json").is_file():
+        if file.is_file():
             return {token: int(i) for token, i in json.loads(file.read_text("utf-8")).items()}
-        if (file := directory / "tokenizer_config.json").is_file():
-            stated = json.loads(file.read_text("utf-8")).get("added_tokens_decoder", {})
-            return {token["content"]: int(i) for i, token in stated.items()}
+        if config.is_file():
+            file = config
+            added = json.loads(file.read_text("utf-8")).get("added_tokens_decoder", {})
+            return {token["content"]: int(i) for i, token in added.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} does not say which added token has which id ({error!r}): download it again or remove it") from error
+        raise ValueError(
+            f"{file} does not map added tokens to ids ({error!r}): download it again or remove it"
+        ) from error
     return {}
 
 
@@ -147,11 +192,11 @@ def _bytes_to_text(pieces: Iterable[str]) -> str:
     data = bytes(int(piece[3:5], 16) for piece in pieces)
     try:
         return data.decode()
-    except UnicodeDecodeError:  # as the ByteFallback decoder of the tokenizers library: all of the run or nothing
-        return "�" * len(data)
+    except UnicodeDecodeError:  # all or nothing, as in the ByteFallback decoder of tokenizers
+        return "\ufffd" * len(data)
 
 
-def _within(n: int, tokens: list[str]) -> int:
+def _at(tokens: list[str], n: int) -> str:
     if not 0 <= n < len(tokens):
-        raise ValueError(f"{n} is outside {tokens[0]} ... {tokens[-1]}: pass 0 to {len(tokens) - 1}")
-    return n
+        raise ValueError(f"n must be from 0 to {len(tokens) - 1} ({tokens[-1]}), got {n}")
+    return tokens[n]

@@ -1,0 +1,121 @@
+"""From encoded prompts to answers: in batches, or one answer as a stream of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from jax import Array
+from jaxtyping import Int
+
+from paligemma_jax.inference.answer import Answer, Detokenizer
+from paligemma_jax.inference.batching import pad_batch, run_batches
+from paligemma_jax.inference.generate import decode_chunks, generate
+from paligemma_jax.inference.options import DecodingOptions
+from paligemma_jax.inference.sampling import Sampler, is_integer
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.image import pixel_values
+from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor
+
+STREAM = 8  # tokens per dispatch while streaming
+
+
+def answer_batches(
+    model: PaliGemma,
+    processor: Processor,
+    prompts: list[EncodedPrompt],
+    options: DecodingOptions,
+    seeds: Sequence[int] | None = None,
+    batch_size: int = 16,
+    progress: bool | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """Answer prompts in batches. Yields the answers of each batch by prompt number."""
+    options = _check_options(model, processor, prompts, options)
+    checked_seeds = check_seeds(seeds, len(prompts))
+    detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
+
+    def run(inputs: Inputs, features: Array, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        generated = generate(
+            model,
+            inputs,
+            options.for_rows(rows),
+            seeds=checked_seeds[rows],
+            features=features,
+            answer_lengths=detokenizer.lengths if options.stops else None,
+        )
+        return generated.tokens, generated.log_probabilities
+
+    for batch in run_batches(model, processor, prompts, run, batch_size, progress):
+        yield {
+            i: Answer("", [], [], 0.0, str(result))
+            if isinstance(result, ValueError)
+            else detokenizer.answer(*result, options.sampler)
+            for i, result in batch.items()
+        }
+
+
+def stream_answer(
+    model: PaliGemma,
+    processor: Processor,
+    prompt: EncodedPrompt,
+    options: DecodingOptions,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Answer one prompt piece by piece, each as soon as no later token can change it."""
+    if not isinstance(options.sampler, Sampler):
+        raise ValueError(
+            "sampler must be Greedy() or Sample(...) for streaming, because text that was "
+            f"streamed cannot change, got {options.sampler!r}"
+        )
+    options = _check_options(model, processor, [prompt], options)
+    detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
+    images = pixel_values(prompt.images, processor.image_size)
+    inputs = replace(pad_batch(processor, [prompt]), images=images)
+    chunks = decode_chunks(model, inputs, options, seeds=check_seeds([seed], 1), chunk=STREAM)
+    yield from detokenizer.stream(tokens[0].tolist() for tokens, _ in chunks)
+
+
+def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " B"]:
+    """Return the seeds of B prompts as an array; by default 0, 1, 2, ...
+
+    Raises:
+        ValueError: They are not B 32-bit integers.
+    """
+    if seeds is None:
+        return np.arange(prompts)
+    if np.ndim(seeds) != 1:
+        raise ValueError(f"seeds must be a list with one integer per prompt, got {seeds!r}")
+    if len(seeds) != prompts:
+        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {prompts} prompts")
+    for seed in seeds:
+        if not is_integer(seed) or not -(2**31) <= seed < 2**31:
+            raise ValueError(f"seeds must be 32-bit integers, got {seed!r}")
+    return np.asarray(seeds)
+
+
+def _check_options(
+    model: PaliGemma, processor: Processor, prompts: list[EncodedPrompt], options: DecodingOptions
+) -> DecodingOptions:
+    """Check what depends on the prompts. Returns options that allow nothing but tokens of text."""
+    tokens = processor.padded_length(prompts)
+    most = processor.context - tokens
+    if options.max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens must be 1 to {most} with a prompt of {tokens} tokens, "
+            f"got {options.max_new_tokens}"
+        )
+    config, allowed = model.config, options.allowed
+    ids = np.arange(config.decoder.vocab_size)
+    is_text = (ids < processor.tokenizer.vocab_size) & (ids != config.image_token_id)
+    if allowed is None:
+        return replace(options, allowed=is_text)
+    allowed = np.asarray(allowed)
+    if allowed.dtype != bool or allowed.shape not in (ids.shape, (len(prompts), len(ids))):
+        raise ValueError(
+            f"allowed must be bool[{len(ids)}] or bool[{len(prompts)}, {len(ids)}], "
+            f"got {allowed.dtype}{list(allowed.shape)}"
+        )
+    if not (allowed & is_text).any(axis=-1).all():
+        raise ValueError("allowed must permit at least one token of text")
+    return replace(options, allowed=allowed & is_text)

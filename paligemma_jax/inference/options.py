@@ -1,0 +1,91 @@
+"""The options of decoding, which travel from the command line to the compiled programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
+
+Texts = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodingOptions:
+    """How tokens are chosen, and when an answer ends. The seeds are separate: one per prompt.
+
+    Args:
+        max_new_tokens: Maximum length of an answer in tokens, including the end token.
+        sampler: `Greedy`, `Sample`, `Beam` or `BestOf`.
+        min_new_tokens: Number of tokens before which an answer cannot end with eos.
+        stop: A text or texts that end an answer. The text of the answer is what precedes the first
+            of them; its tokens and score include the token that completes it, and BestOf ranks by
+            that score. Beam ignores stop texts while it searches, and its answer is cut afterwards
+            (transformers ends a beam there).
+        allowed: The ids that may be generated: bool[V], or bool[B, V] with one mask per prompt.
+            None allows all.
+
+    Raises:
+        ValueError: A value is invalid.
+    """
+
+    max_new_tokens: int = 128
+    sampler: Strategy = field(default_factory=Greedy)
+    min_new_tokens: int = 0
+    stop: Texts | None = ()
+    allowed: Bool[np.ndarray, "*B V"] | None = None
+
+    def __post_init__(self):
+        new, least = self.max_new_tokens, self.min_new_tokens
+        if not is_integer(new) or new < 1:
+            raise ValueError(f"max_new_tokens must be an integer of at least 1, got {new!r}")
+        if not is_integer(least) or not 0 <= least <= new:
+            raise ValueError(
+                f"min_new_tokens must be an integer from 0 to max_new_tokens ({new}), got {least!r}"
+            )
+        if not isinstance(self.sampler, Strategy):
+            raise ValueError(
+                "sampler must be Greedy(), Sample(...), Beam(...) or BestOf(...), "
+                f"got {self.sampler!r}"
+            )
+        if not all(isinstance(text, str) and text for text in self.stops):
+            raise ValueError(f"stop must be a non-empty text or a list of them, got {self.stop!r}")
+
+    @classmethod
+    def resolve(cls, options: DecodingOptions | None = None, **fields: Any) -> DecodingOptions:
+        """Options from keywords: `options`, by default the defaults, with other values of `fields`.
+
+        A field that is None counts as not given.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        return replace(options or cls(), **given)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def copies(self) -> int:
+        """Number of answers that are decoded for each prompt, to choose the best."""
+        return self.sampler.width if isinstance(self.sampler, Beam | BestOf) else 1
+
+    def settings(self) -> dict[str, object]:
+        """The options as JSON values, to compare those of two runs."""
+        return dict(
+            max_new_tokens=self.max_new_tokens,
+            sampler=repr(self.sampler),
+            min_new_tokens=self.min_new_tokens,
+            stop=list(self.stops),
+            allowed=None if self.allowed is None else np.packbits(self.allowed).tobytes().hex(),
+        )
+
+    def for_rows(self, rows: np.ndarray) -> DecodingOptions:
+        """The options of some of the prompts, by number."""
+        if self.allowed is None or self.allowed.ndim == 1:
+            return self
+        return replace(self, allowed=self.allowed[rows])
