@@ -1,4 +1,4 @@
-"""Random changes of a picture that keep what is said about it true: boxes go along, and nothing is mirrored that speaks of left or right."""
+"""Random image augmentation. Boxes in the text are adjusted to the image."""
 
 from __future__ import annotations
 
@@ -14,61 +14,94 @@ from paligemma_jax.processing.image import load_image
 from paligemma_jax.processing.locations import BOX, LAST_BIN, location_tokens
 
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """Random mirroring, cropping and colours.
+    """Random mirroring, cropping and color changes.
 
-    Pictures whose rows have `<seg>` masks keep their geometry, and so do those cropped of all their boxes; several pictures of a row are not cropped.
+    Rows with `<seg>` masks keep their geometry. Rows with several images or with boxes in the
+    prompt are not cropped, nor are rows that would lose all of their boxes.
     """
 
-    flip: float = 0.0  # the chance of being mirrored
-    crop: float = 1.0  # the smallest part of each side that is kept
-    color: float = 0.0  # the largest change of brightness, contrast and saturation
+    flip: float = 0.0  # probability of mirroring
+    crop: float = 1.0  # smallest fraction of each side to keep
+    color: float = 0.0  # largest change of brightness, contrast and saturation
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-        """The example with its images opened and changed; a function of its arguments and the state of `rng`."""
-        images, suffix, prefix = [load_image(image) for image in example.images], example.suffix, example.prefix
-        mirrored, window = rng.random() < self.flip, self._window(rng)
-        colors = 1 + self.color * rng.uniform(-1, 1, 3)
+        """Load the images of an example and augment them. Deterministic in the state of `rng`."""
+        images = [load_image(image) for image in example.images]
+        mirror, window = rng.random() < self.flip, self._window(rng)
+        factors = 1 + self.color * rng.uniform(-1, 1, 3)
         if self.color:
-            for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), colors):
-                images = [enhance(image).enhance(factor) for image in images]
-        still = "<seg" in prefix + suffix
-        if mirrored and not still and not SIDES.search(prefix + suffix):
-            images = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
-            prefix, suffix = (moved(text, lambda box: box[[0, 3, 2, 1]] * [1, -1, 1, -1] + [0, LAST_BIN, 0, LAST_BIN]) for text in (prefix, suffix))
-        if self.crop < 1 and not still and len(images) == 1 and not BOX.search(prefix):
-            cut = moved(suffix, lambda box: inside(box, window))
-            if cut or not suffix:
-                suffix, size = cut, np.array(images[0].size * 2)
-                images = [images[0].crop(tuple((window[[1, 0, 3, 2]] * size).round().astype(int)))]
-        return replace(example, images=tuple(images), prefix=prefix, suffix=suffix)
+            for enhancer, factor in zip(ENHANCERS, factors, strict=True):
+                images = [enhancer(image).enhance(factor) for image in images]
+        example = replace(example, images=tuple(images))
+        text = example.prefix + example.suffix
+        if "<seg" in text:
+            return example
+        if mirror and not SIDES.search(text):
+            example = _mirror(example)
+        if self.crop < 1:
+            example = _crop(example, window)
+        return example
 
     def _window(self, rng: np.random.Generator) -> np.ndarray:
-        """y0, x0, y1, x1 in parts of the sides."""
+        """A random window to crop to: y0, x0, y1, x1 as fractions of the sides."""
         sides = rng.uniform(self.crop, 1, 2)
         start = rng.uniform(0, 1, 2) * (1 - sides)
         return np.concatenate([start, start + sides])
 
 
-def moved(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
-    """`text` with every box (y0, x0, y1, x1 in bins) where `move` puts it; None drops it, and what is said of it up to the next ;"""
+def _mirror(example: Example) -> Example:
+    def mirror_box(box: np.ndarray) -> np.ndarray:
+        y0, x0, y1, x1 = box
+        return np.array([y0, LAST_BIN - x1, y1, LAST_BIN - x0])
+
+    return replace(
+        example,
+        images=tuple(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in example.images),
+        prefix=move_boxes(example.prefix, mirror_box),
+        suffix=move_boxes(example.suffix, mirror_box),
+    )
+
+
+def _crop(example: Example, window: np.ndarray) -> Example:
+    if len(example.images) > 1 or BOX.search(example.prefix):
+        return example
+    suffix = move_boxes(example.suffix, lambda box: crop_box(box, window))
+    if example.suffix and not suffix:
+        return example
+    (image,) = example.images
+    edges = window[[1, 0, 3, 2]] * np.array(image.size * 2)
+    return replace(example, images=(image.crop(tuple(edges.round().astype(int))),), suffix=suffix)
+
+
+def move_boxes(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
+    """Apply `move` to every box of a text (y0, x0, y1, x1 in location bins). If it returns None,
+    the box is dropped together with its label, up to the next semicolon."""
     if not BOX.search(text):
         return text
-    kept, pieces = "", re.split(r"(\s*;\s*)", text)
-    for gap, part in zip(["", *pieces[1::2]], pieces[::2]):
+    result, pieces = "", re.split(r"(\s*;\s*)", text)
+    for separator, part in zip(["", *pieces[1::2]], pieces[::2], strict=True):
         boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in BOX.findall(part)]
-        places = iter([location_tokens(box) for box in boxes if box is not None])
-        if all(box is not None for box in boxes):
-            kept += (gap if kept else "") + BOX.sub(lambda _, places=places: next(places), part)
-    return kept
+        if any(box is None for box in boxes):
+            continue
+        tokens = iter([location_tokens(box) for box in boxes])
+        moved = BOX.sub(lambda _, tokens=tokens: next(tokens), part)
+        result += (separator if result else "") + moved
+    return result
 
 
-def inside(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
-    """The box as the window shows it; None if less than a third of it can be seen."""
+def crop_box(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
+    """A box in the coordinates of a window, clipped; None if less than a third of it is visible."""
     start, size = np.tile(window[:2], 2), np.tile(window[2:] - window[:2], 2)
-    seen = np.clip((box / LAST_BIN - start) / size, 0, 1) * LAST_BIN
-    area = lambda b: max(b[2] - b[0], 0) * max(b[3] - b[1], 0)
-    return seen if area(seen) * size[0] * size[1] * 3 >= area(box) and area(seen) > 0 else None
+    visible = np.clip((box / LAST_BIN - start) / size, 0, 1) * LAST_BIN
+    area = _area(visible) * size[0] * size[1]
+    return visible if area > 0 and area * 3 >= _area(box) else None
+
+
+def _area(box: np.ndarray) -> float:
+    y0, x0, y1, x1 = box
+    return max(y1 - y0, 0) * max(x1 - x0, 0)

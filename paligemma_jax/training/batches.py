@@ -1,40 +1,158 @@
-"""."""
+"""Batches: which examples a step trains on, and their arrays."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from itertools import islice
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax import Array
 
-from paligemma_jax.data.rows import Example, error_prefix
-from paligemma_jax.processing.image import pixel_values
+from paligemma_jax.data.rows import Example, RowSource, error_prefix, example_at
+from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
+from paligemma_jax.training.augment import Augment
+from paligemma_jax.training.config import FinetuneConfig
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
+    """The arrays of B examples; a pytree.
+
+    `inputs.images` and `features` have a leading axis [B, n] if all examples have n images, else
+    [M] for the images of the whole batch.
+    """
+
     inputs: Inputs
-    weights: Any  # float32 [B]; 0 for a row that only fills up
-    features: Any = None  # of the image encoder [M, P, W]; then `inputs.images` is None. Both [B, n, ...] where all rows have n images
+    weights: Array | np.ndarray  # float32[B]; 0 for rows that only fill the batch
+    features: Array | np.ndarray | None = None  # [..., P, W] of the encoder, instead of images
+
+
+def max_targets(batch: Batch) -> int:
+    """The most targets that a row has, rounded up so that few programs are compiled."""
+    return round_up(int(batch.inputs.targets.sum(axis=1).max()))
 
 
 def encode_example(example: Example, processor: Processor, length: int | None) -> EncodedPrompt:
-    """Its ids; ValueError if they are more than `length` or the context, or do not go with its images."""
-    rows = processor.rows([list(example.images)], [example.prefix], [example.suffix])
+    """Tokenize an example.
+
+    Raises:
+        ValueError: It has more tokens than `length` or the context, or another number of images
+            than its prompt asks for.
+    """
+    rows = processor.encode([list(example.images)], [example.prefix], [example.suffix])
     processor.pad(rows, "right", length)
     return rows[0]
 
 
+@dataclass(frozen=True)
+class Batcher:
+    """Turns examples into batches of one size.
+
+    In a run of several processes, each opens the images of its own rows only. The other rows of
+    its batch are zeros, whose memory is never touched.
+    """
+
+    processor: Processor
+    size: int
+    length: int | None  # tokens per row; by default the longest row's, rounded up
+    local_rows: Sequence[int]  # rows whose images this process opens
+    features: Callable[[list[ImageSource]], np.ndarray] | None = None  # replaces opening images
+
+    def __call__(self, examples: Sequence[Example], parts: int = 1) -> Batch:
+        """Make one batch. Missing rows are copies of the first, with weight 0.
+
+        Args:
+            examples: At most `size` of them.
+            parts: Number of parts that the batch will be split into.
+
+        Raises:
+            ValueError: An example cannot be encoded, or the numbers of images do not allow the
+                split into parts or processes.
+        """
+        fill = self.size - len(examples)
+        rows, pixels = [], []
+        for i, example in enumerate([*examples, *[examples[0]] * fill]):
+            with error_prefix(f"row {example.line}"):
+                row = encode_example(example, self.processor, self.length)
+                if i in self.local_rows and not self.features:
+                    pixels.append(pixel_values(row.images, self.processor.image_size))
+            rows.append(row)
+        self._check_image_counts(examples, rows, parts)
+        longest = max(len(row.prompt) + len(row.suffix) for row in rows)
+        length = self.length or min(round_up(longest), self.processor.context)
+        tokens = self.processor.pad(rows, "right", length)
+        weights = np.array([example.weight for example in examples] + [0.0] * fill, np.float32)
+        if self.features:
+            images = [image for i in self.local_rows for image in rows[i].images]
+            features = self._all_rows(rows, self.features(images))
+            return Batch(Inputs(images=None, **tokens), weights, features)
+        return Batch(Inputs(images=self._all_rows(rows, np.concatenate(pixels)), **tokens), weights)
+
+    def in_order(self, source: RowSource) -> Iterator[Batch]:
+        """All rows of a source, unchanged."""
+
+        def make(start: int) -> Batch:
+            stop = min(start + self.size, len(source))
+            return self([example_at(source, i) for i in range(start, stop)])
+
+        return prefetch(partial(make, start) for start in range(0, len(source), self.size))
+
+    def _check_image_counts(
+        self, examples: Sequence[Example], rows: list[EncodedPrompt], parts: int
+    ) -> None:
+        counts = [len(row.images) for row in rows]
+        if len(set(np.reshape(counts, (parts, -1)).sum(axis=1))) > 1:
+            reason = f"--accumulate requires the same number in each of its {parts} parts"
+        elif len(self.local_rows) < self.size and len(set(counts)) > 1:
+            reason = "several processes require the same number in every row of a batch"
+        else:
+            return
+        lines = [example.line for example in examples]
+        raise ValueError(f"rows {lines} have {counts} images: {reason}")
+
+    def _all_rows(self, rows: list[EncodedPrompt], images: np.ndarray) -> np.ndarray:
+        """[M, ...] of the local rows -> [B, n, ...] of all rows, if each has n images."""
+        if len({len(row.images) for row in rows}) > 1:
+            return images
+        images = images.reshape(len(self.local_rows), -1, *images.shape[1:])
+        if len(self.local_rows) == self.size:
+            return images
+        batch = np.zeros((self.size, *images.shape[1:]), images.dtype)
+        batch[list(self.local_rows)] = images
+        return batch
+
+
+def training_batch(config: FinetuneConfig, batcher: Batcher, source: RowSource, step: int) -> Batch:
+    """The batch of a step, counted from 0. Depends on the seed and `step` only, so that a resumed
+    run continues with the same rows and augmentations."""
+    start = step * config.batch_size
+    order = row_order(len(source), config.seed, start, config.batch_size)
+    examples = [example_at(source, int(i)) for i in order]
+    if config.augments:
+        augment = Augment(config.flip, config.crop, config.color)
+        examples = [
+            augment(example, np.random.default_rng((config.seed, i)))
+            for i, example in enumerate(examples, start)
+        ]
+    return batcher(examples, config.accumulate)
+
+
 def row_order(rows: int, seed: int, start: int, count: int) -> np.ndarray:
-    """int64[count]: which rows come start-th and on, each epoch in another order: a function of its arguments alone, so a run resumes by counting."""
+    """int64[count]: which rows are visited at positions start, start + 1, ... of a run, which
+    shuffles its `rows` rows anew each epoch."""
     epochs = range(start // rows, (start + count - 1) // rows + 1)
-    return np.concatenate([_shuffled(rows, seed, epoch) for epoch in epochs])[start - epochs.start * rows :][:count]
+    order = np.concatenate([_shuffled(rows, seed, epoch) for epoch in epochs])
+    return order[start - epochs.start * rows :][:count]
 
 
 @lru_cache(maxsize=2)
@@ -42,50 +160,11 @@ def _shuffled(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(rows)
 
 
-def make_batch(
-    examples: Sequence[Example],
-    processor: Processor,
-    size: int,
-    length: int | None,
-    parts: int = 1,
-    features: Callable[[list], Any] | None = None,
-    own: Sequence[int] | None = None,
-) -> Batch:
-    """These examples as one batch of `size` rows, padded on the right to `length` tokens or the next bucket; missing rows weigh 0.
-
-    parts: so many will be computed one after the other: ValueError if they have not as many images each.
-    features: of image files, in the place of their pixels.
-    own: the rows whose images are opened here, all by default; the others are for other processes, and zeros of which no memory is touched.
-    """
-    filled = [*examples, *[examples[0]] * (size - len(examples))]
-    rows, pictures, own = [], [], range(size) if own is None else own
-    for n, example in enumerate(filled):
-        with error_prefix(f"row {example.line}"):
-            rows.append(encode_example(example, processor, length))
-            pictures += [] if features or n not in own else [pixel_values(rows[-1].images, processor.image_size)]
-    images = [len(row.images) for row in rows]
-    even = len(set(images)) == 1
-    if len(set(np.reshape(images, (parts, -1)).sum(axis=1))) > 1:
-        raise ValueError(f"rows {[e.line for e in examples]} have {images} images: --accumulate asks for as many in each of its {parts} parts")
-    if len(own) < size and not even:
-        raise ValueError(f"rows {[e.line for e in examples]} have {images} images: several processes ask for as many in every row of a batch")
-    max_targets = max(len(row.prompt) + len(row.suffix) for row in rows)
-    padded = processor.pad(rows, "right", length or min(round_up(max_targets), processor.context))
-    weights = np.array([e.weight for e in examples] + [0.0] * (size - len(examples)), np.float32)
-    seen = features([image for n in own for image in rows[n].images]) if features else np.concatenate(pictures)
-    if even:
-        mine = seen.reshape(len(own), -1, *seen.shape[1:])
-        seen = mine if len(own) == size else np.zeros((size, *mine.shape[1:]), mine.dtype)
-        seen[list(own)] = mine
-    return Batch(Inputs(images=None if features else seen, **padded), weights, seen if features else None)
-
-
-def prefetch(makers: Iterator[Any], depth: int = 4) -> Iterator[Any]:
-    """The results of `makers` (functions without arguments) in order, made by threads while the last ones are in use."""
+def prefetch(makers: Iterator[Callable[[], T]], depth: int = 4) -> Iterator[T]:
+    """Call `makers` in threads, up to `depth` ahead of the consumer; yield the results in order."""
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(make) for _, make in zip(range(depth), makers)]
+        waiting = deque(pool.submit(make) for make in islice(makers, depth))
         while waiting:
-            result = waiting.pop(0).result()
-            if (make := next(makers, None)) is not None:
-                waiting.append(pool.submit(make))
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(make) for make in islice(makers, 1))
             yield result

@@ -1,4 +1,7 @@
-"""Every choice of a fine-tuning run, as one frozen value: the flags of `paligemma-jax finetune`, and what is written into its folder."""
+"""The configuration of a fine-tuning run: the flags of `paligemma-jax finetune`.
+
+Imports no jax, so that --help is quick.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from paligemma_jax.model.precision import Quantization
 
-# What --train takes: the parameters whose path (`model/layers.parameters`) matches.
-TRAIN = {
+# Names that --train takes, and the paths of the parameters that each one trains.
+TRAIN_PATTERNS = {
     "all": r".*",
     "decoder": r"decoder/.*",
     "attention": r"decoder/layers/.*attention/.*",
@@ -19,145 +22,185 @@ TRAIN = {
     "lora": r".*/lora_[ab]",
 }
 
+# (requirement, check, names of the fields)
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    ("at least 1", lambda x: x >= 1, "steps length batch_size accumulate save_every keep"),
+    ("at least 0", lambda x: x >= 0, "warmup weight_decay clip vision_rate"),
+    ("at least 0", lambda x: x >= 0, "validate_every samples lora_rank lora_vision_rank"),
+    ("positive and finite", lambda x: 0 < x < inf, "learning_rate lora_alpha epochs"),
+    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, "seed"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "lora_dropout color"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "flip"),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "crop"),
+]
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What a run does, each choice with its default. ValueError for what cannot be."""
+    """Configuration of a fine-tuning run.
+
+    Raises:
+        ValueError: A value is out of range, or two of them exclude each other.
+    """
 
     data: str
-    """Rows to learn from: JSONL with image (a path, or a list of them; relative to the file), prefix, suffix and, if wanted, weight."""
+    """Training rows, JSONL: image (a path relative to the file, or a list of paths), prefix, suffix
+    and, optionally, weight."""
     output: str
-    """The run's folder: config.json, log.jsonl, loss.png, checkpoints/ and, at the end, model/ or adapter/."""
+    """Directory of the run. Receives config.json, log.jsonl, loss.png, checkpoints/ and, at the
+    end, model/ or adapter/."""
     model: str = "tiny"
-    """What to start from: tiny (embedded), a directory in Hugging Face layout, a converted checkpoint, or a hub id."""
+    """Checkpoint to start from: tiny (embedded), a Hugging Face directory, a converted checkpoint,
+    or a hub id."""
     validation: str | None = None
-    """Rows to measure on, as --data."""
+    """Validation rows, in the format of --data."""
     resume: bool = False
-    """Continue the run in --output from its last checkpoint."""
+    """Resume the run in --output from its last checkpoint."""
 
     train: str = "all"
-    """What learns: all, decoder, attention, projector, lora, or a regular expression of parameter paths like projector/.*|.*/lora_[ab]"""
+    """Parameters to train: all, decoder, attention, projector, lora, or a regular expression of
+    parameter paths such as projector/.*|.*/lora_[ab]"""
     lora_rank: int = 16
-    """Of LoRA in the decoder."""
+    """LoRA rank in the decoder."""
     lora_vision_rank: int = 0
-    """Of LoRA in the image encoder."""
+    """LoRA rank in the image encoder; 0 adds no adapters there."""
     lora_alpha: float = 16.0
-    """What LoRA learns counts alpha / rank times."""
+    """LoRA alpha: adapter outputs are scaled by alpha / rank."""
     rslora: bool = False
-    """It counts alpha / sqrt(rank) times instead (arXiv:2312.03732)."""
+    """Scale adapter outputs by alpha / sqrt(rank) instead (rsLoRA, arXiv:2312.03732)."""
     lora_dropout: float = 0.0
-    """Part of the inputs of LoRA that is dropped in training."""
-    lora_target: str = r".*(attention|mlp)/\w+"
-    """What LoRA adapts: a regular expression of paths like decoder/layers/attention/q (decoder/layers/3/attention/q with --layers list)."""
+    """Dropout rate of the adapters' inputs."""
+    lora_target: str = (
+        r".*(attention|mlp)/\w+"  # `lora.TARGET`; importing it would slow --help down
+    )
+    """Layers to adapt: a regular expression of paths such as decoder/layers/attention/q
+    (decoder/layers/3/attention/q with --layers list)."""
     quantize: str | None = None
-    """Hold the decoder's projections, frozen, in int8, int4 or nf4 (with --train lora: QLoRA), or more: nf4-64-double,embedding=int8,vision=int8"""
+    """Quantize the decoder's projections and freeze them: int8, int4 or nf4 (QLoRA, with --train
+    lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
 
     steps: int | None = None
-    """Optimizer steps; by default --epochs decides."""
+    """Number of optimizer steps. By default set by --epochs."""
     epochs: float = 1.0
-    """Times through the data, where --steps is not given."""
+    """Passes over the data, if --steps is not given."""
     batch_size: int = 8
-    """Rows a step."""
+    """Rows per optimizer step."""
     accumulate: int = 1
-    """Parts that each batch is computed in, one after the other; the gradient is that of the whole batch."""
+    """Number of parts that each batch is split into to save memory. The gradient is that of the
+    full batch."""
     learning_rate: float = 2e-5
-    """The highest."""
+    """Peak learning rate."""
     vision_rate: float = 1.0
-    """The image encoder learns at this part of it."""
+    """Factor on the learning rate of the image encoder."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up, down to zero or not."""
+    """Learning rate schedule after warmup. cosine and linear decay to 0."""
     warmup: float = 0.05
-    """Steps of the warm-up, or below 1 its part of all steps."""
+    """Linear warmup: a number of steps or, below 1, a fraction of all steps."""
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
-    """sgd has momentum --beta1. muon (arXiv:2502.16982) is for the matrices of the layers, AdamW for the rest."""
+    """Optimizer. sgd uses --beta1 as momentum; muon (arXiv:2502.16982) trains the matrices of the
+    layers, AdamW the other parameters."""
     weight_decay: float = 0.0
-    """Counts times the learning rate; not of norms and biases."""
+    """Decoupled weight decay; not applied to norms and biases."""
     beta1: float = 0.9
-    """Of AdamW, Muon and SGD."""
+    """First-moment decay of AdamW and Muon; momentum of SGD."""
     beta2: float = 0.999
-    """Of AdamW."""
+    """Second-moment decay of AdamW."""
     clip: float = 1.0
-    """The largest norm of the gradient; 0 for any."""
+    """Clip gradients to this global norm; 0 disables clipping."""
     label_smoothing: float = 0.0
-    """The part of each target that is spread over the whole vocabulary."""
+    """Probability mass of each target that is spread over the vocabulary."""
     reduction: Literal["tokens", "examples"] = "tokens"
-    """The loss is the mean over tokens (as transformers), or over rows of each row's mean (as big_vision)."""
+    """Loss reduction: mean over all target tokens (as in transformers), or mean over examples of
+    each example's mean (as in big_vision)."""
     ema: float = 0.0
-    """Decay of an exponential moving average of the weights, which is then what is measured and saved; 0 for none."""
+    """Decay of an exponential moving average of the weights, which is then validated and saved; 0
+    disables it."""
     seed: int = 0
-    """Of the order of the rows, of augmentation, dropout and the start of LoRA."""
+    """Seed of row order, augmentation, dropout and LoRA initialization."""
 
     flip: float = 0.0
-    """Chance that a picture is mirrored, its boxes with it; never where its row speaks of left or right."""
+    """Probability of mirroring an image and the boxes in its text. Rows that mention left or right
+    are never mirrored."""
     crop: float = 1.0
-    """Smallest part of each side that a random crop keeps; boxes go along."""
+    """Smallest fraction of each side that a random crop keeps. Boxes are adjusted."""
     color: float = 0.0
-    """Largest random change of brightness, contrast and saturation; 0.2 is usual."""
+    """Largest random change of brightness, contrast and saturation; 0.2 is common."""
 
     features: str | None = None
-    """Keep the outputs of the frozen image encoder in this folder, for all epochs and runs."""
+    """Directory to cache the outputs of the frozen image encoder in, across epochs and runs."""
 
     length: int | None = None
-    """Pad every row to this many tokens, so that one program serves; by default to the max_targets of its batch, rounded up to 32."""
+    """Pad every row to this many tokens, so that only one program is compiled. By default each
+    batch is padded to its longest row, rounded up to a multiple of 32."""
     dtype: str | None = None
-    """Of activations and frozen weights: bfloat16 or float32. By default bfloat16, on a CPU float32. What learns is float32 always."""
+    """Dtype of activations and frozen weights: bfloat16 or float32. By default float32 on a CPU,
+    else bfloat16. Trained weights are always float32."""
     numerics: str | None = None
-    """transformers or big_vision, where the two compute different numbers; by default the one that the checkpoint means."""
+    """Follow transformers or big_vision where their numerics differ. By default as the checkpoint
+    specifies."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What of each layer is computed again in the backward pass to save memory: nothing, all, or all but the products with weights."""
+    """Recompute activations in the backward pass to save memory: nothing, everything, or everything
+    but products with weights."""
     mesh: str | None = None
-    """Devices to spread model, optimizer and batch over: data=2,fsdp=4,tensor=2 (what is left out is 1), or auto for all there are."""
+    """Devices to shard model, optimizer and batch over: axis sizes such as data=2,fsdp=4,tensor=2
+    (the default is 1 each), or auto for all devices."""
     hosts: str | None = None
-    """Train in several processes as one: auto (a TPU pod, Slurm, Open MPI tell), or HOST:PORT,N,I for process I of N; or set PALIGEMMA_JAX_HOSTS."""
+    """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. By default
+    $PALIGEMMA_JAX_HOSTS, else a single process."""
     layers: Literal["stack", "list"] = "stack"
-    """stack compiles one layer and loops; a list compiles each, and lets --train name single layers."""
+    """stack compiles one layer and scans over all; list compiles each layer and lets --train select
+    single layers."""
 
     validate_every: int = 0
-    """Steps between measurements on --validation; 0 for only at the end."""
+    """Steps between validations; 0 validates at the end only."""
     samples: int = 4
-    """Rows of --validation to answer at each measurement, into samples.jsonl."""
+    """Number of validation rows to answer at each validation, in samples.jsonl."""
     tensorboard: bool = False
-    """Write the log for TensorBoard too."""
+    """Log to TensorBoard as well."""
     save_every: int = 100
-    """Steps between checkpoints; one is made at each measurement on --validation too, and at the end."""
+    """Steps between checkpoints. One is also saved at each validation and at the end."""
     keep: int = 2
-    """Last checkpoints to keep; the best on --validation stays as well."""
+    """Number of recent checkpoints to keep, besides the best one by validation loss."""
     export: Literal["jax", "huggingface", "big_vision"] | None = None
-    """Format of the final model/: jax (this project's own, the default), huggingface or big_vision. LoRA leaves adapter/, and model/ if asked."""
+    """Format of the final model/. By default jax, this project's own. LoRA runs save adapter/, and
+    model/ only if a format is given."""
 
     def __post_init__(self):
-        rules: list[tuple[str, Callable[[float], bool], str]] = [
-            ("is at least 1", lambda x: x >= 1, "steps length batch_size accumulate save_every keep"),
-            ("is not negative", lambda x: x >= 0, "warmup weight_decay clip validate_every samples vision_rate lora_rank lora_vision_rank"),
-            ("is a number above 0", lambda x: 0 < x < inf, "learning_rate lora_alpha epochs"),
-            ("lies in 0 <= x < 2**32", lambda x: 0 <= x < 2**32, "seed"),
-            ("lies in 0 <= x < 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema lora_dropout color"),
-            ("lies in 0 <= x <= 1", lambda x: 0 <= x <= 1, "flip"),
-            ("lies in 0 < x <= 1", lambda x: 0 < x <= 1, "crop"),
-        ]
-        for rule, holds, names in rules:
+        for requirement, holds, names in RANGES:
             for name in names.split():
-                if (value := getattr(self, name)) is not None and not holds(value):
-                    raise ValueError(f"--{name.replace('_', '-')} {value}: it {rule}")
-        for name, hint in get_type_hints(FinetuneConfig).items():
-            known = [word for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal for word in get_args(kind)]
-            if known and (value := getattr(self, name)) not in (*known, getattr(FinetuneConfig, name)):
-                raise ValueError(f"--{name.replace('_', '-')} {value}: there are {', '.join(known)}")
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{_flag(name)} must be {requirement}, got {value}")
+        for name, choices in _choices().items():
+            value = getattr(self, name)
+            if value not in (*choices, getattr(FinetuneConfig, name)):
+                listed = ", ".join(choices)
+                raise ValueError(f"{_flag(name)} must be one of {listed}, got {value}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
-        for name, known in (("train", f"{', '.join(TRAIN)} or "), ("lora_target", "")):
+            raise ValueError(
+                f"--accumulate must divide --batch-size {self.batch_size}, got {self.accumulate}"
+            )
+        names = ", ".join(TRAIN_PATTERNS)
+        for name, choices in (("train", f"{names} or "), ("lora_target", "")):
+            value = getattr(self, name)
             try:
-                re.compile(getattr(self, name))
+                re.compile(value)
             except re.error as error:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)!r} is not {known}a regular expression: {error}") from None
+                raise ValueError(
+                    f"{_flag(name)} must be {choices}a regular expression, got {value!r}: {error}"
+                ) from None
         Quantization.parse(self.quantize)
         if self.features and self.augments:
-            raise ValueError("--features are those of the pictures as they are: leave out --flip, --crop and --color")
+            raise ValueError(
+                "--features caches the features of unchanged images, so it excludes --flip, "
+                "--crop and --color"
+            )
 
     @property
-    def pattern(self) -> str:
-        """The regular expression of the paths of what learns."""
-        return TRAIN.get(self.train, self.train)
+    def trainable_pattern(self) -> str:
+        """Regular expression of the paths of the trainable parameters."""
+        return TRAIN_PATTERNS.get(self.train, self.train)
 
     @property
     def lora(self) -> bool:
@@ -166,3 +209,17 @@ class FinetuneConfig:
     @property
     def augments(self) -> bool:
         return self.flip > 0 or self.crop < 1 or self.color > 0
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The allowed values of each field that is a `Literal`, optional or not."""
+    choices = {}
+    for name, hint in get_type_hints(FinetuneConfig).items():
+        for kind in (hint, *get_args(hint)):
+            if get_origin(kind) is Literal:
+                choices[name] = get_args(kind)
+    return choices

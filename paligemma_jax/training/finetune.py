@@ -1,239 +1,220 @@
-"""Fine-tuning from beginning to end: data, model, the loop that survives being stopped, and what comes out."""
+"""Fine-tuning: data and model, a training loop that can be interrupted, and the result."""
 
 from __future__ import annotations
 
-import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+from jax.sharding import Mesh
 
 from convert import peft
-from paligemma_jax import lora
-from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.checkpoints.save import save_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.data.rows import RowSource, count_rows, error_prefix, example_at, read_examples
 from paligemma_jax.inference.loading import enable_compilation_cache, make_processor
-from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.flops import training_flops
-from paligemma_jax.model.stack import unstack_model
-from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.sharding import devices, hosts
 from paligemma_jax.sharding.arrays import distribute, local_rows, shard_batch
-from paligemma_jax.sharding.devices import matrix_rate
 from paligemma_jax.sharding.mesh import check_batch_size, resolve_mesh
-from paligemma_jax.training.augment import Augment
-from paligemma_jax.training.batches import Batch, encode_example, make_batch, prefetch, row_order
+from paligemma_jax.training.batches import (
+    Batch,
+    Batcher,
+    encode_example,
+    max_targets,
+    prefetch,
+    training_batch,
+)
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.features import Features
-from paligemma_jax.training.prepare import max_targets, prepare_model
+from paligemma_jax.training.export import save_result
+from paligemma_jax.training.features import FeatureCache
+from paligemma_jax.training.prepare import load_trainable, prepare_model
 from paligemma_jax.training.runs import Run, check_run_folder
 from paligemma_jax.training.trainer import Trainer, TrainState
+from paligemma_jax.training.validation import Validation
 
 
 @hosts.exit_together()
-def finetune(config: FinetuneConfig, data: RowSource | None = None, validation: RowSource | None = None) -> Path:
-    """Trains as `config` says; returns the folder of the final model, or adapter. ValueError for whatever the user can mend.
+def finetune(
+    config: FinetuneConfig, data: RowSource | None = None, validation: RowSource | None = None
+) -> Path:
+    """Fine-tune a model.
 
-    data, validation: rows in the place of those files, by number: lists, grain sources, data sets.
-    A run that was stopped, by SIGTERM or anything worse, continues with `resume=True` from its last checkpoint, bit for bit on a CPU.
-    Of several processes (`config.hosts`) each opens the images of its rows, holds its shards, and writes them.
+    A run that was interrupted, by SIGTERM or a crash, continues from its last checkpoint with
+    `resume=True`; on a CPU the result is the same bit for bit. In a multi-process run
+    (`config.hosts`), each process opens the images of its own rows and writes its own shards.
+
+    Args:
+        config: The run.
+        data: Training rows instead of the file `config.data`: a list, a data set or a grain source
+            with rows by index.
+        validation: Validation rows instead of the file `config.validation`.
+
+    Returns:
+        The directory of the final model or adapter; of the run, if it was stopped by SIGTERM.
+
+    Raises:
+        ValueError: The configuration, the data or the model is not usable, or the loss is not
+            finite.
     """
     enable_compilation_cache()
     hosts.initialize(config.hosts)
     devices.check_devices()
     source = resolve(config.model)
     if config.lora and source.adapter:
-        raise ValueError(f"--model {config.model} is an adapter itself: give its base, {peft.base_checkpoint(source.adapter)}, or train without LoRA to go on from both")
+        raise ValueError(
+            f"--model {config.model} is a LoRA adapter and cannot get another one: give its base, "
+            f"{peft.base_checkpoint(source.adapter)}, or train without LoRA to continue from both"
+        )
     processor = make_processor(source)
-    train, held_out = _rows(config, processor, data, validation)
-    steps = config.steps or max(1, round(config.epochs * len(train) / config.batch_size))
-    several = "auto" if jax.process_count() > 1 else None
-    mesh = resolve_mesh(config.mesh or several, source.config, training=True, rows=config.batch_size // config.accumulate)
-    check_batch_size("--batch-size", config.batch_size, config.accumulate, mesh)
-    if mesh and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
-        raise ValueError(f"--mesh {config.mesh} leaves out whole processes: it has {mesh.size} of {jax.device_count()} devices")
+    rows, validation_rows = _read_rows(config, processor, data, validation)
+    mesh = _resolve_mesh(config, source)
     if hosts.is_first_process():
         check_run_folder(config)
-    model = _loaded(config, source, mesh)
-    features = Features(Path(config.features), model, processor.image_size) if config.features else None
-    if features:
-        features.fill(model, [train, held_out], config.batch_size)
-    make = partial(make_batch, processor=processor, size=config.batch_size, length=config.length, features=features, own=local_rows(config.batch_size, mesh))
-    lesson = partial(_training_batch, config, partial(make, parts=config.accumulate), train)
-    lesson(0)
-    with error_prefix("validation"):
-        for _ in _whole(make, held_out, config.batch_size) if validation is not None else ():  # those of a file have been read
-            pass
+    model = load_trainable(config, source, mesh)
+    features = None
+    if config.features:
+        features = FeatureCache(Path(config.features), model, processor.image_size)
+        features.fill(model, [rows, validation_rows], config.batch_size)
+    own_rows = local_rows(config.batch_size, mesh)
+    batcher = Batcher(processor, config.batch_size, config.length, own_rows, features)
+    make_batch = partial(training_batch, config, batcher, rows)
+    make_batch(0)  # raises errors in the data before anything is written
+    if validation is not None:  # rows of a file were checked while reading it
+        with error_prefix("validation"):
+            for _ in batcher.in_order(validation_rows):
+                pass
+    steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_size))
     trainer = Trainer(distribute(prepare_model(model, config, delete=True), mesh), config, steps)
     del model
-    run = Run(config)  # now, so that a run that cannot start leaves nothing behind
+    run = Run(config)
     state = run.restore(trainer.start())
-    state, stopped = _loop(trainer, run, state, steps, lesson, make, held_out, processor)
+    validate = Validation(trainer, run, batcher, validation_rows)
+    state = _train(trainer, run, state, steps, make_batch, validate)
     run.finish()
-    if stopped:
+    if int(state.step) < steps:
         if hosts.is_first_process():
-            print(f"stopped after step {int(state.step)}; --resume continues")
+            print(f"stopped after step {int(state.step)}; continue with --resume")
         return run.folder
     if hosts.is_first_process():
-        run.chart()
-    return _save(trainer, state, source, run.folder)
+        run.plot_losses()
+    return save_result(trainer, state, source, run.folder)
 
 
-def _rows(config: FinetuneConfig, processor: Processor, data: RowSource | None, validation: RowSource | None) -> tuple[RowSource, RowSource]:
-    """Those to learn from and those to measure on."""
-    fits = partial(encode_example, processor=processor, length=config.length)
-    train = read_examples(config.data, fits) if data is None else data
-    held_out = validation if validation is not None else read_examples(config.validation, fits) if config.validation else []
-    for name, rows in (("data", train), ("validation", held_out)):
-        if count_rows(name, rows) and not any(example_at(rows, i).weight for i in range(len(rows))):
-            raise ValueError(f"{name}: every row has weight 0, so there is nothing to learn")
-    if not len(train):
+def _read_rows(
+    config: FinetuneConfig,
+    processor: Processor,
+    data: RowSource | None,
+    validation: RowSource | None,
+) -> tuple[RowSource, RowSource]:
+    """The training and the validation rows; there may be none of the latter."""
+    check = partial(encode_example, processor=processor, length=config.length)
+    if data is None:
+        data = read_examples(config.data, check)
+    if validation is None:
+        validation = read_examples(config.validation, check) if config.validation else []
+    for name, rows in (("data", data), ("validation", validation)):
+        count = count_rows(name, rows)
+        if count and not any(example_at(rows, i).weight for i in range(count)):
+            raise ValueError(f"{name} has no row with a weight above 0")
+    if not len(data):
         raise ValueError("data has no rows")
-    if config.validate_every and not len(held_out):
-        raise ValueError(f"--validate-every {config.validate_every} has nothing to measure: give --validation")
-    return train, held_out
+    if config.validate_every and not len(validation):
+        raise ValueError(f"--validate-every {config.validate_every} requires --validation")
+    return data, validation
 
 
-def _loaded(config: FinetuneConfig, source: CheckpointSource, mesh: Any) -> Any:
-    """The model, with what learns in float32; activations and what is frozen are by default bfloat16, whatever the checkpoint's, on a CPU float32."""
-    wide = lambda path: bool(re.fullmatch(config.pattern, path))
-    dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
-    model = load_model(source, dtype, config.numerics, mesh, wide, config.quantize)
-    paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
-    for path in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
-        if any(wide(f"{path}/{part}") for part in ("codes", "scale", "kernel", "table")):
-            why = "--quantize" if config.quantize else f"--model {config.model}"
-            raise ValueError(f"--train {config.train}: {why} holds {path} in codes, which do not learn; --train lora adapts them")
-    if config.features and any(path.startswith("vision/") and wide(path) for path in paths):
-        raise ValueError("--features are those of a frozen image encoder: choose a --train that leaves it out")
-    return model
+def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | None:
+    """The mesh of the run; in a multi-process run, of all processes."""
+    several = jax.process_count() > 1
+    rows = config.batch_size // config.accumulate
+    mesh = resolve_mesh(
+        config.mesh or ("auto" if several else None), source.config, training=True, rows=rows
+    )
+    check_batch_size("--batch-size", config.batch_size, config.accumulate, mesh)
+    if mesh and len({d.process_index for d in mesh.devices.flat}) < jax.process_count():
+        raise ValueError(
+            f"--mesh must include devices of every process, got {config.mesh}: {mesh.size} of "
+            f"{jax.device_count()} devices"
+        )
+    return mesh
 
 
-
-
-def _loop(trainer: Trainer, run: Run, state: TrainState, steps: int, lesson: Any, make: Any, validation: RowSource, processor: Processor) -> tuple[TrainState, bool]:
+def _train(
+    trainer: Trainer,
+    run: Run,
+    state: TrainState,
+    steps: int,
+    make_batch: Callable[[int], Batch],
+    validate: Validation,
+) -> TrainState:
+    """Train until `steps`, or until a process of the run receives SIGTERM."""
     config, first = trainer.config, int(state.step)
-    rate = matrix_rate(trainer.model.config.activation_dtype)
-    with _sigterm() as asked, tqdm(total=steps, initial=first, unit="step", disable=None if hosts.is_first_process() else True) as bar:
-        began = time.perf_counter()
-        for step, data in enumerate(prefetch(partial(lesson, step) for step in range(first, steps)), first + 1):
-            state, report = trainer.step(state, trainer.frozen, shard_batch(data, trainer.mesh), max_targets=max_targets(data))
+    flops_rate = devices.matrix_rate(trainer.model.config.activation_dtype)
+    batches = prefetch(partial(make_batch, step) for step in range(first, steps))
+    size = config.batch_size
+    bar = progress_bar(desc="finetune", total=steps * size, initial=first * size)
+    with _received_sigterm() as received, bar:
+        start = time.perf_counter()
+        for step, batch in enumerate(batches, first + 1):
+            placed = shard_batch(batch, trainer.mesh)
+            state, report = trainer.step(
+                state, trainer.frozen, placed, max_targets=max_targets(batch)
+            )
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
-            seconds = time.perf_counter() - began
-            work = training_flops(trainer.model.config, data.inputs.tokens, data.inputs.targets, trainer.trainable, encodes=data.features is None)
-            line |= {"tokens_s": float(data.inputs.valid.sum() / seconds), "mfu": work / seconds / rate, "memory_bytes": devices.peak_bytes()}
+            line |= _speed(trainer, batch, time.perf_counter() - start, flops_rate)
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
-                raise ValueError(run.bad(line, data))
-            if len(validation) and (step == steps or (config.validate_every and step % config.validate_every == 0)):
-                with _kept(run, state, line):
-                    line["validation_loss"] = _measure(trainer, state, make, validation)
-                    _answer(trainer, state, run, validation, processor)
+                raise ValueError(run.save_bad_batch(line, batch))
+            if validate.is_due(step, last=step == steps):
+                validate(state, line)
             run.log(line)
-            bar.update()
-            bar.set_postfix(loss=f"{line['loss']:.4f}", tokens_s=f"{line['tokens_s']:.0f}", refresh=False)
-            stop = hosts.any_process(bool(asked))
-            if step == steps or step % config.save_every == 0 or "validation_loss" in line or stop:
+            loss, rate = f"{line['loss']:.4f}", f"{line['learning_rate']:.2e}"
+            bar.set_postfix(step=f"{step}/{steps}", loss=loss, learning_rate=rate, refresh=False)
+            bar.update(size)
+            stop = hosts.any_process(bool(received))
+            due = step == steps or step % config.save_every == 0
+            if due or stop or "validation_loss" in line:
                 run.save(step, state, line.get("validation_loss"))
-            if stop and step < steps:
-                return state, True
-            began = time.perf_counter()  # waiting for data counts, measuring and saving do not
-    return state, False
+            if stop:
+                break
+            start = time.perf_counter()  # waiting for data counts, validating and saving do not
+    return state
+
+
+def _speed(
+    trainer: Trainer, batch: Batch, seconds: float, flops_rate: float
+) -> dict[str, float | int]:
+    """Tokens per second, model FLOPs utilization and peak memory of a step, for the log."""
+    flops = training_flops(
+        trainer.model.config,
+        batch.inputs.tokens,
+        batch.inputs.targets,
+        trainer.trainable,
+        encodes=batch.features is None,
+    )
+    return {
+        "tokens_s": float(batch.inputs.valid.sum() / seconds),
+        "mfu": flops / seconds / flops_rate,
+        "memory_bytes": devices.peak_bytes(),
+    }
 
 
 @contextmanager
-def _kept(run: Run, state: TrainState, line: dict[str, Any]) -> Iterator[None]:
-    """A measurement that fails does not lose the steps before it. (Several processes would save together, and may not all have failed.)"""
+def _received_sigterm() -> Iterator[list[int]]:
+    """A list that SIGTERM appends to while inside, instead of ending the process."""
+    received: list[int] = []
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     try:
-        yield
-    except Exception:
-        if jax.process_count() == 1:
-            run.log(line)
-            run.save(line["step"], state, line.get("validation_loss"))
-            run.finish()
-        raise
-
-
-def _training_batch(config: FinetuneConfig, make: Callable[..., Batch], source: RowSource, step: int) -> Batch:
-    """What a step learns from, counted from 0: a function of the seed and its number."""
-    start = step * config.batch_size
-    examples = [example_at(source, int(i)) for i in row_order(len(source), config.seed, start, config.batch_size)]
-    if config.augments:
-        augment = Augment(config.flip, config.crop, config.color)
-        examples = [augment(example, np.random.default_rng((config.seed, start + n))) for n, example in enumerate(examples)]
-    return make(examples)
-
-
-def _whole(make: Callable[..., Batch], source: RowSource, size: int) -> Iterator[Batch]:
-    """All rows, as they are."""
-    made = lambda start: make([example_at(source, i) for i in range(start, min(start + size, len(source)))])
-    return prefetch(partial(made, start) for start in range(0, len(source), size))
-
-
-def _measure(trainer: Trainer, state: TrainState, make: Any, rows: RowSource) -> float:
-    """The loss over all rows, as they are, in the run's own reduction."""
-    total, count = 0.0, 0.0
-    for data in _whole(make, rows, trainer.config.batch_size):
-        loss, weight = trainer.losses(state.average or state.trainable, trainer.frozen, shard_batch(data, trainer.mesh), max_targets=max_targets(data))
-        total, count = total + float(loss), count + float(weight)
-    return total / max(count, 1e-9)
-
-
-def _answer(trainer: Trainer, state: TrainState, run: Run, rows: RowSource, processor: Processor) -> None:
-    """What the model says to the first rows, into samples.jsonl."""
-    examples = [example_at(rows, i) for i in range(min(trainer.config.samples, len(rows)))]
-    if not examples:
-        return
-    predictor = Predictor(trainer.result(state), processor)
-    room = processor.context - max(len(row.prompt) for row in processor.rows([list(e.images) for e in examples], [e.prefix for e in examples]))
-    answers = predictor.answers([list(e.images) for e in examples], [e.prefix for e in examples], min(64, room), progress=False)
-    for example, answer in zip(examples, answers):
-        run.log({"step": int(state.step), "prefix": example.prefix, "suffix": example.suffix, "answer": answer.text}, "samples.jsonl")
-
-
-def _save(trainer: Trainer, state: TrainState, source: CheckpointSource, folder: Path) -> Path:
-    """The adapter, if LoRA alone has learned; else, or if asked for, the whole model, merged into the base as it was before it was quantized."""
-    config, model = trainer.config, trainer.result(state)
-    model = unstack_model(model) if config.layers == "stack" else model
-    found, plain = lora.lora_factors(model), {path for path in trainer.trainable if "/lora_" not in path}
-    if found and not plain:
-        base = config.model if config.model == "tiny" or not Path(config.model).exists() else str(source.weights.resolve())
-        if hosts.is_first_process():
-            peft.write_adapter(folder / "adapter", found, model.config, base)
-        hosts.barrier("adapter")
-        if config.export is None:
-            return folder / "adapter"
-    if found:
-        learned = parameters(model)
-        before = parameters(base_model := load_model(source, model.config.dtype, config.numerics, trainer.mesh))
-        model = with_parameters(base_model, lambda path: learned.get(path, before[path]))
-        model = lora.merge_lora(distribute(lora.attach_lora(model, found), trainer.mesh))
-    save_model(folder / "model", model, like=source, to=config.export or "jax", force=True)
-    return folder / "model"
-
-
-
-
-class _sigterm:
-    """A list that is filled when the process is asked to end, by SIGTERM, while inside."""
-
-    def __enter__(self) -> list[int]:
-        asked: list[int] = []
-        try:
-            self.before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-        except ValueError:  # not in the main thread
-            self.before = None
-        return asked
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        yield received
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)

@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross entropy of the answer, in the two reductions that are in use."""
+"""Training losses: next-token cross entropy of the answer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from paligemma_jax.processing.processor import Inputs
 
 
 def token_loss(logits: Array, tokens: Array, targets: Array) -> Array:
-    """Mean cross entropy of the tokens where `targets` holds (suffix and eos), each predicted from the position before it: a float32 scalar.
+    """Mean cross entropy of the target tokens, as transformers' `ForCausalLMLoss`.
 
-    What `answer_loss` equals by default, of whole logits (transformers `ForCausalLMLoss`).
+    `answer_loss` computes the same by default, without the full logits. A batch without targets
+    gives 0 where transformers gives NaN, so that one such batch does not destroy a run.
 
     Args:
-      logits: float[B, T, V]; those at t are for the token at t + 1.
-      tokens: int[B, T]
-      targets: bool[B, T]; a target in the first column has no position before it and is left out.
+        logits: float[B, T, V]; those at t predict the token at t + 1.
+        tokens: int[B, T]
+        targets: bool[B, T]; a target in the first column is ignored, since nothing predicts it.
 
-    A batch without any target gives 0, where transformers gives NaN: one such batch must not destroy a run.
+    Returns:
+        float32[]
     """
     log_probabilities = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     losses = -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
@@ -38,26 +40,37 @@ def answer_loss(
     reduction: Literal["tokens", "examples"] = "tokens",
     smoothing: float = 0.0,
 ) -> tuple[Array, Array]:
-    """The sum of a batch's losses and what to divide it by, so that the parts of a batch add up to the whole: two float32 scalars.
+    """The sum of a batch's losses and its divisor, so that parts of a batch can be added up.
 
-    The decoder's output is turned into logits at target positions only, and there in chunks of the vocabulary: [B, T, V] never exists.
+    Logits are computed at target positions only, in chunks of the vocabulary: [B, T, V] never
+    exists.
 
     Args:
-      weights: float32[B]; a row of weight 0 does not count.
-      max_targets: at least the number of targets of any row; static under jit.
-      features: [M, P, W] of the image encoder, where it need not be run; else `inputs.images` are encoded.
-      reduction: "tokens", the mean over all targets of the batch (transformers), or "examples", the mean over rows of each row's mean, rows
-        without targets counting as 0 (big_vision `train.py`).
-      smoothing: the part of each target that is spread over the whole vocabulary.
+        weights: float32[B]; an example of weight 0 does not count.
+        max_targets: An upper bound on the number of targets per row; static under jit.
+        features: [M, P, W] of the image encoder; by default `inputs.images` are encoded.
+        reduction: "tokens" is the mean over all targets of the batch (transformers); "examples" is
+            the mean over examples of each one's mean, 0 for an example without targets (big_vision
+            `train.py`).
+        smoothing: Probability mass of each target that is spread over the vocabulary.
+
+    Returns:
+        float32[] and float32[]
     """
-    seen = model.encode_images(inputs.images) if features is None else model.projector(features.astype(model.config.activation_dtype))
-    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=seen)
-    targets = inputs.targets.at[:, 0].set(False)  # nothing comes before it
-    places = jnp.argsort(~targets, axis=1, stable=True)[:, :max_targets]
-    x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1, mode="clip")
-    tokens, wanted = (jnp.take_along_axis(a, places, axis=1) for a in (inputs.tokens, targets))
-    losses = jnp.where(wanted, -model.decoder.log_probabilities(x, tokens, model.config.profile.capped_prefill, smoothing=smoothing), 0).sum(axis=1)
-    counts = wanted.sum(axis=1)
+    if features is None:
+        projected = model.encode_images(inputs.images)
+    else:
+        projected = model.projector(features.astype(model.config.activation_dtype))
+    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=projected)
+    targets = inputs.targets.at[:, 0].set(False)  # nothing predicts the first token
+    indices = jnp.argsort(~targets, axis=1, stable=True)[:, :max_targets]
+    x = jnp.take_along_axis(x, (indices - 1)[..., None], axis=1, mode="clip")
+    tokens = jnp.take_along_axis(inputs.tokens, indices, axis=1)
+    targets = jnp.take_along_axis(targets, indices, axis=1)
+    capped = model.config.profile.capped_prefill
+    log_probabilities = model.decoder.log_probabilities(x, tokens, capped, smoothing=smoothing)
+    losses = jnp.where(targets, -log_probabilities, 0).sum(axis=1)
+    counts = targets.sum(axis=1)
     if reduction == "examples":
         return jnp.sum(weights * losses / jnp.maximum(counts, 1)), jnp.sum(weights)
     return jnp.sum(weights * losses), jnp.sum(weights * counts)

@@ -1,44 +1,89 @@
-"""."""
+"""From a checkpoint to a model that is ready to train: dtypes, quantization, stacking, LoRA."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from functools import partial
 
 import jax
+from jax.sharding import Mesh
 
 from paligemma_jax import lora
+from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.source import CheckpointSource
+from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stack import stack_model
-from paligemma_jax.processing.processor import round_up
+from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization.quantize import quantize_model
-from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.trainer import Trainer
+from paligemma_jax.training.trainer import Parameters, Trainer, TrainState
 
 
-def prepare_model(model: Any, config: FinetuneConfig, delete: bool = False) -> Any:
-    """A model with its layers as a list, as `config` trains it: quantized, stacked, with LoRA. Of arrays, or of shapes inside `jax.eval_shape`.
+def load_trainable(
+    config: FinetuneConfig, source: CheckpointSource, mesh: Mesh | None
+) -> PaliGemma:
+    """Load the model of a run, with its trainable parameters in float32.
 
-    delete: the arrays that are stacked.
+    Raises:
+        ValueError: The parameters to train are quantized, or are those of an image encoder whose
+            features are cached.
     """
-    model = quantize_model(model, config.quantize) if config.quantize else model
-    model = stack_model(model, delete) if config.layers == "stack" else model
-    if not config.lora:
-        return model
-    ranks = {"decoder": config.lora_rank, "vision": config.lora_vision_rank}
-    return lora.add_lora(model, ranks, config.lora_alpha, config.rslora, config.lora_dropout, config.lora_target, config.seed)
+
+    def is_trainable(path: str) -> bool:
+        return bool(re.fullmatch(config.trainable_pattern, path))
+
+    dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
+    model = load_model(
+        source, dtype, config.numerics, mesh, keep_float32=is_trainable, quantize=config.quantize
+    )
+    paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
+    for layer in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
+        if any(is_trainable(f"{layer}/{name}") for name in ("codes", "scale", "kernel", "table")):
+            reason = "--quantize" if config.quantize else f"--model {config.model}"
+            raise ValueError(
+                f"--train {config.train} matches {layer}, which {reason} quantizes: quantized "
+                "weights cannot be trained, --train lora adapts them"
+            )
+    if config.features and any(path.startswith("vision/") and is_trainable(path) for path in paths):
+        raise ValueError(
+            "--features requires a frozen image encoder: choose a --train that excludes it"
+        )
+    return model
 
 
-def max_targets(data: Batch) -> int:
-    return round_up(int(data.inputs.targets.sum(axis=1).max()))
+def prepare_model(model: PaliGemma, config: FinetuneConfig, delete: bool = False) -> PaliGemma:
+    """Quantize, stack and add LoRA as `config` says.
+
+    Args:
+        model: Of arrays, or of shapes inside `jax.eval_shape`, its layers as a list.
+        delete: Free the arrays of the list when stacking.
+    """
+    if config.quantize:
+        model = quantize_model(model, config.quantize)
+    if config.layers == "stack":
+        model = stack_model(model, delete)
+    if config.lora:
+        model = lora.add_lora(
+            model,
+            {"decoder": config.lora_rank, "vision": config.lora_vision_rank},
+            config.lora_alpha,
+            config.rslora,
+            config.lora_dropout,
+            config.lora_target,
+            config.seed,
+        )
+    return model
 
 
-def trainer_shapes(model: Any, config: FinetuneConfig) -> tuple[Trainer, Any, Any]:
-    """The trainer of a model of arrays or shapes, and the shapes of its state and of what is frozen: nothing is computed."""
-    made: list[Trainer] = []
+def trainer_shapes(
+    model: PaliGemma, config: FinetuneConfig
+) -> tuple[Trainer, TrainState, Parameters]:
+    """A trainer, and the shapes of its state and frozen parameters. Nothing is computed."""
+    trainers: list[Trainer] = []
 
-    def make(model: Any) -> Any:
-        made.append(Trainer(prepare_model(model, config), config, 1000))
-        return made[0].start(), made[0].frozen
+    def start(model: PaliGemma) -> tuple[TrainState, Parameters]:
+        trainers.append(Trainer(prepare_model(model, config), config, 1000))
+        return trainers[0].start(), trainers[0].frozen
 
-    state, frozen = jax.eval_shape(make, model)
-    return made[0], state, frozen
+    state, frozen = jax.eval_shape(start, model)
+    return trainers[0], state, frozen

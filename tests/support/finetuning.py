@@ -1,4 +1,4 @@
-"""."""
+"""A small data set to fine-tune on, and what a run leaves behind."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ from paligemma_jax.model.tree import parameters
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """12 images of noise, each with its number to say, as JSONL."""
+    """A JSONL file of 12 noise images, 0.png to 11.png beside it; the answer is the number."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     rows = [{"image": f"{i}.png", "prefix": "ocr", "suffix": str(i)} for i in range(12)]
     for row in rows:
-        Image.fromarray(rng.integers(0, 255, (56, 56, 3), np.uint8)).save(folder / row["image"])
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder / "rows.jsonl"
+        pixels = rng.integers(0, 255, (56, 56, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / row["image"])
+    file = folder / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
 
 
-def weights(folder):
-    return {path: np.asarray(value) for path, value in parameters(load_model(folder)).items()}
+def read_log(run, name="log.jsonl"):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in read_log(run)]
+
+
+def weights(folder):
+    """The parameters of a saved model as numpy arrays."""
+    return {path: np.asarray(value) for path, value in parameters(load_model(folder)).items()}

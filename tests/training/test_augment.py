@@ -1,4 +1,4 @@
-"""Pictures that change at random, and the boxes that go with them."""
+"""Augmented images, and the boxes in their text."""
 
 from __future__ import annotations
 
@@ -7,62 +7,79 @@ import pytest
 from PIL import Image
 
 from paligemma_jax.data.rows import Example
-from paligemma_jax.training.augment import Augment, inside, moved
+from paligemma_jax.training.augment import Augment, crop_box, move_boxes
 
 SIZE = 256
 
 
-def picture(boxes):
-    """Black, with a white rectangle for each box (y0, x0, y1, x1 in pixels)."""
+def draw(boxes):
+    """A black image with a white rectangle for each box (y0, x0, y1, x1 in pixels)."""
     array = np.zeros((SIZE, SIZE, 3), np.uint8)
     for y0, x0, y1, x1 in boxes:
         array[y0:y1, x0:x1] = 255
     return Image.fromarray(array)
 
 
-def said(boxes):
-    return " ; ".join("".join(f"<loc{round(v / SIZE * 1023):04}>" for v in box) + f" thing {i}" for i, box in enumerate(boxes))
+def location_text(box):
+    return "".join(f"<loc{value:04}>" for value in box)
 
 
-def told(text):
-    return [np.array([int(part[4:8]) for part in piece.split(">")[:4]]) / 1023 for piece in text.split(" ; ") if piece]
+def describe(boxes):
+    """The answer that detects these boxes as "thing 0", "thing 1", ..."""
+    bins = [[round(value / SIZE * 1023) for value in box] for box in boxes]
+    return " ; ".join(f"{location_text(box)} thing {i}" for i, box in enumerate(bins))
 
 
-@pytest.mark.parametrize("augment", [Augment(flip=1.0), Augment(crop=0.5), Augment(flip=0.5, crop=0.6, color=0.3)])
-def test_boxes_lie_where_the_picture_shows_them(augment):
+def read_boxes(text):
+    """The boxes of a text as fractions of the sides."""
+    parts = [part for part in text.split(" ; ") if part]
+    return [np.array([int(token[4:8]) for token in part.split(">")[:4]]) / 1023 for part in parts]
+
+
+def make_example(boxes, prefix="detect thing", suffix=None):
+    suffix = describe(boxes) if suffix is None else suffix
+    return Example((draw(boxes),), prefix, suffix, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "augment", [Augment(flip=1.0), Augment(crop=0.5), Augment(flip=0.5, crop=0.6, color=0.3)]
+)
+def test_boxes_match_the_augmented_image(augment):
     rng = np.random.default_rng(0)
     for _ in range(200):
         y0, x0 = rng.integers(0, 180, 2)
         box = (y0, x0, y0 + rng.integers(30, 76), x0 + rng.integers(30, 76))
-        new = augment(Example((picture([box]),), "detect thing", said([box]), 1.0, 1), rng)
-        pixels = np.asarray(new.images[0])[..., 0] > 40
-        rows, columns = np.flatnonzero(pixels.any(1)), np.flatnonzero(pixels.any(0))
-        height, width = pixels.shape
-        seen = np.array([rows[0] / height, columns[0] / width, (rows[-1] + 1) / height, (columns[-1] + 1) / width])
-        (found,) = told(new.suffix)
-        np.testing.assert_allclose(found, seen, atol=2.5 / min(height, width))
+        new = augment(make_example([box]), rng)
+        bright = np.asarray(new.images[0])[..., 0] > 40
+        rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+        height, width = bright.shape
+        start, end = (rows[0], columns[0]), (rows[-1] + 1, columns[-1] + 1)
+        visible = np.array([*start, *end]) / [height, width, height, width]
+        (box,) = read_boxes(new.suffix)
+        np.testing.assert_allclose(box, visible, atol=2.5 / min(height, width))
         assert new.suffix.endswith(" thing 0")
 
 
-def test_boxes_that_are_cut_off_are_not_spoken_of():
-    boxes = [(0, 0, 40, 40), (200, 200, 250, 250)]
+def test_boxes_outside_the_crop_are_dropped():
+    example = make_example([(0, 0, 40, 40), (200, 200, 250, 250)])
     rng, counts = np.random.default_rng(1), set()
     for _ in range(200):
-        new = Augment(crop=0.4)(Example((picture(boxes),), "detect thing", said(boxes), 1.0, 1), rng)
-        counts.add(len(told(new.suffix)))
-        if new.images[0].size != (SIZE, SIZE) and len(told(new.suffix)) == 1:
+        new = Augment(crop=0.4)(example, rng)
+        boxes = read_boxes(new.suffix)
+        counts.add(len(boxes))
+        if new.images[0].size != (SIZE, SIZE) and len(boxes) == 1:
             assert new.suffix.count("thing") == 1
     assert counts == {1, 2}
 
 
-@pytest.mark.parametrize("gap", [" ; ", "; ", ";"])
-def test_things_are_parted_as_they_were(gap):
-    """Of a cat, a dog and a cow the dog is cut away, however they are parted."""
-    cat, dog, cow = (
-        "".join(f"<loc{v:04}>" for v in box) + name for box, name in (((10, 10, 200, 200), "cat"), ((800,) * 4, "dog"), ((0, 0, 99, 99), "cow"))
-    )
-    seen = moved(gap.join([cat, dog, cow]), lambda box: inside(box, np.array([0, 0, 0.5, 0.5])))
-    assert seen == "<loc0020><loc0020><loc0400><loc0400>cat" + gap + "<loc0000><loc0000><loc0198><loc0198>cow"
+@pytest.mark.parametrize("separator", [" ; ", "; ", ";"])
+def test_dropping_a_box_keeps_the_separator(separator):
+    things = {"cat": (10, 10, 200, 200), "dog": (800,) * 4, "cow": (0, 0, 99, 99)}
+    text = separator.join(location_text(box) + label for label, box in things.items())
+    window = np.array([0, 0, 0.5, 0.5])  # the dog is outside
+    cat, cow = location_text((20, 20, 400, 400)), location_text((0, 0, 198, 198))
+    expected = f"{cat}cat{separator}{cow}cow"
+    assert move_boxes(text, lambda box: crop_box(box, window)) == expected
 
 
 @pytest.mark.parametrize(
@@ -73,18 +90,22 @@ def test_things_are_parted_as_they_were(gap):
         ("segment cat", "<loc0001>" * 4 + "<seg001>" * 16),
     ],
 )
-def test_what_must_not_be_mirrored(prefix, suffix):
-    example = Example((picture([(0, 0, 40, 40)]),), prefix, suffix, 1.0, 1)
+def test_rows_with_sides_or_masks_are_not_mirrored(prefix, suffix):
+    example = make_example([(0, 0, 40, 40)], prefix, suffix)
     new = Augment(flip=1.0)(example, np.random.default_rng(0))
-    assert new.suffix == suffix and (np.asarray(new.images[0]) == np.asarray(example.images[0])).all()
+    assert new.suffix == suffix
+    np.testing.assert_array_equal(np.asarray(new.images[0]), np.asarray(example.images[0]))
 
 
-def test_the_same_seed_gives_the_same_picture():
-    example = Example((picture([(10, 10, 90, 90)]),), "detect thing", said([(10, 10, 90, 90)]), 1.0, 1)
-    one, two = (Augment(0.5, 0.5, 0.5)(example, np.random.default_rng((3, 4))) for _ in range(2))
-    assert one.suffix == two.suffix and (np.asarray(one.images[0]) == np.asarray(two.images[0])).all()
+def test_the_same_seed_gives_the_same_result():
+    example, augment = make_example([(10, 10, 90, 90)]), Augment(0.5, 0.5, 0.5)
+    first, second = (augment(example, np.random.default_rng((3, 4))) for _ in range(2))
+    assert first.suffix == second.suffix
+    np.testing.assert_array_equal(np.asarray(first.images[0]), np.asarray(second.images[0]))
 
 
-def test_boxes_in_the_question_go_along():
-    new = Augment(flip=1.0, crop=0.5)(Example((picture([]),), said([(0, 0, 40, 64)]), "a cup", 1.0, 1), np.random.default_rng(0))
-    assert new.prefix == "<loc0000><loc0767><loc0160><loc1023> thing 0" and new.images[0].size == (SIZE, SIZE)
+def test_boxes_in_the_prompt_are_mirrored_and_prevent_cropping():
+    example = make_example([], prefix=describe([(0, 0, 40, 64)]), suffix="a cup")
+    new = Augment(flip=1.0, crop=0.5)(example, np.random.default_rng(0))
+    assert new.prefix == "<loc0000><loc0767><loc0160><loc1023> thing 0"
+    assert new.images[0].size == (SIZE, SIZE)

@@ -176,7 +176,8 @@ def test_a_suffix_token_does_not_change_earlier_logits(form):
     """Bit for bit, for each suffix token; later logits do change."""
     model = load_form(form)
     inputs = batch(model)
-    run = jax.jit(lambda model, tokens: model(tokens, *arguments(inputs)[1:]))
+    others = jax.tree.map(jnp.asarray, arguments(inputs)[1:])
+    run = jax.jit(lambda model, tokens: model(tokens, *others))
     logits = np.asarray(run(model, inputs.tokens))
     for t in np.flatnonzero(inputs.targets[0]):
         tokens = inputs.tokens.copy()
