@@ -54,7 +54,12 @@ def load_config(path: Path) -> PaliGemmaConfig:
         ValueError: If there is none, or if it is not of a supported PaliGemma.
     """
     file = path / "config.json" if path.is_dir() else path
-    json, generation = load_json(file), file.with_name("generation_config.json")
+    return parse_config(file, load_json(file))
+
+
+def parse_config(file: Path, json: JsonObject) -> PaliGemmaConfig:
+    """`load_config` for the content of `file`."""
+    generation = file.with_name("generation_config.json")
     try:
         return config_from_json(json, load_json(generation) if generation.exists() else None)
     except (TypeError, AttributeError, KeyError) as error:

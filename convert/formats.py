@@ -54,12 +54,14 @@ def read(source: str | Path, config: PaliGemmaConfig | str | Path | None = None)
         ValueError: Lists everything that is wrong with the source.
     """
     source = Path(source).expanduser()
-    directory = None
+    directory, format = None, detect_format(source)
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         directory = path if path.is_dir() else None
         config = load_config(path)
-    checkpoint = FORMATS[detect_format(source)].read(source, config)
+        if format == "huggingface":
+            huggingface.check_method(source)
+    checkpoint = FORMATS[format].read(source, config)
     return checkpoint.with_files(companion_files(directory)) if directory else checkpoint
 
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from convert import bitsandbytes
 from convert.checkpoint import Checkpoint
-from convert.config import config_from_json, config_to_json, load_config
+from convert.config import config_from_json, config_to_json, parse_config
 from convert.files import (
     FileContent,
+    JsonObject,
     companion_files,
     copy_files,
     json_bytes,
@@ -32,18 +33,35 @@ TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_hea
 MAX_SHARD = 5 * 10**9  # bytes; the default of transformers 4
 
 
+def read_config(directory: Path) -> PaliGemmaConfig:
+    """The config of a directory. Raises ValueError if it is not of a supported PaliGemma, or if the
+    weights are quantized in a way that cannot be read."""
+    file = directory / "config.json"
+    json = load_json(file)
+    config = parse_config(file, json)
+    _check_method(directory, json)
+    return config
+
+
+def check_method(directory: Path) -> None:
+    """Raise ValueError if the weights of a directory are quantized in a way that cannot be read."""
+    file = directory / "config.json"
+    if file.exists():
+        _check_method(directory, load_json(file))
+
+
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     """Read the checkpoint of a directory.
 
     Args:
         directory: Contains config.json and safetensors files.
-        config: Used in place of config.json.
+        config: Used in place of config.json, which is then not read.
 
     Raises:
         ValueError: Lists everything that is wrong with the names, shapes and dtypes of the tensors,
             before any tensor is read.
     """
-    config = config or load_config(directory)
+    config = config or read_config(directory)
     headers = {file: load_header(file) for file in _weight_files(directory)}
     entries: dict[str, TensorEntry] = {}
     for file, header in headers.items():
@@ -53,7 +71,6 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
             raise ValueError(f"{directory}: {key} is in both {both}; download them again")
         entries |= header
     files = companion_files(directory)
-    _check_method(directory, files)
     entries, packed = bitsandbytes.unpack(entries, directory)
     weights = huggingface_weights(config)
     tensors = match(
@@ -148,8 +165,7 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _check_method(directory: Path, files: Mapping[str, FileContent]) -> None:
-    config = parse_json(files.get("config.json", b"{}"))
+def _check_method(directory: Path, config: JsonObject) -> None:
     quantization = config.get("quantization_config")
     is_object = isinstance(quantization, dict)
     method = quantization.get("quant_method") if is_object else quantization

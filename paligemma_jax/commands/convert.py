@@ -57,7 +57,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another format; `convert inspect CKPT` describes one.
 
-    Example: paligemma-jax convert google-paligemma2-3b my-checkpoint --to jax --verify
+    Example: paligemma-jax convert paligemma2-3b my-checkpoint --to jax --verify
 
     Args:
         source: Checkpoint to convert: a Hugging Face directory, a converted checkpoint, or a
@@ -94,8 +94,10 @@ def convert(
     print(f"{Path(destination)}: {to}, {size}{', verified' if verify else ''}")
 
 
-def inspect(source: Inspected, config: Config = None, json: bool = False) -> None:
-    """Print the format, variant, size, dtypes and files of a checkpoint, and what is unusual.
+def inspect(
+    source: Inspected, config: Config = None, json: tyro.conf.FlagCreatePairsOff[bool] = False
+) -> None:
+    """Describe a checkpoint: format, variant, size, dtypes, files, anything unusual.
 
     Example: paligemma-jax convert inspect my-checkpoint
 

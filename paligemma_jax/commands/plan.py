@@ -25,7 +25,7 @@ def plan(
     table: File = None,
     json: bool = False,
 ) -> None:
-    """Check what fits a slice of accelerators, and how fast it can run, without having one.
+    """Plan what fits on accelerators, and how fast it runs, without having any.
 
     Example: paligemma-jax plan --model 28b-224 --batch 4 --on v5e:2x4
 

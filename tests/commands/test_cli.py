@@ -177,12 +177,10 @@ def test_help_fits_80_columns_and_has_examples(arguments, command, monkeypatch):
 
 def test_help_wraps_to_the_terminal(command, monkeypatch):
     """The line breaks of the docstrings are not kept."""
-    for columns in (100, 300):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        _, out, _ = command("generate", "--help")
-        text = " ".join(out.replace("│", " ").split())
-        assert "or a list by part, such as nf4-32-double" in text
-        assert any("by part, such as" in line for line in out.splitlines()) == (columns == 300)
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = command("generate", "--help")
+    sentence = "nf4 (the decoder's projections), or a list by part, such as nf4-32-double"
+    assert any(sentence in line for line in out.splitlines())
 
 
 def run_python(*arguments, **options):

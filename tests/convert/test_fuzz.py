@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from support import checkpoint_sources as sources
 
 from convert import convert, read
-from convert.huggingface import canonical_name, load_config
+from convert.huggingface import canonical_name, read_config
 
 CASES = 130  # of each of four formats
 SECONDS, MEGABYTES = 5, 300  # a case
@@ -118,7 +118,7 @@ def bits(arrays) -> np.ndarray:
 @pytest.mark.parametrize("name", ["huggingface", "jax", "big_vision.npz", "compressed.npz"])
 def test_fuzz(whole, tmp_path, name):
     """What is read is what the format's own library reads from the damaged files."""
-    config = load_config(whole / "huggingface")
+    config = read_config(whole / "huggingface")
     loaded, refused = 0, 0
     for seed in range(CASES):
         copy, what = damaged(whole, name, tmp_path, seed)
