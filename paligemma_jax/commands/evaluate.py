@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import tyro
-
-from paligemma_jax.commands.options import File, ModelFlags, ModelOptions, dumps, require_file
+from paligemma_jax.commands.options import (
+    File,
+    ModelFlags,
+    ModelOptions,
+    Names,
+    dumps,
+    flag,
+    require_file,
+)
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.cases import Case
+    from paligemma_jax.evaluation.evaluate import Evaluation
+    from paligemma_jax.inference.options import DecodingOptions
 
-Folder = Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: the data's name with -evaluation)")]
-Metrics = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")]
+Folder = Annotated[str | None, flag("DIR", "the name of --data and -evaluation")]
 
 
 def evaluate(
     data: str,
-    metric: Metrics,
+    metric: Names,
     output: Folder = None,
     source: ModelFlags = ModelOptions(),
     max_new_tokens: int = 128,
@@ -32,88 +40,129 @@ def evaluate(
     resume: bool = False,
     json: bool = False,
 ) -> None:
-    """Answer a data set and measure the answers, in a report to look at.
+    """Answer a data set, compute metrics, and write a report.
 
     Example: paligemma-jax evaluate --data val.jsonl --metric vqa
 
     Args:
-        data: Rows: JSONL with image (relative to the file), prefix, and what is right: answers (a list of texts) or suffix; boxes (left, top, right,
-            bottom in pixels) with labels, and mask (a file), or else what suffix says of them.
-        metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope cider bleu characters sentences coco (AP, AP50, AP75) box_accuracy box_iou
-            mask_iou; several at once.
-        output: A folder for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
-        max_new_tokens: The longest answer, in tokens.
-        batch_size: Rows at a time.
-        beams: Beam search instead of greedy answers.
-        answers: Measure these rows, which somebody answered already (JSONL with answer, as predict writes it, or the folder of a run), instead of
-            asking the model.
-        against: Another run on the same rows, its folder or its answers.jsonl, to compare with, case by case.
-        by: The field of a row that tells its kind.
-        cases: How many cases the report shows of each sort.
-        bootstrap: Resamplings for the intervals.
-        resume: Go on with the answers that are in --output.
-        json: Print result.json instead of a few lines.
+        data: Rows, JSONL: image (a path relative to the file, or a list of paths), prefix, and the
+            reference: answers (a list of strings) or suffix; for boxes and masks also boxes
+            (left, top, right, bottom in pixels) with labels, and mask (an image file).
+        metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope cider bleu characters
+            sentences coco (AP, AP50, AP75) box_accuracy box_iou mask_iou; one or several.
+        output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
+        max_new_tokens: Maximum length of an answer in tokens.
+        batch_size: Rows per batch.
+        beams: Beam search of this width; 1 is greedy decoding.
+        answers: Do not run the model, but evaluate these answers: JSONL of rows with answer, or the
+            --output of predict or evaluate.
+        against: Another run on the same rows to compare with: its --output or answers.jsonl.
+        by: Field of the rows with the kind of question; the report has a table by kind.
+        cases: Number of cases per section of the report.
+        bootstrap: Number of bootstrap resamplings for the intervals.
+        resume: Continue with the answers in --output.
+        json: Print result.json instead of a summary.
     """
-    from paligemma_jax.checkpoints import source
-    from paligemma_jax.evaluation import cases as read
-    from paligemma_jax.processing.mask_codec import NO_CODEC
+    from paligemma_jax.checkpoints.source import resolve
+    from paligemma_jax.evaluation import html
+    from paligemma_jax.evaluation.evaluate import evaluate
+    from paligemma_jax.inference.options import DecodingOptions
+    from paligemma_jax.inference.sampling import Beam, Greedy
+    from paligemma_jax.metrics.registry import metric_names
+    from paligemma_jax.processing.mask_codec import NO_CODEC, load_codec
 
-    names, folder = read.metric_names(metric), Path(output or f"{Path(data).stem}-evaluation")  # first, so that a wrong name is told at once
-    path, about = Path(data), {"model": source.model, "data": data}
-    if cases < 0 or bootstrap < 1 or beams < 1:
-        raise ValueError(f"--cases {cases}, --bootstrap {bootstrap}, --beams {beams}: --cases is at least 0, the others 1")
-    others = _run(path, Path(against)) if against else []
+    # All checks come before the model is loaded.
+    names, path = metric_names(metric), Path(data)
+    folder = Path(output or f"{path.stem}-evaluation")
+    for name, value, least in (
+        ("cases", cases, 0),
+        ("bootstrap", bootstrap, 1),
+        ("beams", beams, 1),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    other_cases = _read_run(path, Path(against)) if against else []
+    codec = resolve(source.model).codec_file if "mask_iou" in names else None
     if answers:
-        own, about["model"] = _run(path, Path(answers)), answers
+        own_cases = _read_run(path, Path(answers))
         folder.mkdir(parents=True, exist_ok=True)
     else:
         require_file("--data", data)
-        from paligemma_jax.checkpoints.source import resolve
-
-        if "mask_iou" in names and resolve(source.model).codec_file is None:
+        if "mask_iou" in names and codec is None:
             raise ValueError(NO_CODEC)
-        options: Any = dict(batch_size=batch_size, resume=resume, pieces=bool(read.POINTING & set(names)), settings=source.settings())
-        own = _answer(source, path, folder, max_new_tokens, beams, options)
-    _report(own, others, names, folder, source, about | {"by": by} | ({"against": against} if against else {}), (cases, bootstrap), json)
+        options = DecodingOptions(max_new_tokens, Beam(beams) if beams > 1 else Greedy())
+        own_cases = _answer(source, path, folder, options, batch_size, names, resume)
+    about = {"model": answers or source.model, "data": data, "by": by}
+    if against:
+        about["against"] = against
+    evaluation = evaluate(
+        own_cases,
+        names,
+        by=by,
+        samples=bootstrap,
+        codec=load_codec(codec) if codec else None,
+        against=other_cases,
+        about=about,
+    )
+    evaluation.save(folder)
+    html.save(evaluation, folder, cases)
+    print(dumps(evaluation.json()) if json else _summary(evaluation, folder))
 
 
-def _answer(source: ModelOptions, data: Path, folder: Path, new: int, beams: int, options: dict[str, Any]) -> list[Case]:
+def _answer(
+    source: ModelOptions,
+    data: Path,
+    folder: Path,
+    options: DecodingOptions,
+    batch_size: int,
+    metrics: Sequence[str],
+    resume: bool,
+) -> list[Case]:
     from paligemma_jax.evaluation.cases import collect
     from paligemma_jax.inference.offline import predict
-    from paligemma_jax.inference.sampling import Beam, Greedy
+    from paligemma_jax.metrics.registry import METRICS
 
-    if (of := source.process_part()[1]) > 1:
-        raise ValueError(f"evaluate answers in one process, not {of}: predict in all of them, then evaluate --answers their --output in one")
-    predict(source.load(), data, folder, new, Beam(beams) if beams > 1 else Greedy(), **options)
+    _, processes = source.process_part()
+    if processes > 1:
+        raise ValueError(
+            f"evaluate runs in one process, got {processes}: run predict in all of them, then "
+            "evaluate --answers with its --output in one"
+        )
+    predict(
+        source.load(),
+        data,
+        folder,
+        options,
+        batch_size=batch_size,
+        pieces=any(METRICS[name].compares != "texts" for name in metrics),
+        resume=resume,
+        settings=source.settings(),
+    )
     return collect(data, folder)
 
 
-def _run(data: Path, other: Path) -> list[Case]:
-    """The cases of another run: a folder of evaluate or predict, or a file of answers."""
-    from paligemma_jax.evaluation.cases import collect, load
+def _read_run(data: Path, run: Path) -> list[Case]:
+    """Read the --output of evaluate or predict, or a file of answers."""
+    from paligemma_jax.evaluation.cases import collect, load_answers
 
-    return collect(data, other) if other.is_dir() else load(other, data)
+    return collect(data, run) if run.is_dir() else load_answers(run, data)
 
 
-def _report(
-    own: list[Case], others: list[Case], names: list[str], folder: Path, source: ModelOptions, about: dict[str, str], shown: tuple[int, int], json: bool
-) -> None:
-    from paligemma_jax.checkpoints.source import resolve
-    from paligemma_jax.evaluation import report
-    from paligemma_jax.evaluation.evaluate import evaluate
-    from paligemma_jax.processing.mask_codec import load_codec
+def _summary(evaluation: Evaluation, folder: Path) -> str:
+    from paligemma_jax.evaluation.report import format_interval, format_value
+    from paligemma_jax.metrics.registry import METRICS
 
-    file = resolve(source.model).codec_file if "mask_iou" in names else None
-    found = evaluate(own, names, by=about["by"], samples=shown[1], codec=load_codec(file) if file else None, against=others, about=about)
-    found.save(folder)
-    report.save(found, folder, shown[0])
-    if json:
-        print(dumps(found.json()))
-        return
-    for name, one in found.figures.items():
-        change = found.differences.get(name)
-        told = f"{report.title(name)}: {report.figure(name, one.value)} (95 %: {report.spread(name, one)})"
+    lines = []
+    for name, interval in evaluation.intervals.items():
+        ends = format_interval(name, interval)
+        line = f"{METRICS[name].title}: {format_value(name, interval.value)} (95 %: {ends})"
+        change = evaluation.differences.get(name)
         if change:
-            told += f"; {report.figure(name, change.value, True)} ({report.spread(name, change, True)}, p {change.p:.3f}) against {about['against']}"
-        print(told)
-    print(f"{len(own)} cases{f', {found.failed} failed' if found.failed else ''}: {folder / 'report.html'}")
+            value = format_value(name, change.value, sign=True)
+            ends = format_interval(name, change, sign=True)
+            other = evaluation.about["against"]
+            line += f"; {value} against {other} ({ends}, p {change.p:.3f})"
+        lines.append(line)
+    failed = f", {evaluation.failed} failed" if evaluation.failed else ""
+    lines.append(f"{len(evaluation.cases)} cases{failed}: {folder / 'report.html'}")
+    return "\n".join(lines)

@@ -7,61 +7,65 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import File, dumps
+from paligemma_jax.commands.options import File, dumps, flag
 
-Which = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
-Files = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="(default: none)")]
-Text = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="(default: the recipe's)")]
-Split = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: all)")]
-Pixels = Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the lowest that was tried)")]
+DataSet = Annotated[str, tyro.conf.Positional, flag("NAME")]
+Files = Annotated[tuple[str, ...], flag("FILE [FILE ...]", "none")]
+Prompt = Annotated[str | None, flag("TEXT", "the recipe's")]
+Split = Annotated[str | None, flag("NAME", "all")]
+Pixels = Annotated[int | None, flag("N", "the recipe's lowest")]
 
 
 def recipe(
-    name: Which,
+    name: DataSet,
     size: Literal["3b", "10b", "28b"] = "3b",
     resolution: Pixels = None,
     files: Files = (),
     images: str = ".",
     output: File = None,
     split: Split = None,
-    prompt: Text = None,
+    prompt: Prompt = None,
     every_answer: bool = False,
     codec: File = None,
     json: bool = False,
 ) -> None:
-    """How a data set was learned and measured; with --files, its rows to do it with.
+    """Show the recipe for a published data set, or convert its files to rows.
 
     Example: paligemma-jax recipe docvqa --resolution 896
 
     Args:
-        name: textvqa, vqav2, docci, refcoco-detect, refcoco-segment, chartqa, docvqa or coco-captions.
-        size: Of the model, on which the learning rate depends.
-        resolution: Pixels.
-        files: What the data set publishes (without, the recipe is shown), to convert into --output: as for docvqa val_v1.0_withQT.json, for vqav2 the
-            questions and the annotations, for refcoco refs(unc).p and instances.json.
-        images: The folder of its pictures.
-        output: The JSONL to write.
-        split: Only this one, where a file holds several.
-        prompt: Another prompt, with {} for the question or the expression.
-        every_answer: A row for each answer, to learn from all of them in turn.
-        codec: vae-oid.npz, with which refcoco-segment says masks to learn.
+        name: textvqa, vqav2, docci, refcoco-detect, refcoco-segment, chartqa, docvqa or
+            coco-captions.
+        size: Model size, on which the learning rate depends.
+        resolution: Image size in pixels.
+        files: Files of the data set as published, to convert to --output: for docvqa
+            val_v1.0_withQT.json, for vqav2 the questions and the annotations, for refcoco
+            refs(unc).p and instances.json. Without files, the recipe is shown.
+        images: Directory of the images of --files.
+        output: JSONL to write.
+        split: Convert this split only, of files that have several.
+        prompt: Replaces the recipe's prompt; {} stands for the question or expression.
+        every_answer: Write one row per answer, to train on all of them.
+        codec: vae-oid.npz, with which refcoco-segment encodes masks in the answers.
         json: Print the recipe as one JSON object.
     """
     from paligemma_jax.data.recipes import RECIPES
 
     if name not in RECIPES:
-        raise ValueError(f"no recipe {name}: there are {', '.join(RECIPES)}")
-    found = RECIPES[name]
+        raise ValueError(f"NAME must be one of {', '.join(RECIPES)}; got {name}")
+    recipe = RECIPES[name]
     if files:
         from paligemma_jax.data.datasets import convert
 
         if output is None:
-            raise ValueError("no --output: give the JSONL to write")
+            raise ValueError("--files needs --output, the JSONL to write")
         rows = convert(name, files, images, output, split, prompt, every_answer, codec)
         print(f"{rows} rows: {output}")
         return
-    pixels = resolution or found.resolutions[0]
+    pixels = resolution or recipe.resolutions[0]
     if json:
-        print(dumps({"name": name, **asdict(found), "finetune": found.finetune(size, pixels)}))
+        finetune = recipe.finetune(size, pixels)
+        print(dumps({"name": name, **asdict(recipe), "finetune": finetune}))
         return
-    print(f"{name}: {found.about}\nprompt: {found.prompt}\nsource: {found.source}\n\n{found.commands(name, size, pixels)}")
+    print(f"{name}: {recipe.about}\nprompt: {recipe.prompt}\nsource: {recipe.source}\n")
+    print(recipe.commands(name, size, pixels))

@@ -1,4 +1,4 @@
-"""`convert`: a published data set -> JSONL to learn from or to measure on."""
+"""Convert published data sets to JSONL for training and evaluation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from paligemma_jax.data import published, refcoco
-from paligemma_jax.data.published import JsonRow, PublishedFiles
+from paligemma_jax.data.jsonl import DataRow
+from paligemma_jax.data.published import PublishedFiles
 from paligemma_jax.data.recipes import RECIPES
 from paligemma_jax.processing.mask_codec import load_codec
 
-CONVERTERS: dict[str, Callable[[PublishedFiles], Iterator[JsonRow]]] = {
+CONVERTERS: dict[str, Callable[[PublishedFiles], Iterator[DataRow]]] = {
     "textvqa": published.textvqa,
     "vqav2": published.vqav2,
     "docci": published.docci,
@@ -25,36 +26,72 @@ CONVERTERS: dict[str, Callable[[PublishedFiles], Iterator[JsonRow]]] = {
 
 
 def convert(
-    name: str, files: Sequence[str | Path], images: str | Path, output: str | Path, split: str | None = None, prompt: str | None = None,
-    every_answer: bool = False, codec: str | Path | None = None,
-) -> int:  # fmt: skip
-    """Writes the JSONL `output` of the data set `name`, paths relative to it, and returns how many rows there are.
+    name: str,
+    files: Sequence[str | Path],
+    images: str | Path,
+    output: str | Path,
+    split: str | None = None,
+    prompt: str | None = None,
+    every_answer: bool = False,
+    codec: str | Path | None = None,
+) -> int:
+    """Convert the data set `name` to a JSONL file.
 
-    prompt: another than the recipe's, with {} for the question. every_answer: a row for each answer, as big_vision learns from them in turn.
-    codec: the file of the mask codec, so that answers say masks.
-    ValueError if a file is not as published, or pictures are not there; then there is no JSONL.
+    Args:
+        files: As the data set publishes them; see the docstring of its converter.
+        images: Directory of the images.
+        output: The JSONL to write. Paths in it are relative to it.
+        split: Convert only this split, of files that have several.
+        prompt: Replaces the prompt of the recipe; {} stands for the question.
+        every_answer: Write one row per answer, as big_vision trains on them in turn.
+        codec: File of the mask codec, to encode masks in the answers.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        ValueError: a file is not as published, or images are missing. Nothing is written then.
     """
-    output = Path(output)
-    given = PublishedFiles(
-        [Path(file) for file in files], Path(images), prompt or RECIPES[name].prompt, split, output, load_codec(codec) if codec else None
-    )
-    if gone := [path for path in given.files if not path.is_file()]:
-        raise ValueError(f"{gone[0]}: no such file; give what the data set publishes: {CONVERTERS[name].__doc__}")
+    output, paths, converter = Path(output), [Path(file) for file in files], CONVERTERS[name]
+    expected = " ".join((converter.__doc__ or "").split())
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; {name} is published as: {expected}")
+    prompt = prompt or RECIPES[name].prompt
+    codec = load_codec(codec) if codec else None
+    source = PublishedFiles(paths, Path(images), prompt, split, output, codec)
+    names = ", ".join(map(str, files))
     try:
-        rows = list(CONVERTERS[name](given))
+        rows = list(converter(source))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{', '.join(map(str, files))}: not as published ({type(error).__name__}: {error}); {CONVERTERS[name].__doc__}") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{names}: not as published ({reason}); expected {expected}") from None
     if not rows:
-        raise ValueError(f"no rows{f' of split {split}' if split else ''} in {', '.join(map(str, files))}")
-    if gone := [image for image in dict.fromkeys(row["image"] for row in rows) if not os.path.exists(image)]:
-        raise ValueError(f"{len(gone)} pictures are not there, as {gone[0]}: give their folder with --images")
+        raise ValueError(f"no rows{f' of split {split}' if split else ''} in {names}")
+    missing = [
+        path for path in dict.fromkeys(row["image"] for row in rows) if not os.path.exists(path)
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images are missing, {missing[0]} for one: "
+            "pass their directory with --images"
+        )
     if every_answer:
-        rows = [row | {"suffix": answer} for row in rows for answer in row.get("answers") or [row["suffix"]]]
-    beside = output.with_name(output.name + ".part")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with beside.open("w", encoding="utf-8") as out:
-        for row in rows:
-            moved = {key: os.path.relpath(row[key], output.parent) for key in ("image", "mask") if key in row}
-            out.write(json.dumps(row | moved, ensure_ascii=False) + "\n")
-    beside.replace(output)
+        rows = [
+            row | {"suffix": answer}
+            for row in rows
+            for answer in row.get("answers") or [row["suffix"]]
+        ]
+    _write(output, rows)
     return len(rows)
+
+
+def _write(output: Path, rows: list[DataRow]) -> None:
+    temporary = output.with_name(output.name + ".part")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    with temporary.open("w", encoding="utf-8") as out:
+        for row in rows:
+            paths = {name: row[name] for name in ("image", "mask") if name in row}
+            paths = {name: os.path.relpath(path, output.parent) for name, path in paths.items()}
+            out.write(json.dumps(row | paths, ensure_ascii=False) + "\n")
+    temporary.replace(output)

@@ -1,9 +1,12 @@
-"""How PaliGemma 2 was fine-tuned and measured on well-known data sets: prompts, resolutions, metrics, hyper-parameters.
+"""How PaliGemma 2 was fine-tuned and evaluated on published data sets.
 
-"big_vision" is google-research/big_vision, configs/proj/paligemma/transfers/NAME.py at 0127fb6 (`sweep_best` where it has one). Learning rates are
-those that did best for each model size on the validation data in table 14 of the PaliGemma 2 report (arXiv:2412.03555), which swept them at 224
-pixels and took the rest from there. What all recipes share: AdamW with b2 0.999, the gradient's norm clipped at 1, a warm-up of 5 %, cosine decay,
-and the loss as the mean over rows.
+"big_vision" is google-research/big_vision, configs/proj/paligemma/transfers/NAME.py at 0127fb6
+(`sweep_best` where it has one). "report" is the PaliGemma 2 report (arXiv:2412.03555): its table 14
+has the learning rates that did best for each model size on the validation data, swept at 224 pixels
+and used at every resolution.
+
+All recipes share AdamW with b2 0.999, gradients clipped to norm 1, 5 % warm-up, cosine decay, and
+the loss averaged over examples.
 """
 
 from __future__ import annotations
@@ -12,85 +15,170 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-SHARED = {"beta2": 0.999, "clip": 1.0, "warmup": 0.05, "schedule": "cosine", "reduction": "examples"}
+SHARED = {
+    "beta2": 0.999,
+    "clip": 1.0,
+    "warmup": 0.05,
+    "schedule": "cosine",
+    "reduction": "examples",
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """Prompt, metrics and hyper-parameters for a data set."""
+
     about: str
-    prompt: str  # with {} for the question, or the thing to find
+    prompt: str  # with {} for the question, or the object to locate
     resolutions: tuple[int, ...]
     metrics: tuple[str, ...]
-    new_tokens: int
-    epochs: int  # over the pictures or questions, each with one of its answers
-    learning_rate: Mapping[str, float]  # by size of the model
+    new_tokens: int  # longest answer
+    epochs: int  # over images or questions, each with one of its answers
+    learning_rate: Mapping[str, float]  # by model size
     source: str
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     batch_size: int = 256
     beams: int = 1
-    answers: int = 1  # rows of a question in the data to learn from, as many on average as people answered
-    at: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # what is other at a resolution
+    answers: int = 1  # training rows per question, one for each answer on average
+    overrides: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # by resolution
 
     def finetune(self, size: str = "3b", resolution: int = 224) -> dict[str, float | str]:
-        """Fields of a `Finetune` for data with one row for each answer. ValueError for a size or a resolution that nobody tried."""
+        """Fields of a `FinetuneConfig`, for data with one row per answer.
+
+        Raises:
+            ValueError: the recipe does not cover this model size or resolution.
+        """
         if size not in self.learning_rate:
-            raise ValueError(f"--size {size}: there are {', '.join(self.learning_rate)}")
+            choices = ", ".join(self.learning_rate)
+            raise ValueError(f"--size must be one of {choices}, got {size}")
         if resolution not in self.resolutions:
-            raise ValueError(f"--resolution {resolution}: this was tried at {', '.join(map(str, self.resolutions))}")
-        own = {name: getattr(self, name) for name in ("epochs", "weight_decay", "label_smoothing", "batch_size")}
-        own |= {"learning_rate": self.learning_rate[size], **self.at.get(resolution, {})}
-        return SHARED | own | {"epochs": round(own["epochs"] / self.answers, 2)}
+            choices = ", ".join(map(str, self.resolutions))
+            raise ValueError(f"--resolution must be one of {choices}, got {resolution}")
+        names = ("epochs", "weight_decay", "label_smoothing", "batch_size")
+        fields: dict[str, float] = {name: getattr(self, name) for name in names}
+        fields["learning_rate"] = self.learning_rate[size]
+        fields |= self.overrides.get(resolution, {})
+        return SHARED | fields | {"epochs": round(fields["epochs"] / self.answers, 2)}
 
     def commands(self, name: str, size: str = "3b", resolution: int = 224) -> str:
-        """To make it so, as the shell takes it."""
-        flags = " ".join(f"--{key.replace('_', '-')} {shlex.quote(f'{value:g}' if isinstance(value, float) else str(value))}" for key, value in
-                         self.finetune(size, resolution).items())  # fmt: skip
-        beams = f" --beams {self.beams}" if self.beams > 1 else ""
-        measure = f"--metric {' '.join(self.metrics)} --max-new-tokens {self.new_tokens}{beams}"
-        return (
-            f"paligemma-jax finetune --model google/paligemma2-{size}-pt-{resolution} --data {name}-train.jsonl --output {name} {flags}\n"
-            f"paligemma-jax evaluate --model {name}/model --data {name}-val.jsonl --output {name}-val {measure}"
-        )
+        """The shell commands that fine-tune and evaluate a model."""
+        finetune = ["paligemma-jax", "finetune"]
+        finetune += ["--model", f"google/paligemma2-{size}-pt-{resolution}"]
+        finetune += ["--data", f"{name}-train.jsonl", "--output", name]
+        for key, value in self.finetune(size, resolution).items():
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            finetune += [f"--{key.replace('_', '-')}", text]
+        evaluate = ["paligemma-jax", "evaluate", "--model", f"{name}/model"]
+        evaluate += ["--data", f"{name}-val.jsonl", "--output", f"{name}-val"]
+        evaluate += ["--metric", *self.metrics, "--max-new-tokens", str(self.new_tokens)]
+        if self.beams > 1:
+            evaluate += ["--beams", str(self.beams)]
+        return f"{shlex.join(finetune)}\n{shlex.join(evaluate)}"
 
 
-RATES = lambda small, middle, large: {"3b": small, "10b": middle, "28b": large}
+def _rates(small: float, medium: float, large: float) -> dict[str, float]:
+    return {"3b": small, "10b": medium, "28b": large}
+
+
 REFCOCO = Recipe(
-    "the mask of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg)", "{}", (224, 448, 896), ("mask_iou", "box_accuracy"), 48, 100,
-    RATES(1e-5, 3e-6, 1e-6), "big_vision refcoco_seg (there with dropout of 0.1 in the decoder at 224 pixels); learning rates: report, table 14",
-    label_smoothing=0.3, at={896: {"batch_size": 64}}, answers=7,  # of RefCOCO's 16,994 pictures to learn from, with 120,624 expressions
-)  # fmt: skip
+    about="the mask of the object that an expression refers to (RefCOCO, RefCOCO+, RefCOCOg)",
+    prompt="{}",
+    resolutions=(224, 448, 896),
+    metrics=("mask_iou", "box_accuracy"),
+    new_tokens=48,
+    epochs=100,
+    learning_rate=_rates(1e-5, 3e-6, 1e-6),
+    source="big_vision refcoco_seg (there with 0.1 dropout in the decoder at 224 pixels); "
+    "learning rates: report, table 14",
+    label_smoothing=0.3,
+    answers=7,  # RefCOCO's 16,994 training images have 120,624 expressions
+    overrides={896: {"batch_size": 64}},
+)
 
 RECIPES = {
     "textvqa": Recipe(
-        "questions about text in pictures (TextVQA)", "answer en {}", (224, 448, 896), ("vqa",), 32, 5, RATES(3e-6, 6e-7, 1e-6),
-        "big_vision textvqa; learning rates: report, table 14", answers=10, at={448: {"epochs": 10, "weight_decay": 3e-7}, 896: {"epochs": 10}},
+        about="questions about text in images (TextVQA)",
+        prompt="answer en {}",
+        resolutions=(224, 448, 896),
+        metrics=("vqa",),
+        new_tokens=32,
+        epochs=5,
+        learning_rate=_rates(3e-6, 6e-7, 1e-6),
+        source="big_vision textvqa; learning rates: report, table 14",
+        answers=10,
+        overrides={448: {"epochs": 10, "weight_decay": 3e-7}, 896: {"epochs": 10}},
     ),
     "vqav2": Recipe(
-        "questions about pictures (VQAv2)", "answer en {}", (224, 448), ("vqa",), 32, 10, RATES(3e-6, 1e-6, 6e-7),
-        "big_vision vqav2; learning rates: report, table 14", weight_decay=1e-6, answers=10, at={448: {"weight_decay": 0.0}},
+        about="questions about images (VQAv2)",
+        prompt="answer en {}",
+        resolutions=(224, 448),
+        metrics=("vqa",),
+        new_tokens=32,
+        epochs=10,
+        learning_rate=_rates(3e-6, 1e-6, 6e-7),
+        source="big_vision vqav2; learning rates: report, table 14",
+        weight_decay=1e-6,
+        answers=10,
+        overrides={448: {"weight_decay": 0.0}},
     ),
     "docci": Recipe(
-        "long, fine-grained captions (DOCCI)", "caption en", (448,), ("characters", "sentences", "cider"), 512, 10, RATES(1e-5, 3e-6, 1e-6),
-        "the report (B.5) gives no figures: it used the protocol of PaliGemma (arXiv:2407.07726, 3.2.4), which tries 1 to 100 epochs and learning "
-        "rates of 3e-6 to 3e-5; the middle of each is taken, and less for larger models, as the report advises (4.1.2); prompt: that of captions",
+        about="long, fine-grained captions (DOCCI)",
+        prompt="caption en",
+        resolutions=(448,),
+        metrics=("characters", "sentences", "cider"),
+        new_tokens=512,
+        epochs=10,
+        learning_rate=_rates(1e-5, 3e-6, 1e-6),
+        source="the report (B.5) gives no figures: it used the protocol of PaliGemma "
+        "(arXiv:2407.07726, 3.2.4), which tries 1 to 100 epochs and learning rates of 3e-6 to "
+        "3e-5. Here: the middle of each, and lower rates for larger models, as the report advises "
+        "(4.1.2); the prompt of captions",
     ),
     "refcoco-detect": replace(
-        REFCOCO, about="the box of what an expression refers to (RefCOCO, RefCOCO+, RefCOCOg)", prompt="detect {}",
+        REFCOCO,
+        about="the box of the object that an expression refers to (RefCOCO, RefCOCO+, RefCOCOg)",
+        prompt="detect {}",
         metrics=("box_accuracy", "box_iou"),
-        source="big_vision refcoco_seg, which learns box and mask at once; prompt: that of detection in pre-training",
+        source="big_vision refcoco_seg, which trains on box and mask at once; "
+        "the prompt of detection in pre-training",
     ),
     "refcoco-segment": REFCOCO,
     "chartqa": Recipe(
-        "questions about charts (ChartQA)", "{}", (224, 448, 896), ("relaxed_accuracy",), 48, 30, RATES(3e-6, 1e-6, 3e-7),
-        "big_vision chartqa (there with dropout of 0.1 in the decoder); learning rates: report, table 14", weight_decay=1e-6, label_smoothing=0.2,
+        about="questions about charts (ChartQA)",
+        prompt="{}",
+        resolutions=(224, 448, 896),
+        metrics=("relaxed_accuracy",),
+        new_tokens=48,
+        epochs=30,
+        learning_rate=_rates(3e-6, 1e-6, 3e-7),
+        source="big_vision chartqa (there with 0.1 dropout in the decoder); "
+        "learning rates: report, table 14",
+        weight_decay=1e-6,
+        label_smoothing=0.2,
     ),
     "docvqa": Recipe(
-        "questions about documents (DocVQA)", "{}", (224, 448, 896), ("anls",), 32, 10, RATES(6e-6, 3e-6, 3e-6),
-        "big_vision docvqa; learning rates: report, table 14", weight_decay=1e-6,
+        about="questions about documents (DocVQA)",
+        prompt="{}",
+        resolutions=(224, 448, 896),
+        metrics=("anls",),
+        new_tokens=32,
+        epochs=10,
+        learning_rate=_rates(6e-6, 3e-6, 3e-6),
+        source="big_vision docvqa; learning rates: report, table 14",
+        weight_decay=1e-6,
     ),
     "coco-captions": Recipe(
-        "captions (COCO)", "caption en", (224, 448), ("cider",), 32, 5, RATES(3e-6, 6e-7, 6e-7),
-        "big_vision cococap; learning rates: report, table 14", weight_decay=1e-6, beams=2, answers=5,
+        about="captions (COCO)",
+        prompt="caption en",
+        resolutions=(224, 448),
+        metrics=("cider",),
+        new_tokens=32,
+        epochs=5,
+        learning_rate=_rates(3e-6, 6e-7, 6e-7),
+        source="big_vision cococap; learning rates: report, table 14",
+        weight_decay=1e-6,
+        beams=2,
+        answers=5,
     ),
-}  # fmt: skip
+}

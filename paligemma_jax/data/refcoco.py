@@ -1,73 +1,124 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as they are published -> our rows."""
+"""Convert RefCOCO, RefCOCO+ and RefCOCOg from the files in which they are published to rows.
+
+Rows also have object (the id of the annotation), boxes, labels and, to segment, mask.
+"""
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from paligemma_jax.data import pickled
-from paligemma_jax.data.published import JsonRow, PublishedFiles, make_row
+from paligemma_jax.data.jsonl import DataRow
+from paligemma_jax.data.published import PublishedFiles
 from paligemma_jax.processing.locations import location_bins, location_tokens
 from paligemma_jax.processing.mask_codec import MaskCodec, crop_mask
 
-
-def refcoco_detect(given: PublishedFiles) -> Iterator[JsonRow]:
-    """refs(unc).p and instances.json, pictures in train2014; splits train, val, testA, testB. Answers are one box and the expression."""
-    for row, _, size in _references(given):
-        yield row | {"suffix": f"{location_tokens(location_bins(row['boxes'][0], size))} {row['labels'][0]}"}
+# Any: the COCO polygons or runs of an annotation, as published; and what a pickle file contains.
+Shape = Any
 
 
-def refcoco_segment(given: PublishedFiles) -> Iterator[JsonRow]:
-    """The same files; masks as PNG beside the rows and, with a codec, in the answers too."""
-    folder = given.output.with_name(f"{given.output.stem}-masks")
-    said: dict[int, str] = {}
-    for row, shape, size in _references(given):
+def refcoco_detect(source: PublishedFiles) -> Iterator[DataRow]:
+    """refs(unc).p and instances.json, images in train2014; splits train, val, testA, testB.
+    Answers are one box and the expression."""
+    for row, _, size in _references(source):
+        yield row | {"suffix": f"{_box_tokens(row, size)} {row['labels'][0]}"}
+
+
+def refcoco_segment(source: PublishedFiles) -> Iterator[DataRow]:
+    """refs(unc).p and instances.json, images in train2014; splits train, val, testA, testB.
+    Masks are written as PNG beside the rows and, with a codec, encoded in the answers."""
+    folder = source.output.with_name(f"{source.output.stem}-masks")
+    suffixes: dict[int, str] = {}
+    for row, shape, size in _references(source):
         file = folder / f"{row['object']}.png"
-        if row["object"] not in said:
+        if row["object"] not in suffixes:
             folder.mkdir(parents=True, exist_ok=True)
             mask = rasterize(shape, size)
             mask.save(file)
-            said[row["object"]] = location_tokens(location_bins(row["boxes"][0], size)) + _codes(np.asarray(mask), row["boxes"][0], given.codec)
-        yield row | {"suffix": said[row["object"]], "mask": str(file)}
+            codes = _mask_tokens(np.asarray(mask), row["boxes"][0], source.codec)
+            suffixes[row["object"]] = _box_tokens(row, size) + codes
+        yield row | {"suffix": suffixes[row["object"]], "mask": str(file)}
 
 
-def _codes(mask: np.ndarray, box: Sequence[float], codec: MaskCodec | None) -> str:
-    """What of the mask lies in its box, its corners rounded to pixels as big_vision does it."""
+def _box_tokens(row: DataRow, size: tuple[int, int]) -> str:
+    return location_tokens(location_bins(row["boxes"][0], size))
+
+
+def _mask_tokens(mask: np.ndarray, box: Sequence[float], codec: MaskCodec | None) -> str:
+    """Encode the mask inside its box, whose corners are rounded to pixels as in big_vision."""
     if codec is None:
         return ""
     left, top, right, bottom = (round(value) for value in box)
-    part = crop_mask(mask, (left, top, max(right, left + 1), max(bottom, top + 1)))
-    return "".join(f"<seg{code:03}>" for code in codec.encode(part[None])[0])
+    crop = crop_mask(mask, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    return "".join(f"<seg{code:03}>" for code in codec.encode(crop[None])[0])
 
 
-def _references(given: PublishedFiles) -> Iterator[tuple[JsonRow, Any, tuple[int, int]]]:
-    """For each expression its row, the shape that is meant (polygons, or runs of pixels), and width and height of the picture."""
-    path = next((path for path in given.files if path.suffix == ".p"), None)
+def _references(source: PublishedFiles) -> Iterator[tuple[DataRow, Shape, tuple[int, int]]]:
+    """Yield, per expression, its row, the shape of the object, and the image's width and height."""
+    path = next((path for path in source.files if path.suffix == ".p"), None)
     if path is None:
-        raise ValueError("no refs(...).p among the files: RefCOCO's expressions are in it")
-    pictures = {item["id"]: item for item in given.part("images")}
-    objects = {item["id"]: item for item in given.part("annotations")}
-    for ref in pickled.read(path.read_bytes()):
-        if given.wants(ref["split"]):
-            thing = objects[ref["ann_id"]]
-            picture = pictures[thing["image_id"]]
-            left, top, width, height = thing["bbox"]
-            for sentence in ref["sentences"]:
-                words = sentence["sent"].replace(";", ",").replace("<", " ")
-                box = (max(left, 0), max(top, 0), min(left + width, picture["width"]), min(top + height, picture["height"]))
-                row = make_row(given, picture["file_name"], words, (), id=sentence["sent_id"], object=thing["id"], boxes=[box], labels=[words])
-                yield row, thing["segmentation"], (picture["width"], picture["height"])
+        raise ValueError("no refs(...).p among the files: it contains RefCOCO's expressions")
+    images = {item["id"]: item for item in source.items("images")}
+    annotations = {item["id"]: item for item in source.items("annotations")}
+    for ref in read_pickle(path):
+        if not source.includes(ref["split"]):
+            continue
+        annotation = annotations[ref["ann_id"]]
+        image = images[annotation["image_id"]]
+        size = image["width"], image["height"]
+        left, top, width, height = annotation["bbox"]
+        right, bottom = min(left + width, size[0]), min(top + height, size[1])
+        box = (max(left, 0), max(top, 0), right, bottom)
+        for sentence in ref["sentences"]:
+            expression = sentence["sent"].replace(";", ",").replace("<", " ")
+            about = dict(object=annotation["id"], boxes=[box], labels=[expression])
+            row = source.row(image["file_name"], expression, (), id=sentence["sent_id"], **about)
+            yield row, annotation["segmentation"], size
 
 
-def rasterize(shape: Any, size: tuple[int, int]) -> Image.Image:
-    """COCO's polygons [x, y, x, y, ...], or its uncompressed runs of pixels (down the columns, off first), as a picture of 0 and 255."""
+class _DataUnpickler(pickle._Unpickler):
+    """Unpickles lists, dicts, strings and numbers. No code can run without `find_class`.
+
+    `pickle.Unpickler`, in C, allocates a table of whatever size a file of 20 bytes asks for.
+    """
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
+
+
+def read_pickle(path: Path) -> Any:  # see `Shape`
+    """Read a pickle file that contains plain data.
+
+    Raises:
+        ValueError: the file is damaged, or refers to a class or function.
+    """
+    try:
+        return _DataUnpickler(io.BytesIO(path.read_bytes())).load()
+    except Exception as error:  # damaged files raise errors of every kind
+        raise ValueError(
+            f"{path} is not a pickle file of plain data ({str(error) or type(error).__name__})"
+        ) from None
+
+
+def rasterize(shape: Shape, size: tuple[int, int]) -> Image.Image:
+    """Draw a COCO segmentation as an image of 0 and 255.
+
+    Args:
+        shape: Polygons [x, y, x, y, ...], or uncompressed run lengths down the columns, of 0 first.
+        size: Width and height in pixels.
+    """
     if isinstance(shape, dict):
-        flat = b"".join((b"\xff" if number % 2 else b"\0") * run for number, run in enumerate(shape["counts"]))
+        runs = enumerate(shape["counts"])
+        pixels = b"".join((b"\xff" if number % 2 else b"\0") * run for number, run in runs)
         height, width = shape["size"]
-        return Image.frombytes("L", (height, width), flat).transpose(Image.Transpose.TRANSPOSE)
+        columns = Image.frombytes("L", (height, width), pixels)
+        return columns.transpose(Image.Transpose.TRANSPOSE)
     fine = Image.new("L", (size[0] * 4, size[1] * 4))
     for polygon in shape:
         ImageDraw.Draw(fine).polygon([value * 4 for value in polygon], fill=255)

@@ -1,32 +1,34 @@
-"""Rows {"image": one or several, "prefix": ..., "suffix": ..., "weight": optional}, of JSONL or any source by number, -> batches.
+"""Examples to train on: rows of a JSONL file or of any random access source, checked.
 
-A batch is a function of seed and step, whatever came before.
+A row is {"image": one path or several, "prefix": ..., "suffix": ..., "weight": optional}.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 from PIL import Image
-from tqdm import tqdm
 
+from paligemma_jax.data.jsonl import parse_line, read_lines
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.processing.image import ImageSource
+
+MAX_ERRORS = 5  # errors of a file that are listed
 
 
 class RowSource(Protocol):
-    """What a JSONL file is read into, and what grain calls a random access source: dicts by number, the images as paths, PIL images or arrays."""
+    """Rows by number: a list, a data set, or a random access source of grain."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Any, /) -> Any: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, object] | Example: ...
 
 
 @dataclass(frozen=True)
@@ -35,109 +37,138 @@ class Example:
     prefix: str
     suffix: str
     weight: float
-    line: int
+    line: int  # in the file, or its number in the source
 
 
+def read_examples(
+    file: str | Path, check: Callable[[Example], object] | None = None
+) -> list[Example]:
+    """Read all rows of a JSONL file and decode every image once, to report all errors at once.
 
+    Args:
+        file: Image paths are relative to it. Rows may have more fields.
+        check: Raises a ValueError for an example that the model cannot take.
 
-def read_examples(file: str | Path, fits: Callable[[Example], Any] | None = None) -> list[Example]:
-    """All rows of a JSONL file, image paths relative to it, every image decoded once; other fields are allowed. ValueError tells all that is wrong.
-
-    fits: raises a ValueError for a row that the model cannot take.
+    Raises:
+        ValueError: there is no such file, it has no rows, or rows cannot be used.
     """
-    path, examples, wrong = Path(file), [], {}
-    if not path.is_file():
-        raise ValueError(f"{file}: no such file; give JSONL with image, prefix and suffix on each line")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                if line.strip():
-                    examples.append(make_example(json.loads(line), number, path.parent))
-                    if fits:
-                        fits(examples[-1])
-            except (ValueError, RecursionError) as error:
-                wrong[number] = f"not JSON ({error})" if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError) else str(error)
-    wrong = _unreadable(examples) | wrong
-    if wrong:
-        told = [f"line {number}: {wrong[number]}" for number in sorted(wrong)]
-        more = f"; and {len(told) - 5} more" if len(told) > 5 else ""
-        raise ValueError(f"{file}: {len(told)} rows cannot be used: {'; '.join(told[:5])}{more}")
+    examples: list[Example] = []
+    errors: dict[int, str] = {}
+    for number, line in read_lines(file):
+        try:
+            examples.append(make_example(parse_line(line), number, Path(file).parent))
+            if check:
+                check(examples[-1])
+        except ValueError as error:
+            errors[number] = str(error)
+    errors = _image_errors(examples) | errors
+    if errors:
+        messages = [f"line {number}: {errors[number]}" for number in sorted(errors)]
+        listed = "; ".join(messages[:MAX_ERRORS])
+        more = f"; and {len(messages) - MAX_ERRORS} more" if len(messages) > MAX_ERRORS else ""
+        raise ValueError(f"{file}: {len(messages)} rows cannot be used: {listed}{more}")
     if not examples:
         raise ValueError(f"{file} has no rows")
     return examples
 
 
-def make_example(row: Any, line: int, folder: Path = Path(), learns: bool = True) -> Example:
-    """A row of any source, checked; paths relative to `folder`. ValueError for what it lacks. Only to learn from, it needs a suffix."""
+def make_example(
+    row: object, line: int, folder: Path = Path(), requires_suffix: bool = True
+) -> Example:
+    """Check a row of any source.
+
+    Args:
+        row: A dict as above, or an `Example`, which is returned unchanged.
+        line: Where the row comes from.
+        folder: Image paths are relative to it.
+        requires_suffix: Training needs a suffix; for inference it is dropped.
+
+    Raises:
+        ValueError: a field is missing or has the wrong type.
+    """
     if isinstance(row, Example):
         return row
+    texts = ("prefix", "suffix") if requires_suffix else ("prefix",)
     if not isinstance(row, dict):
-        raise ValueError(f"not an object with image{', prefix and suffix' if learns else ' and prefix'}")
-    for name in ("prefix", "suffix") if learns else ("prefix",):
+        raise ValueError(f"not an object with image, {' and '.join(texts)}")
+    for name in texts:
         if not isinstance(row.get(name), str):
-            raise ValueError(f"{name} is {'missing' if name not in row else 'not a text'}")
-    if learns and not row["suffix"]:
+            raise ValueError(f"{name} is {'not a string' if name in row else 'missing'}")
+    if requires_suffix and not row["suffix"]:
         raise ValueError("suffix is empty: there is nothing to learn")
-    images: Any = [row.get("image")] if not isinstance(row.get("image"), list | tuple) else row["image"]
+    image = row.get("image")
+    images = image if isinstance(image, list | tuple) else [image]
     if not images or not all(isinstance(image, ImageSource) for image in images):
-        raise ValueError(f"image is {'missing' if 'image' not in row else 'not a path or a list of paths'}")
+        problem = "not a path or a list of paths" if "image" in row else "missing"
+        raise ValueError(f"image is {problem}")
     weight = row.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"weight is {weight!r}, not a number from 0 on")
-    images = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
-    return Example(images, row["prefix"], row["suffix"] if learns else "", float(weight), line)
+    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not is_number or not 0 <= float(weight) < float("inf"):
+        raise ValueError(f"weight must be a finite number of at least 0, got {weight!r}")
+    sources = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
+    suffix = row["suffix"] if requires_suffix else ""
+    return Example(sources, row["prefix"], suffix, float(weight), line)
 
 
-def _unreadable(examples: list[Example]) -> dict[int, str]:
-    """What is wrong with an image, by the line of each row that has it; each file is decoded once, in one of several processes."""
-    paths = list(dict.fromkeys(path for example in examples for path in example.images))[jax.process_index() :: jax.process_count()]
+def _image_errors(examples: list[Example]) -> dict[int, str]:
+    """Errors by line. Each file is decoded once, by one of the processes."""
+    paths = list(dict.fromkeys(path for example in examples for path in example.images))
+    paths = paths[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor() as pool:
-        found = dict(zip(paths, tqdm(pool.map(_problem, paths), "images", len(paths), unit="image", disable=None, leave=False)))
-    return {example.line: told for example in examples for path in example.images if (told := found.get(path))}
+        decoded = pool.map(_image_error, paths)
+        bar = progress_bar(decoded, "images", len(paths), unit="image", leave=False)
+        errors = {path: error for path, error in zip(paths, bar, strict=True) if error}
+    return {
+        example.line: errors[path]
+        for example in examples
+        for path in example.images
+        if path in errors
+    }
 
 
-def _problem(path: Any) -> str | None:
+def _image_error(path: ImageSource) -> str | None:
     try:
-        with Image.open(path) as image:
-            image.draft("RGB", (1, 1))  # of a JPEG the coarsest scale: to its end, in a third of the time
+        with Image.open(path) as image:  # type: ignore[arg-type]
+            image.draft("RGB", (1, 1))  # a JPEG at its coarsest scale: a third of the time
             image.load()
     except FileNotFoundError:
         return f"no such image: {path}"
-    except Exception as error:  # Pillow's decoders raise of every kind
+    except Exception as error:  # Pillow's decoders raise errors of every kind
         return f"{path} is not a readable image ({error})"
     return None
 
 
 @contextmanager
-def error_prefix(what: str) -> Iterator[None]:
-    """A ValueError inside says what it is about."""
+def error_prefix(prefix: str) -> Iterator[None]:
+    """Put `prefix` before the message of a ValueError raised inside."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{prefix}: {error}") from None
 
 
 def count_rows(name: str, source: RowSource) -> int:
-    """How many rows there are. ValueError if they have no number, or no end."""
+    """Return the number of rows.
+
+    Raises:
+        ValueError: `source` has no length, or repeats its rows without end.
+    """
     try:
         count = len(source)
     except TypeError:
-        raise ValueError(f"{name} has no length: give what has rows by number, as a list, a data set, or a MapDataset of grain") from None
+        raise ValueError(
+            f"{name} must be a list, a data set or a grain MapDataset, which have a length; "
+            f"got {type(source).__name__}"
+        ) from None
     if count >= 2**32:
-        raise ValueError(f"{name} has {count} rows: leave out what repeats them, --epochs and --steps do")
+        raise ValueError(
+            f"{name} must have fewer than 2**32 rows, got {count}: do not repeat the data set, "
+            "--epochs and --steps do that"
+        )
     return count
 
 
 def example_at(source: RowSource, index: int) -> Example:
+    """Return row `index` of a source, checked."""
     with error_prefix(f"row {index}"):
         return make_example(source[index], index)
-
-
-
-
-
-
-
-
-
-

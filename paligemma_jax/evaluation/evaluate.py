@@ -1,53 +1,75 @@
-"""Figures of a run over a data set: each metric with its interval, by kind of question, and against another run."""
+"""Evaluate a run on a data set: metrics with intervals, by kind, and against another run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from paligemma_jax.evaluation.cases import METRICS, Case, metric_names, same_rows, score_cases
+from paligemma_jax.data.progress import progress_bar
+from paligemma_jax.evaluation.cases import Case, check_same_rows
+from paligemma_jax.evaluation.comparison import score_cases
 from paligemma_jax.metrics.bootstrap import Difference, Interval, difference, interval
+from paligemma_jax.metrics.registry import METRICS, metric_names
 from paligemma_jax.processing.mask_codec import MaskCodec
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    about: dict[str, str]  # "model", "data", "against", ... as the report tells them
+    """The results of a run. Dicts are by the name of the metric."""
+
+    about: dict[str, str]  # facts for the report: "model", "data", "against", ...
     cases: Sequence[Case]
-    figures: dict[str, Interval]  # by metric; so are the others
-    each: dict[str, np.ndarray]  # float64[N]
-    types: dict[str, dict[str, Interval]] = field(default_factory=dict)  # by metric, then by kind of question
+    intervals: dict[str, Interval]
+    scores: dict[str, np.ndarray]  # float64[N], of each case
+    types: dict[str, dict[str, Interval]] = field(default_factory=dict)  # then by kind of question
     differences: dict[str, Difference] = field(default_factory=dict)
-    others: Sequence[Case] = ()  # of the run that this is held against
-    changes: dict[str, np.ndarray] = field(default_factory=dict)  # float64[N]: ours less theirs
-    codec: MaskCodec | None = None  # to draw masks with
+    other_cases: Sequence[Case] = ()  # of the run that this one is compared with
+    score_changes: dict[str, np.ndarray] = field(default_factory=dict)  # float64[N], ours - theirs
+    codec: MaskCodec | None = None  # to draw masks
 
     @property
     def failed(self) -> int:
+        """The number of rows that could not be answered."""
         return sum("error" in case.row for case in self.cases)
 
-    def json(self) -> dict[str, Any]:
-        """Values as metrics give them; papers print those with "percent" times 100."""
-        told = lambda one: {key: None if np.isnan(value) else value for key, value in asdict(one).items()}
-        flat = lambda found: {name: told(one) for name, one in found.items()}
-        result: dict[str, Any] = {**self.about, "cases": len(self.cases), "failed": self.failed}
-        result["metrics"] = {name: {**told(one), "percent": METRICS[name].percent} for name, one in self.figures.items()}
-        result |= {"types": {name: flat(kinds) for name, kinds in self.types.items()}} if self.types else {}
-        return result | ({"differences": flat(self.differences)} if self.differences else {})
+    def json(self) -> dict[str, object]:
+        """The results without those of single cases, for result.json.
+
+        Values are those of the metrics; papers print those with "percent" times 100.
+        """
+        result: dict[str, object] = {**self.about, "cases": len(self.cases), "failed": self.failed}
+        result["metrics"] = {
+            name: {**_numbers(value), "percent": METRICS[name].percent}
+            for name, value in self.intervals.items()
+        }
+        if self.types:
+            result["types"] = {
+                name: {kind: _numbers(value) for kind, value in kinds.items()}
+                for name, kinds in self.types.items()
+            }
+        if self.differences:
+            result["differences"] = {n: _numbers(value) for n, value in self.differences.items()}
+        return result
 
     def save(self, folder: str | Path) -> None:
-        """result.json, and scores.jsonl with what each case has under each metric."""
-        (Path(folder) / "result.json").write_text(json.dumps(self.json(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        """Write result.json, and scores.jsonl with the scores of each case."""
+        text = json.dumps(self.json(), ensure_ascii=False, indent=2)
+        (Path(folder) / "result.json").write_text(text + "\n", encoding="utf-8")
         with (Path(folder) / "scores.jsonl").open("w", encoding="utf-8") as out:
             for i, case in enumerate(self.cases):
-                about = {key: case.row[key] for key in ("id", "image", "prefix", "answer") if key in case.row}
-                out.write(json.dumps(about | {name: round(float(each[i]), 6) for name, each in self.each.items()}, ensure_ascii=False) + "\n")
+                names = ("id", "image", "prefix", "answer")
+                row = {name: case.row[name] for name in names if name in case.row}
+                row |= {name: round(float(each[i]), 6) for name, each in self.scores.items()}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _numbers(value: Interval) -> dict[str, float | None]:
+    """JSON has no nan."""
+    return {name: None if np.isnan(number) else number for name, number in asdict(value).items()}
 
 
 def evaluate(
@@ -58,27 +80,44 @@ def evaluate(
     samples: int = 1000,
     codec: MaskCodec | None = None,
     against: Sequence[Case] = (),
-    about: dict[str, str] | None = None,
+    about: Mapping[str, str] = {},
 ) -> Evaluation:
-    """metrics: names of `cases.METRICS` or `cases.GROUPS`. by: the field of a row that tells its kind. samples: of the bootstrap.
+    """Evaluate the answers of cases.
 
-    against: the same rows answered by another run. ValueError if rows lack what a metric compares with, or are others.
+    Args:
+        metrics: Names of metrics, or of groups of them.
+        by: The field of a row that has its kind.
+        samples: Number of bootstrap resamplings.
+        codec: Decodes masks, to compare and to draw them.
+        against: The same rows, answered by another run.
+        about: Facts for the report.
+
+    Raises:
+        ValueError: a row has no reference of the kind that a metric compares, or the rows of
+            `against` differ.
     """
-    wanted = metric_names(metrics)
+    names = metric_names(metrics)
     if against:
-        same_rows(cases, against, "--against")
-    scores = {name: score_cases(name, cases, codec) for name in wanted}
-    kinds: dict[str, list[int]] = {}
+        check_same_rows(cases, against, "--against")
+    scores = {name: score_cases(name, cases, codec) for name in names}
+    members: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
-        if case.row.get(by) is not None:
-            kinds.setdefault(str(case.row[by]), []).append(i)
-    figures, types, differences, changes = {}, {}, {}, {}
-    for name in tqdm(wanted, "bootstrap", unit="metric", disable=None, leave=False):
-        figures[name] = interval(scores[name], samples)
-        if len(kinds) > 1:
-            types[name] = {kind: interval(scores[name], samples, members=members) for kind, members in sorted(kinds.items())}
+        kind = case.row.get(by)
+        if kind is not None:
+            members.setdefault(str(kind), []).append(i)
+    intervals, types, differences, changes = {}, {}, {}, {}
+    for name in progress_bar(names, "bootstrap", unit="metric", leave=False):
+        intervals[name] = interval(scores[name], samples)
+        if len(members) > 1:
+            types[name] = {
+                kind: interval(scores[name], samples, members=own)
+                for kind, own in sorted(members.items())
+            }
         if against:
             theirs = score_cases(name, against, codec)
-            differences[name], changes[name] = difference(scores[name], theirs, samples), scores[name].each - theirs.each
-    each = {name: one.each for name, one in scores.items()}
-    return Evaluation(about or {}, cases, figures, each, types, differences, against, changes, codec)
+            differences[name] = difference(scores[name], theirs, samples)
+            changes[name] = scores[name].each - theirs.each
+    each = {name: score.each for name, score in scores.items()}
+    return Evaluation(
+        dict(about), cases, intervals, each, types, differences, against, changes, codec
+    )

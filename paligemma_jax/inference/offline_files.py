@@ -1,4 +1,4 @@
-"""The files of one part of an offline run: what was answered, in order, and what a killed run leaves to go on from."""
+"""The files of an offline run, which survive being killed at any moment."""
 
 from __future__ import annotations
 
@@ -6,75 +6,110 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
+
+
+class Record(TypedDict, total=False):
+    """The outcome of one row: an answered row, or an error and what the row was."""
+
+    line: int
+    error: str
+    row: object
 
 
 class OutputFiles:
-    """answers.jsonl, errors.jsonl and pending.jsonl in `folder`, or with -000n-of-000m in their names where there are several parts.
+    """answers.jsonl, errors.jsonl and pending.jsonl of one part of a run.
 
-    pending holds {"line", "row"} or {"line", "error", "row"} of each finished batch until its window is whole; then the errors, in the form that
-    they have there, and after them the answered rows alone are added to the other two. So after a kill at any moment the rows to come are those
-    behind as many rows without error as there are answers.
+    Of several parts, each has -000n-of-000m in its file names.
+
+    Finished batches are appended to the pending file as `Record`s. When a window of batches is
+    complete, its errors are appended to the errors file, then its answered rows to the answers
+    file. So after a kill, the number of answers and the lines in the errors file say where to
+    continue.
     """
 
-    def __init__(self, folder: Path, number: int, of: int):
-        if not 0 <= number < of:
-            raise ValueError(f"there is no part {number} of {of}: parts count from 0")
-        suffix = f"-{number:05}-of-{of:05}" if of > 1 else ""
+    def __init__(self, folder: Path, part: int, parts: int):
+        if not 0 <= part < parts:
+            raise ValueError(f"part must be from 0 to {parts - 1}, got {part}")
+        suffix = f"-{part:05}-of-{parts:05}" if parts > 1 else ""
+        names = (f"{name}{suffix}.jsonl" for name in ("answers", "errors", "pending"))
         self.folder = folder
-        self.answers, self.errors, self.pending = (folder / f"{name}{suffix}.jsonl" for name in ("answers", "errors", "pending"))
-        self.answered, self.failed, self.waits = 0, set[int](), dict[int, dict[str, Any]]()
+        self.answers, self.errors, self.pending = (folder / name for name in names)
+        self.answered = 0
+        self.failed: set[int] = set()  # line numbers
+        self.waiting: dict[int, Record] = {}  # the pending file, by line number
 
-    def begin(self, settings: dict[str, Any], resume: bool) -> None:
-        """Takes up what is there. ValueError if that was begun with other settings, or is there without `resume`."""
+    def begin(self, settings: dict[str, object], resume: bool) -> None:
+        """Create the files, or read those of the run to resume.
+
+        Raises:
+            ValueError: the folder contains answers and `resume` is off, or settings differ.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         if file.exists():
-            before = json.loads(file.read_text())
-            if other := [name for name, value in settings.items() if before.get(name) != value]:
-                told = ", ".join(f"{name} {before.get(name)!r}, now {settings[name]!r}" for name in other)
-                raise ValueError(f"{self.folder} was begun with other settings: {told}; resume with the same, or give another --output")
+            check_settings(self.folder, json.loads(file.read_text()), settings)
         else:
-            beside = file.with_suffix(f".{os.getpid()}.tmp")  # of several parts that begin at the same time, all write the same
-            beside.write_text(json.dumps(settings, indent=2) + "\n")
-            os.replace(beside, file)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # parts write the same, at once
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
+            os.replace(temporary, file)
         files = (self.answers, self.errors, self.pending)
         if not resume and any(path.exists() for path in files):
-            raise ValueError(f"{self.folder} holds answers already: --resume to go on with them, or give another --output")
+            raise ValueError(
+                f"{self.folder} already contains answers: --resume to continue, "
+                "or give another --output"
+            )
         for path in files:
             path.touch()
-        self.answered = sum(1 for _ in _whole(self.answers))
-        self.failed = {json.loads(line)["line"] for line in _whole(self.errors)}
-        self.waits = {record["line"]: record for record in map(json.loads, _whole(self.pending))}
+        self.answered = sum(1 for _ in _complete_lines(self.answers))
+        self.failed = {json.loads(line)["line"] for line in _complete_lines(self.errors)}
+        records: Iterator[Record] = map(json.loads, _complete_lines(self.pending))
+        self.waiting = {record["line"]: record for record in records}
 
-    def to_come(self, rows: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-        """Those of `rows` (line, text) that are in no file but perhaps pending."""
-        settled = self.answered
-        for line, text in rows:
-            if line in self.failed:
+    def remaining(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """Yield the numbered lines whose outcome is not in the answers or errors file."""
+        answered = self.answered
+        for number, line in lines:
+            if number in self.failed:
                 continue
-            if settled:
-                settled -= 1
+            if answered:
+                answered -= 1
             else:
-                yield line, text
+                yield number, line
 
-    def note(self, records: Iterable[dict[str, Any]]) -> None:
-        """Writes the records of a batch, so that it is not lost."""
-        found = {record["line"]: record for record in records}
-        _append(self.pending, found.values())
-        self.waits |= found
+    def add(self, records: Iterable[Record]) -> None:
+        """Append the records of a batch to the pending file."""
+        batch = {record["line"]: record for record in records}
+        _append(self.pending, batch.values())
+        self.waiting |= batch
 
-    def settle(self, lines: Iterable[int]) -> None:
-        """A window is whole: its records, all of them pending, go where they belong, in order."""
-        records = [self.waits[line] for line in lines]
-        wrong = [record for record in records if "error" in record]
-        _append(self.errors, wrong)  # first: see above
+    def commit(self, lines: Iterable[int]) -> None:
+        """Move the records of a complete window to their files, in order."""
+        records = [self.waiting[line] for line in lines]
+        errors = [record for record in records if "error" in record]
+        _append(self.errors, errors)  # first, see the class
         _append(self.answers, (record["row"] for record in records if "error" not in record))
         self.pending.write_bytes(b"")
-        self.answered, self.failed, self.waits = self.answered + len(records) - len(wrong), self.failed | {record["line"] for record in wrong}, {}
+        self.answered += len(records) - len(errors)
+        self.failed |= {record["line"] for record in errors}
+        self.waiting = {}
 
     def finish(self) -> None:
         self.pending.unlink()
+
+
+def check_settings(folder: Path, before: dict[str, object], now: dict[str, object]) -> None:
+    """Raise a ValueError if a run is resumed with other settings."""
+    changes = [
+        f"{name} was {before.get(name)!r}, now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} was begun with other settings: {'; '.join(changes)}. "
+            "Resume with the same settings, or give another --output"
+        )
 
 
 def output_files(folder: Path, name: str) -> list[Path]:
@@ -82,20 +117,20 @@ def output_files(folder: Path, name: str) -> list[Path]:
     return sorted(folder.glob(f"{name}-?????-of-?????.jsonl")) or [folder / f"{name}.jsonl"]
 
 
-def _append(file: Path, records: Iterable[Any]) -> None:
+def _append(file: Path, records: Iterable[object]) -> None:
     with file.open("ab") as out:
-        out.writelines(map(_line, records))
+        out.writelines(map(_encode, records))
 
 
-def _line(record: Any) -> bytes:
+def _encode(record: object) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot say
+    except UnicodeEncodeError:  # half of a surrogate pair: valid in JSON, not in UTF-8
         return json.dumps(record).encode() + b"\n"
 
 
-def _whole(file: Path) -> Iterator[bytes]:
-    """The lines of `file`, which is cut off after the last whole one."""
+def _complete_lines(file: Path) -> Iterator[bytes]:
+    """Yield the lines of `file`, and truncate it after the last complete one."""
     end = 0
     with file.open("r+b") as lines:
         for line in lines:

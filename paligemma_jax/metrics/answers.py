@@ -1,19 +1,18 @@
-"""Metrics of short answers. `references` hold, for each case, the answers that are right."""
+"""Metrics of short answers. `references` has, for each case, all correct answers."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
-from paligemma_jax.metrics.scores import Metric, Scores, mean, ratio
+from paligemma_jax.metrics.scores import Metric, References, Scores, Texts, mean_fraction, ratio
 
-Texts = Sequence[str]
-Rights = Sequence[Sequence[str]]
-
-# ---- VQA: https://visualqa.org/evaluation.html, as its published code (GT-Vision-Lab/VQA, vqaEval.py) does it, peculiarities included.
+# ---- VQA: https://visualqa.org/evaluation.html, with all peculiarities of its published code
+# (GT-Vision-Lab/VQA, vqaEval.py).
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = {"a", "an", "the"}
@@ -21,71 +20,101 @@ COUNTS = """zero one two three four five six seven eight nine ten
 eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"""
 NUMERALS = {name: str(number) for number, name in enumerate(COUNTS.split())} | {"none": "0"}
 DIGITS = {name: digits for name, digits in NUMERALS.items() if int(digits) <= 10}
-# Each is also written with one of its apostrophes missing.
-CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've he's how'd how'll
-how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've
-shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
-that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've
-when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've
-you'd you'd've you'll you're you've"""
-REPAIRED = {word[:i] + word[i + 1 :]: word for word in CONTRACTIONS.split() for i, mark in enumerate(word) if mark == "'"}
+# Each also occurs with one of its apostrophes missing.
+CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't
+hadn't've hasn't haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am
+mightn't mightn't've might've mustn't must've needn't not've o'clock oughtn't 'ow's'at shan't
+she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've
+there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll
+why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll
+you're you've"""
+REPAIRED = {
+    word[:i] + word[i + 1 :]: word
+    for word in CONTRACTIONS.split()
+    for i, character in enumerate(word)
+    if character == "'"
+}
 REPAIRED["somebody'd"] = "somebodyd"  # as published
 
 
 def normalise(answer: str) -> str:
-    """An answer as the VQA evaluation compares it: no punctuation, no articles, numbers up to ten as digits, apostrophes put back."""
-    number = re.search(r"\d,\d", answer) is not None  # then all punctuation is dropped, as it is where a space stands beside it; else it is a space
+    """Normalise an answer as the VQA evaluation does.
+
+    Removes punctuation and articles, writes numbers up to ten as digits, restores apostrophes.
+    """
+    # A mark beside a space is deleted, else it becomes a space. With a number like 2,000 in the
+    # answer, all marks are deleted.
+    has_thousands = re.search(r"\d,\d", answer) is not None
     text = answer
     for mark in PUNCTUATION:
-        text = text.replace(mark, "" if number or f"{mark} " in answer or f" {mark}" in answer else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)  # the code passes re.UNICODE, which is 32, in the place of the count
+        delete = has_thousands or f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if delete else " ")
+    # The published code passes re.UNICODE, which is 32, in place of the count.
+    text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(REPAIRED.get(word, word) for word in words if word not in ARTICLES)
 
 
-@Metric
-def vqa(predictions: Texts, references: Rights) -> Scores:
-    """VQA accuracy: the mean, over leaving out one person at a time, of min(1, how many of the others gave this answer / 3).
+@partial(Metric, title="VQA accuracy")
+def vqa(predictions: Texts, references: References) -> Scores:
+    """VQA accuracy: min(1, number of people who gave this answer / 3), averaged over leaving out
+    one person at a time.
 
-    Answers are normalised where people disagree. ValueError where fewer than four answered: nothing could reach 1.
+    Answers are normalised where people disagree.
+
+    Raises:
+        ValueError: fewer than four people answered, so that no answer could score 1.
     """
-    return mean(map(_vqa, predictions, references))
+    return mean_fraction(map(_vqa, predictions, references))
 
 
 def _vqa(prediction: str, people: Sequence[str]) -> float:
     if len(people) < 4:
-        raise ValueError(f"VQA accuracy compares with what several people answered, ten in VQAv2; here there are {list(people)}: take exact_match")
-    said, *people = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *people))
-    if len(set(people)) > 1:
-        said, *people = map(normalise, (said, *people))
-    same = [person == said for person in people]
-    return sum(min(1, (sum(same) - left_out) / 3) for left_out in same) / len(same)
+        raise ValueError(
+            "VQA accuracy needs the answers of at least four people (VQAv2 has ten), "
+            f"got {list(people)}: use exact_match"
+        )
+    texts = (prediction, *people)
+    texts = [text.replace("\n", " ").replace("\t", " ").strip() for text in texts]
+    if len(set(texts[1:])) > 1:
+        texts = [normalise(text) for text in texts]
+    agrees = [person == texts[0] for person in texts[1:]]
+    return sum(min(1, (sum(agrees) - left_out) / 3) for left_out in agrees) / len(agrees)
 
 
-# ---- One right answer, or any of several
+# ---- One correct answer, or any of several
 
 
-def _best(score: Callable[[str, str], float], predictions: Texts, references: Rights) -> Scores:
-    return mean(max((float(score(said, right)) for right in rights), default=0.0) for said, rights in zip(predictions, references))
+def _best(score: Callable[[str, str], float], predictions: Texts, references: References) -> Scores:
+    """Score each prediction against its most similar reference."""
+    return mean_fraction(
+        max((float(score(prediction, answer)) for answer in answers), default=0.0)
+        for prediction, answers in zip(predictions, references, strict=True)
+    )
 
 
-@Metric
-def exact_match(predictions: Texts, references: Rights) -> Scores:
-    """The share that equal a right answer, but for spaces around them."""
-    return _best(lambda said, right: said.strip() == right.strip(), predictions, references)
+@partial(Metric, title="exact match")
+def exact_match(predictions: Texts, references: References) -> Scores:
+    """The fraction that equals a reference, except for surrounding spaces."""
+    return _best(lambda a, b: a.strip() == b.strip(), predictions, references)
 
 
-@Metric
-def relaxed_accuracy(predictions: Texts, references: Rights) -> Scores:
-    """ChartQA (arXiv:2203.10244): numbers may be off by 5 %, other answers must be the same; without case, as big_vision compares them."""
+@partial(Metric, title="relaxed accuracy")
+def relaxed_accuracy(predictions: Texts, references: References) -> Scores:
+    """ChartQA's accuracy (arXiv:2203.10244): numbers within 5 %, other answers equal.
+
+    Case is ignored, as in big_vision.
+    """
     return _best(_relaxed, predictions, references)
 
 
-def _relaxed(said: str, right: str) -> bool:
-    numbers = _number(said), _number(right)
-    if numbers[0] is not None and numbers[1]:  # 0 is only met by "0"
-        return abs(numbers[0] - numbers[1]) / abs(numbers[1]) <= 0.05
-    return said.lower() == right.lower()
+def _relaxed(prediction: str, reference: str) -> bool:
+    value, expected = _number(prediction), _number(reference)
+    if value is not None and expected:  # 0 equals only "0"
+        return abs(value - expected) / abs(expected) <= 0.05
+    return prediction.lower() == reference.lower()
 
 
 def _number(text: str) -> float | None:
@@ -96,75 +125,117 @@ def _number(text: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-@Metric
-def anls(predictions: Texts, references: Rights) -> Scores:
-    """DocVQA's average normalised Levenshtein similarity (arXiv:1907.00490, equation 1): 1 - distance / longer length, or 0 from half on.
+@partial(Metric, title="ANLS")
+def anls(predictions: Texts, references: References) -> Scores:
+    """DocVQA's average normalised Levenshtein similarity (arXiv:1907.00490, equation 1).
 
-    Without case, as the paper and big_vision have it.
+    1 - distance / longer length, or 0 if that is at most 0.5. Case is ignored, as in the paper and
+    big_vision.
     """
-    return _best(lambda said, right: _similarity(said.lower(), right.lower()), predictions, references)
+    return _best(lambda a, b: _similarity(a.lower(), b.lower()), predictions, references)
 
 
-def _similarity(said: str, right: str) -> float:
-    distance = _distance(said, right) / max(len(said), len(right), 1)
+def _similarity(a: str, b: str) -> float:
+    distance = _levenshtein(a, b) / max(len(a), len(b), 1)
     return 1 - distance if distance < 0.5 else 0.0
 
 
-def _distance(a: str, b: str) -> int:
-    """Levenshtein: insertions, deletions and replacements."""
+def _levenshtein(a: str, b: str) -> int:
+    """The number of insertions, deletions and replacements that turn `a` into `b`."""
     row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != other))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
     return row[-1]
 
 
-@Metric
-def tallyqa(predictions: Texts, references: Rights) -> Scores:
-    """The share of right counts; "none" and "zero" to "twenty" are their numerals (big_vision)."""
-    plain = lambda text: NUMERALS.get(text.lower(), text)
-    return _best(lambda said, right: plain(said) == plain(right), predictions, references)
+@partial(Metric, title="TallyQA accuracy")
+def tallyqa(predictions: Texts, references: References) -> Scores:
+    """The fraction of correct counts; "none" and "zero" to "twenty" are numbers (big_vision)."""
+    return _best(lambda a, b: _numeral(a) == _numeral(b), predictions, references)
 
 
-@Metric
-def rsvqa(predictions: Texts, references: Rights) -> Scores:
-    """The overall accuracy of RSVQA (arXiv:2003.07333), without case; its average accuracy is the mean over the question types."""
-    return _best(lambda said, right: said.lower() == right.lower(), predictions, references)
+def _numeral(text: str) -> str:
+    return NUMERALS.get(text.lower(), text)
 
 
-def average_accuracy(predictions: Texts, references: Rights, types: Sequence[str]) -> float:
-    """RSVQA's average accuracy: the mean over question types of the accuracy of each."""
-    each = rsvqa.scores(predictions, references).each
-    return float(np.mean([each[[other == kind for other in types]].mean() for kind in set(types)]))
+@partial(Metric, title="RSVQA accuracy")
+def rsvqa(predictions: Texts, references: References) -> Scores:
+    """RSVQA's overall accuracy (arXiv:2003.07333), ignoring case; see `average_accuracy`."""
+    return _best(lambda a, b: a.lower() == b.lower(), predictions, references)
 
 
-# ---- POPE (arXiv:2305.10355), as its published evaluate.py reads answers: no if the first sentence says No, no or not, else yes
+def average_accuracy(predictions: Texts, references: References, types: Sequence[str]) -> float:
+    """RSVQA's average accuracy: the mean of the accuracies of each type of question."""
+    each, kinds = rsvqa.scores(predictions, references).each, np.array(types)
+    return float(np.mean([each[kinds == kind].mean() for kind in set(types)]))
 
 
-def _confusion(predictions: Texts, references: Rights, of: Callable[[float, float, float, float], float]) -> Scores:
-    """of: true positives, false positives, true negatives, false negatives -> the metric."""
-    said = np.array([not {"No", "no", "not"} & set(text.split(".")[0].replace(",", "").split(" ")) for text in predictions])
-    right = np.array([rights[0] != "no" for rights in references])
-    cells = np.stack([said & right, said & ~right, ~said & ~right, ~said & right], axis=1).astype(float)
-    return Scores((said == right).astype(float), lambda weights: of(*(weights @ cells)))
+# ---- POPE (arXiv:2305.10355): as in its published evaluate.py, an answer is negative if its first
+# sentence has the word No, no or not.
 
 
-@Metric
-def pope_accuracy(predictions: Texts, references: Rights) -> Scores:
-    return _confusion(predictions, references, lambda tp, fp, tn, fn: ratio(tp + tn, tp + fp + tn + fn))
+def _confusion(
+    predictions: Texts,
+    references: References,
+    score: Callable[[float, float, float, float], float],
+    counts: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> Scores:
+    """Score yes-or-no answers.
+
+    Args:
+        score: True positives, false positives, true negatives, false negatives -> the metric.
+        counts: bool[N] positive predictions, bool[N] positive references -> the cases that count.
+    """
+    words = [set(text.split(".")[0].replace(",", "").split(" ")) for text in predictions]
+    predicted = np.array([not {"No", "no", "not"} & sentence for sentence in words])
+    actual = np.array([answers[0] != "no" for answers in references])
+    cells = (predicted & actual, predicted & ~actual, ~predicted & ~actual, ~predicted & actual)
+    table = np.stack(cells, axis=1).astype(float)
+    correct = (predicted == actual).astype(float)
+    return Scores(correct, lambda weights: score(*(weights @ table)), counts(predicted, actual))
 
 
-@Metric
-def pope_precision(predictions: Texts, references: Rights) -> Scores:
-    return _confusion(predictions, references, lambda tp, fp, tn, fn: ratio(tp, tp + fp))
+@partial(Metric, title="POPE accuracy")
+def pope_accuracy(predictions: Texts, references: References) -> Scores:
+    """The fraction of correct answers."""
+    return _confusion(
+        predictions,
+        references,
+        lambda tp, fp, tn, fn: ratio(tp + tn, tp + fp + tn + fn),
+        lambda predicted, actual: np.ones(len(actual), bool),
+    )
 
 
-@Metric
-def pope_recall(predictions: Texts, references: Rights) -> Scores:
-    return _confusion(predictions, references, lambda tp, fp, tn, fn: ratio(tp, tp + fn))
+@partial(Metric, title="POPE precision")
+def pope_precision(predictions: Texts, references: References) -> Scores:
+    """The fraction of positive answers that is correct."""
+    return _confusion(
+        predictions,
+        references,
+        lambda tp, fp, tn, fn: ratio(tp, tp + fp),
+        lambda predicted, actual: predicted,
+    )
 
 
-@Metric
-def pope_f1(predictions: Texts, references: Rights) -> Scores:
-    return _confusion(predictions, references, lambda tp, fp, tn, fn: ratio(2 * tp, 2 * tp + fp + fn))
+@partial(Metric, title="POPE recall")
+def pope_recall(predictions: Texts, references: References) -> Scores:
+    """The fraction of positive references that is answered positively."""
+    return _confusion(
+        predictions,
+        references,
+        lambda tp, fp, tn, fn: ratio(tp, tp + fn),
+        lambda predicted, actual: actual,
+    )
+
+
+@partial(Metric, title="POPE F1")
+def pope_f1(predictions: Texts, references: References) -> Scores:
+    """The harmonic mean of precision and recall."""
+    return _confusion(
+        predictions,
+        references,
+        lambda tp, fp, tn, fn: ratio(2 * tp, 2 * tp + fp + fn),
+        lambda predicted, actual: predicted | actual,
+    )

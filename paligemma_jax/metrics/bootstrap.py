@@ -1,4 +1,4 @@
-"""How sure a figure is: the bootstrap over cases (Efron, 1979), and over the cases of two runs at once."""
+"""Confidence intervals: the bootstrap over cases (Efron, 1979), paired for two runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 
 from paligemma_jax.metrics.scores import Scores
 
-EDGES = 2.5, 97.5  # percentiles of an interval that holds the true value 95 times in 100
+PERCENTILES = 2.5, 97.5  # of a 95 % interval
+Z = 1.959964  # standard normal quantile of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Interval:
+    """A value and its 95 % interval."""
+
     value: float
     low: float
     high: float
@@ -21,36 +24,66 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """Of ours less theirs; p: how often chance alone would give one as large, in either direction."""
+    """Ours minus theirs."""
 
-    p: float
+    p: float  # two-sided: the probability of a difference as large by chance alone
 
 
-def interval(scores: Scores, samples: int = 1000, seed: int = 0, members: Sequence[int] | None = None) -> Interval:
-    """members: of these cases alone."""
+def interval(
+    scores: Scores, samples: int = 1000, seed: int = 0, members: Sequence[int] | None = None
+) -> Interval:
+    """The metric of some cases with its interval.
+
+    Where every case scores 0, or every case 1, resampling changes nothing. Then the interval is
+    Wilson's (1927): all of 60 cases correct is 94.0 to 100.0 %.
+
+    Args:
+        samples: Number of resamplings.
+        members: Indices of the cases, by default all.
+    """
     cases = len(scores.each)
-    own = np.arange(cases) if members is None else np.asarray(members)
-    value = float(scores.total(np.bincount(own, minlength=cases).astype(float)))
-    return Interval(value, *_edges([scores.total(weights) for weights in _resamplings(own, cases, samples, seed)], value))
+    indices = np.arange(cases) if members is None else np.asarray(members)
+    value = float(scores.total(np.bincount(indices, minlength=cases).astype(float)))
+    wilson = _wilson(scores, indices, value)
+    if wilson:
+        return Interval(value, *wilson)
+    resampled = [scores.total(weights) for weights in _resample(indices, cases, samples, seed)]
+    return Interval(value, *_edges(resampled, value))
 
 
 def difference(ours: Scores, theirs: Scores, samples: int = 1000, seed: int = 0) -> Difference:
-    """Both have the same cases in the same order, and each resampling takes the same of both: what is hard for both cancels."""
+    """The difference of two runs on the same cases, which are resampled together.
+
+    So cases that are difficult for both runs do not widen the interval.
+    """
     cases = len(ours.each)
-    found = [ours.total(weights) - theirs.total(weights) for weights in _resamplings(np.arange(cases), cases, samples, seed)]
-    tail = min(sum(value <= 0 for value in found), sum(value >= 0 for value in found))
+    resamplings = _resample(np.arange(cases), cases, samples, seed)
+    resampled = [ours.total(weights) - theirs.total(weights) for weights in resamplings]
+    negative, positive = sum(x <= 0 for x in resampled), sum(x >= 0 for x in resampled)
+    p = min(1.0, 2 * (min(negative, positive) + 1) / (samples + 1))
     value = ours.value() - theirs.value()
-    return Difference(value, *_edges(found, value), min(1.0, 2 * (tail + 1) / (samples + 1)))
+    return Difference(value, *_edges(resampled, value), p)
 
 
-def _resamplings(own: np.ndarray, cases: int, samples: int, seed: int) -> Iterator[np.ndarray]:
-    """float64[N]: how often each case is drawn, as many as are in `own`."""
+def _resample(indices: np.ndarray, cases: int, samples: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield float64[N], how often each case is drawn."""
     rng = np.random.default_rng(seed)
     for _ in range(samples):
-        yield np.bincount(rng.choice(own, len(own)), minlength=cases).astype(float)
+        yield np.bincount(rng.choice(indices, len(indices)), minlength=cases).astype(float)
 
 
-def _edges(found: list[float], value: float) -> tuple[float, float]:
-    known = [one for one in found if not np.isnan(one)]  # a resampling without any object has no AP
-    low, high = np.percentile(known, EDGES) if known else (value, value)
+def _edges(resampled: list[float], value: float) -> tuple[float, float]:
+    defined = [x for x in resampled if not np.isnan(x)]  # without any object, AP is nan
+    low, high = np.percentile(defined, PERCENTILES) if defined else (value, value)
     return float(low), float(high)
+
+
+def _wilson(scores: Scores, indices: np.ndarray, value: float) -> tuple[float, float] | None:
+    """Wilson's interval if all cases that count score 0, or all 1."""
+    if scores.trials is None or value not in (0, 1):
+        return None
+    each = scores.each[indices[scores.trials[indices]]]
+    if not len(each) or (each != value).any():
+        return None
+    width = Z**2 / (len(each) + Z**2)
+    return (1 - width, 1.0) if value else (0.0, width)

@@ -1,147 +1,178 @@
-"""Metrics of boxes and masks. A box is y0, x0, y1, x1 in any unit: stretching a picture changes no overlap.
+"""Metrics of boxes and masks. A box is y0, x0, y1, x1 in any unit: scaling an axis changes no IoU.
 
-Axes: N pictures, D objects found, R right ones, T thresholds.
+Axes: N images, D detected objects, R reference objects, T thresholds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
-from paligemma_jax.metrics.scores import Metric, Scores, mean
+from paligemma_jax.metrics.scores import Metric, Scores, mean_fraction
 
-THRESHOLDS = np.linspace(0.5, 0.95, 10)
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # IoU
 RECALLS = np.linspace(0, 1, 101)
-MOST = 100  # found objects that count, of one label in one picture
+MAX_DETECTIONS = 100  # per label and image
+
+Box = Sequence[float]
 
 
-class Thing(Protocol):
-    """An object of a picture."""
+class LabelledBox(Protocol):
+    """A detected object or a reference object."""
 
     @property
     def label(self) -> str: ...
 
     @property
-    def box(self) -> Sequence[float]: ...
+    def box(self) -> Box: ...
 
     @property
     def score(self) -> float | None: ...
 
 
-Pictures = Sequence[Sequence[Thing]]
+Objects = Sequence[Sequence[LabelledBox]]  # of each image
 
 
-def overlaps(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> np.ndarray:
+def overlaps(a: Sequence[Box], b: Sequence[Box]) -> np.ndarray:
     """float64[D, R]: intersection over union of each box of `a` with each of `b`."""
-    one, other = np.reshape(np.asarray(a, float), (-1, 1, 4)), np.reshape(np.asarray(b, float), (1, -1, 4))
-    area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), axis=-1)
-    both = area(np.concatenate([np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])], axis=-1))
-    return both / np.maximum(area(one) + area(other) - both, 1e-12)
+    first, second = np.reshape(a, (-1, 1, 4)).astype(float), np.reshape(b, (1, -1, 4)).astype(float)
+    low = np.maximum(first[..., :2], second[..., :2])
+    high = np.minimum(first[..., 2:], second[..., 2:])
+    intersection = np.prod(np.maximum(high - low, 0), axis=-1)
+    return intersection / np.maximum(_area(first) + _area(second) - intersection, 1e-12)
 
 
-def _sure(thing: Thing) -> float:
-    return 1.0 if thing.score is None else thing.score
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return np.prod(np.maximum(boxes[..., 2:] - boxes[..., :2], 0), axis=-1)
 
 
-def _hits(found: Sequence[Thing], right: Sequence[Thing], thresholds: np.ndarray) -> np.ndarray:
-    """bool[T, D]: whether each found object, best score first, is one that was right and free."""
-    table = overlaps([thing.box for thing in found], [thing.box for thing in right])
-    hits = np.zeros((len(thresholds), len(found)), bool)
-    for hit, threshold in zip(hits, thresholds):
-        free = np.ones(len(right), bool)
-        for d, row in enumerate(table):
-            fits = np.where(free & (row >= min(threshold, 1 - 1e-10)), row, -1)
-            if fits.max(initial=-1) >= 0:
-                free[len(fits) - 1 - fits[::-1].argmax()] = False  # of several alike the last, as pycocotools does
+def _score(detection: LabelledBox) -> float:
+    return 1.0 if detection.score is None else detection.score
+
+
+def _hits(
+    detections: Sequence[LabelledBox], references: Sequence[LabelledBox], thresholds: np.ndarray
+) -> np.ndarray:
+    """bool[T, D]: whether each detection, best score first, matches a reference that is free."""
+    table = overlaps([item.box for item in detections], [item.box for item in references])
+    hits = np.zeros((len(thresholds), len(detections)), bool)
+    for hit, threshold in zip(hits, thresholds, strict=True):
+        free = np.ones(len(references), bool)
+        for d, ious in enumerate(table):
+            candidates = np.where(free & (ious >= min(threshold, 1 - 1e-10)), ious, -1)
+            if candidates.max(initial=-1) >= 0:
+                # The last of equal ones, as in pycocotools.
+                free[len(candidates) - 1 - candidates[::-1].argmax()] = False
                 hit[d] = True
     return hits
 
 
-def _average_precision(predictions: Pictures, references: Pictures, thresholds: np.ndarray) -> Scores:
-    labels = sorted({thing.label for right in references for thing in right})
-    tables, agreed = [], np.zeros(len(references))
-    for label in labels:
-        scores, cases, hits = [], [], []
-        rights = np.array([sum(thing.label == label for thing in right) for right in references], float)
-        for i, (things, right) in enumerate(zip(predictions, references)):
-            found = sorted((thing for thing in things if thing.label == label), key=lambda thing: -_sure(thing))[:MOST]
-            hits.append(_hits(found, [thing for thing in right if thing.label == label], thresholds))
-            scores += map(_sure, found)
-            cases += [i] * len(found)
-            agreed[i] += hits[-1].sum() / len(thresholds)
+def _average_precision(predictions: Objects, references: Objects, thresholds: np.ndarray) -> Scores:
+    tables, matched = [], np.zeros(len(references))
+    for label in sorted({item.label for objects in references for item in objects}):
+        scores, images, hits = [], [], []
+        counts = np.zeros(len(references))
+        for i, (detections, objects) in enumerate(zip(predictions, references, strict=True)):
+            detections = [item for item in detections if item.label == label]
+            detections = sorted(detections, key=_score, reverse=True)[:MAX_DETECTIONS]
+            objects = [item for item in objects if item.label == label]
+            counts[i] = len(objects)
+            hits.append(_hits(detections, objects, thresholds))
+            matched[i] += hits[-1].sum() / len(thresholds)
+            scores += map(_score, detections)
+            images += [i] * len(detections)
         order = np.argsort(-np.array(scores, float), kind="stable")
-        tables.append((rights, np.array(cases, int)[order], np.concatenate(hits, axis=1)[:, order]))
+        hits = np.concatenate(hits, axis=1)[:, order]
+        tables.append((counts, np.array(images, int)[order], hits))
 
     def total(weights: np.ndarray) -> float:
-        known = [_area(weights @ rights, weights[cases], hits) for rights, cases, hits in tables if weights @ rights]
-        return float(np.mean(known)) if known else float("nan")
+        precisions = [
+            _mean_precision(weights @ counts, weights[images], hits)
+            for counts, images, hits in tables
+            if weights @ counts
+        ]
+        return float(np.mean(precisions)) if precisions else float("nan")
 
-    sizes = np.array([len(things) + len(right) for things, right in zip(predictions, references)])
-    return Scores(np.where(sizes > 0, 2 * agreed / np.maximum(sizes, 1), 1.0), total)
+    sizes = np.array([len(a) + len(b) for a, b in zip(predictions, references, strict=True)])
+    f1 = np.where(sizes > 0, 2 * matched / np.maximum(sizes, 1), 1.0)
+    return Scores(f1, total, sizes > 0)
 
 
-def _area(rights: float, weights: np.ndarray, hits: np.ndarray) -> float:
-    """The mean over thresholds and RECALLS of the best precision from that recall on. weights float[D], hits bool[T, D], best score first."""
+def _mean_precision(positives: float, weights: np.ndarray, hits: np.ndarray) -> float:
+    """The best precision at each recall or above, averaged over RECALLS and thresholds.
+
+    Args:
+        positives: Number of reference objects.
+        weights: float[D], how often each detection occurs, best score first.
+        hits: bool[T, D].
+    """
     true, false = np.cumsum(weights * hits, axis=1), np.cumsum(weights * ~hits, axis=1)
     precision = true / np.maximum(true + false, 1e-12)
     best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    padded = np.pad(best, ((0, 0), (0, 1)))
-    return float(np.mean([row[np.searchsorted(recall, RECALLS)] for row, recall in zip(padded, true / rights)]))
+    best = np.pad(best, ((0, 0), (0, 1)))  # 0 where the recall is not reached
+    recalls = true / positives
+    rows = zip(best, recalls, strict=True)
+    return float(np.mean([row[np.searchsorted(recall, RECALLS)] for row, recall in rows]))
 
 
-@Metric
-def average_precision(predictions: Pictures, references: Pictures) -> Scores:
-    """COCO's AP: over labels, and over overlaps of 0.5, 0.55, ... 0.95, as pycocotools computes it (all areas, 100 objects, no crowds).
+@partial(Metric, title="AP", case_title="F1 of boxes at 0.5 to 0.95", compares="detections")
+def average_precision(predictions: Objects, references: Objects) -> Scores:
+    """COCO's AP, averaged over labels and over IoU thresholds of 0.5, 0.55, ..., 0.95.
 
-    predictions and references: for each picture the objects found, and those that are there, whose score plays no part. A label that nowhere
-    is right counts for nothing; nan if no object is. `each` is the F1 of a picture, whatever the scores; 1 where nothing was to be found, and
-    nothing was. An object without a score counts as one of score 1.
+    Computed as in pycocotools (all areas, 100 detections, no crowds). A detection without a score
+    counts as one of score 1; scores of references are ignored. A label without references does not
+    count; without any reference, AP is nan. A single image is scored by the F1 of its boxes, which
+    ignores scores, and is 1 if there is nothing to detect and nothing was detected.
     """
     return _average_precision(predictions, references, THRESHOLDS)
 
 
-@Metric
-def ap50(predictions: Pictures, references: Pictures) -> Scores:
-    """COCO's AP50: at an overlap of 0.5."""
+@partial(Metric, title="AP50", case_title="at 0.5", compares="detections")
+def ap50(predictions: Objects, references: Objects) -> Scores:
+    """COCO's AP50: AP at an IoU threshold of 0.5."""
     return _average_precision(predictions, references, THRESHOLDS[:1])
 
 
-@Metric
-def ap75(predictions: Pictures, references: Pictures) -> Scores:
-    """COCO's AP75."""
+@partial(Metric, title="AP75", case_title="at 0.75", compares="detections")
+def ap75(predictions: Objects, references: Objects) -> Scores:
+    """COCO's AP75: AP at an IoU threshold of 0.75."""
     return _average_precision(predictions, references, THRESHOLDS[5:6])
 
 
-# ---- RefCOCO: one object a case; None where nothing could be read from an answer
+# ---- RefCOCO: one object per case; the prediction is None if the answer has none
 
 
-def _overlap(found: Sequence[float] | None, right: Sequence[float]) -> float:
-    return 0.0 if found is None else float(overlaps([found], [right])[0, 0])
+def _iou(prediction: Box | None, reference: Box) -> float:
+    return 0.0 if prediction is None else float(overlaps([prediction], [reference])[0, 0])
 
 
-@Metric
-def box_accuracy(predictions: Sequence[Sequence[float] | None], references: Sequence[Sequence[float]]) -> Scores:
-    """The share of boxes that overlap the right one by at least 0.5."""
-    return mean(_overlap(found, right) >= 0.5 for found, right in zip(predictions, references))
+@partial(Metric, title="box accuracy at 0.5", compares="box")
+def box_accuracy(predictions: Sequence[Box | None], references: Sequence[Box]) -> Scores:
+    """The fraction of boxes whose IoU with the reference is at least 0.5."""
+    pairs = zip(predictions, references, strict=True)
+    return mean_fraction(_iou(*pair) >= 0.5 for pair in pairs)
 
 
-@Metric
-def box_iou(predictions: Sequence[Sequence[float] | None], references: Sequence[Sequence[float]]) -> Scores:
-    """The mean overlap of the boxes."""
-    return mean(map(_overlap, predictions, references))
+@partial(Metric, title="box mIoU", compares="box")
+def box_iou(predictions: Sequence[Box | None], references: Sequence[Box]) -> Scores:
+    """The mean IoU of the boxes."""
+    return mean_fraction(map(_iou, predictions, references))
 
 
-@Metric
+@partial(Metric, title="mask mIoU", compares="mask")
 def mask_iou(predictions: Sequence[np.ndarray | None], references: Sequence[np.ndarray]) -> Scores:
-    """RefCOCO's mIoU: the mean over cases of intersection over union, in pixels; bool[H, W] each. 0 for None (big_vision's evaluator)."""
+    """RefCOCO's mIoU: the mean IoU of masks bool[H, W]; 0 for None (big_vision's evaluator)."""
+    return mean_fraction(map(_mask_iou, predictions, references))
 
-    def score(found: np.ndarray | None, right: np.ndarray) -> float:
-        if found is None:
-            return 0.0
-        if found.shape != right.shape:
-            raise ValueError(f"a mask of {found.shape} pixels for a picture of {right.shape}")
-        return float((found & right).sum() / max((found | right).sum(), 1))
 
-    return mean(map(score, predictions, references))
+def _mask_iou(prediction: np.ndarray | None, reference: np.ndarray) -> float:
+    if prediction is None:
+        return 0.0
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"masks must have the shape of the reference, {reference.shape}, got {prediction.shape}"
+        )
+    return float((prediction & reference).sum() / max((prediction | reference).sum(), 1))

@@ -1,4 +1,4 @@
-"""Metrics of captions. `references` hold, for each picture, what several people wrote."""
+"""Metrics of captions. `references` has, for each image, the captions that several people wrote."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from paligemma_jax.metrics.answers import Rights, Texts
-from paligemma_jax.metrics.scores import Metric, Scores, mean, ratio
+from paligemma_jax.metrics.scores import Metric, References, Scores, Texts, mean, ratio
 
-# ---- The tokens of the COCO caption evaluation: those of Stanford's PTBTokenizer (-lowerCase), without punctuation
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
+
+# ---- Tokens of the COCO caption evaluation: Stanford's PTBTokenizer (-lowerCase), no punctuation
 
 STRAIGHT = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": " ", "—": " ", "…": " "})
-BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}  # kept by that evaluation, as its list is in capitals
-ABBREVIATIONS = "mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|ltd|co|corp|etc|vs|ft|lt|sgt|gen|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec"
-FUSED = re.compile(r"\b(can|gon|wan|got|lem|gim)(not|na|ta|me)\b")  # two tokens: can not, gon na, lem me
+# Not removed, because the evaluation's list of punctuation has their names in capitals.
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+ABBREVIATIONS = (
+    "mr|mrs|ms|dr|prof|st|ave|jr|sr|inc|ltd|co|corp|etc|vs|ft|lt|sgt|gen"
+    "|jan|feb|mar|apr|jun|jul|aug|sept|sep|oct|nov|dec"
+)
+FUSED = re.compile(r"\b(can|gon|wan|got|lem|gim)(not|na|ta|me)\b")  # can not, gon na, lem me
 TOKEN = re.compile(
     rf"""https?://\S*\w | [\w.+-]+@[\w-]+(?:\.[\w-]+)+            # addresses
     | (?:[a-z]\.){{2,}} | \b(?:{ABBREVIATIONS})\. | \bno\.(?=\s*\d)  # u.s., st., no. 5
@@ -32,64 +38,85 @@ TOKEN = re.compile(
 
 
 def tokenize(caption: str) -> list[str]:
-    """The caption in lower case, without punctuation, with contractions apart ("do n't", "man 's").
+    """Split into lower-case tokens without punctuation; contractions are split ("do n't").
 
-    The rules that captions meet, not all of PTBTokenizer: it knows more abbreviations, and where a sentence ends within a line.
+    Has the rules that captions need, not all of PTBTokenizer's: that knows more abbreviations, and
+    detects the end of a sentence within a line.
     """
-    tokens: list[str] = TOKEN.findall(FUSED.sub(r"\1 \2", caption.lower().translate(STRAIGHT)))
-    return [BRACKETS.get(token, token) for token in tokens]
+    text = FUSED.sub(r"\1 \2", caption.lower().translate(STRAIGHT))
+    return [BRACKETS.get(token, token) for token in TOKEN.findall(text)]
 
 
-# ---- CIDEr-D (arXiv:1411.5726), as pycocoevalcap's CiderScorer computes it
+# ---- CIDEr-D (arXiv:1411.5726), as in pycocoevalcap's CiderScorer
 
-SIGMA = 6.0  # of the penalty on a difference in length
+SIGMA = 6.0  # of the length penalty
+
+NGrams = Counter[tuple[str, ...]]
+Vector = dict[tuple[str, ...], float]
 
 
-@Metric
-def cider(predictions: Texts, references: Rights) -> Scores:
-    """CIDEr-D: how alike the 1- to 4-grams of caption and references are, rare ones weighing more. 0 to 10; papers print it times 100.
+@partial(Metric, title="CIDEr-D")
+def cider(predictions: Texts, references: References) -> Scores:
+    """CIDEr-D: similarity of 1- to 4-grams, in which rare ones weigh more.
 
-    Which n-grams are rare is a matter of all `references`: one picture alone scores 0. A resampling keeps those of the whole set.
+    From 0 to 10; papers print it times 100. Frequencies are those of all `references`, also in a
+    resampling: a single image scores 0.
     """
-    if bare := [i for i, rights in enumerate(references) if not rights]:
-        raise ValueError(f"case {bare[0]} has no reference caption")
-    said = [_grams(caption) for caption in predictions]
-    right = [[_grams(caption) for caption in captions] for captions in references]
-    pictures = Counter(gram for captions in right for gram in set().union(*captions))
-    weigh = lambda grams: {gram: count * np.log(len(right) / max(pictures[gram], 1)) for gram, count in grams.items()}
+    for i, captions in enumerate(references):
+        if not captions:
+            raise ValueError(f"case {i} has no reference caption")
+    ngrams = [[_ngrams(caption) for caption in captions] for captions in references]
+    images = Counter(gram for captions in ngrams for gram in set().union(*captions))
 
-    def score(caption: Counter, others: list[Counter]) -> float:
-        ours = weigh(caption)
-        return 10 * float(np.mean([_cosine(ours, weigh(other)) * _penalty(caption, other) for other in others]))
+    def tf_idf(grams: NGrams) -> Vector:
+        idf = {gram: np.log(len(references) / max(images[gram], 1)) for gram in grams}
+        return {gram: count * idf[gram] for gram, count in grams.items()}
 
-    return mean(map(score, said, right))
+    def score(prediction: NGrams, captions: list[NGrams]) -> float:
+        vector = tf_idf(prediction)
+        similarities = [
+            _cosine(vector, tf_idf(caption)) * _length_penalty(prediction, caption)
+            for caption in captions
+        ]
+        return 10 * float(np.mean(similarities))
+
+    return mean(map(score, map(_ngrams, predictions), ngrams))
 
 
-def _grams(caption: str) -> Counter:
+def _ngrams(caption: str) -> NGrams:
     tokens = tokenize(caption)
-    return Counter(tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1))
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, 5) for i in range(len(tokens) - n + 1)
+    )
 
 
-def _cosine(ours: dict, other: dict) -> float:
-    """Of two captions' tf-idf vectors, ours clipped to the other; the mean over n = 1 to 4."""
+def _cosine(prediction: Vector, reference: Vector) -> float:
+    """The mean over n = 1 to 4, the prediction clipped to the reference."""
     product, squares = np.zeros(4), np.zeros((2, 4))
-    for side, weights in enumerate((ours, other)):
-        for gram, weight in weights.items():
+    for side, vector in enumerate((prediction, reference)):
+        for gram, weight in vector.items():
             squares[side, len(gram) - 1] += weight**2
-    for gram in ours.keys() & other.keys():
-        product[len(gram) - 1] += min(ours[gram], other[gram]) * other[gram]
+    for gram in prediction.keys() & reference.keys():
+        product[len(gram) - 1] += min(prediction[gram], reference[gram]) * reference[gram]
     norms = np.sqrt(squares.prod(axis=0))
     return float(np.mean(np.divide(product, norms, out=np.zeros(4), where=norms > 0)))
 
 
-def _penalty(ours: Counter, other: Counter) -> float:
-    """On a difference in length, which that code counts in bigrams."""
-    length, wanted = (sum(count for gram, count in grams.items() if len(gram) == 2) for grams in (ours, other))
-    return float(np.exp(-((length - wanted) ** 2) / (2 * SIGMA**2)))
+def _length_penalty(prediction: NGrams, reference: NGrams) -> float:
+    """Penalty on a difference in length, which pycocoevalcap counts in bigrams."""
+    lengths = [
+        sum(count for gram, count in grams.items() if len(gram) == 2)
+        for grams in (prediction, reference)
+    ]
+    return float(np.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * SIGMA**2)))
 
 
-def sacrebleu() -> Any:
-    """Its `BLEU`; ValueError where it is missing."""
+def load_sacrebleu() -> type[BLEU]:
+    """Import sacrebleu's `BLEU`.
+
+    Raises:
+        ValueError: sacrebleu is not installed.
+    """
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError:
@@ -97,58 +124,77 @@ def sacrebleu() -> Any:
     return BLEU
 
 
-@partial(Metric, percent=False)
-def bleu(predictions: Texts, references: Rights) -> Scores:
-    """Corpus BLEU as sacrebleu computes it (its tokens, 13a), 0 to 100. ValueError where sacrebleu is missing."""
-    BLEU = sacrebleu()
-    sentence = BLEU(effective_order=True)
-    found = [sentence.sentence_score(caption, list(rights)) for caption, rights in zip(predictions, references)]
-    counts = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in found], float)
+@partial(Metric, title="BLEU", percent=False)
+def bleu(predictions: Texts, references: References) -> Scores:
+    """Corpus BLEU of sacrebleu (its 13a tokens), from 0 to 100."""
+    metric = load_sacrebleu()
+    sentence = metric(effective_order=True)
+    scores = [
+        sentence.sentence_score(caption, list(captions))
+        for caption, captions in zip(predictions, references, strict=True)
+    ]
+    counts = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], float)
 
     def total(weights: np.ndarray) -> float:
         sums = (weights @ counts).round().astype(int).tolist()
-        return BLEU.compute_bleu(sums[:4], sums[4:8], sums[8], sums[9], smooth_method="exp").score
+        lengths = sums[8], sums[9]
+        return metric.compute_bleu(sums[:4], sums[4:8], *lengths, smooth_method="exp").score
 
-    return Scores(np.array([one.score for one in found]), total)
+    return Scores(np.array([score.score for score in scores]), total)
 
 
 # ---- Long captions (DOCCI): the columns of table 6 of the PaliGemma 2 report (arXiv:2412.03555)
 
-SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+(?=["'“‘(\[]?[A-Z0-9])|\s*\n\s*""")
-NO_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|no|vs|[a-z])\.$", re.IGNORECASE)
+SENTENCE_END = re.compile(
+    r"""(?:(?<=[.!?])|(?<=[.!?]["'”’)\]]))\s+(?=["'“‘(\[]?[A-Z0-9])|\s*\n\s*"""
+)
+ABBREVIATION_END = re.compile(r"\b(?:mr|mrs|ms|dr|prof|st|no|vs|[a-z])\.$", re.IGNORECASE)
 
 
 def split_sentences(text: str) -> list[str]:
-    """At a full stop, question or exclamation mark before a capital or a digit, not after "St." or an initial; and where a line ends."""
-    whole: list[str] = []
+    """Split at line ends, and at . ! or ? before a capital or a digit.
+
+    An abbreviation such as "St." or an initial does not end a sentence.
+    """
+    sentences: list[str] = []
     for piece in SENTENCE_END.split(text.strip()):
-        if whole and NO_END.search(whole[-1]):
-            whole[-1] += " " + piece
+        if sentences and ABBREVIATION_END.search(sentences[-1]):
+            sentences[-1] += " " + piece
         elif piece:
-            whole.append(piece)
-    return whole
+            sentences.append(piece)
+    return sentences
 
 
-@partial(Metric, percent=False, better="")
-def characters(predictions: Texts, references: Sequence[Any]) -> Scores:
-    """#char: how long the predictions are. The references play no part."""
+@partial(Metric, title="#char", percent=False, better="")
+def characters(predictions: Texts, references: Sequence) -> Scores:
+    """#char: the mean length of the predictions. References are ignored."""
     return mean(map(len, predictions))
 
 
-@partial(Metric, percent=False, better="")
-def sentences(predictions: Texts, references: Sequence[Any]) -> Scores:
-    """#sent: how many sentences the predictions have. The references play no part."""
+@partial(Metric, title="#sent", percent=False, better="")
+def sentences(predictions: Texts, references: Sequence) -> Scores:
+    """#sent: the mean number of sentences of the predictions. References are ignored."""
     return mean(len(split_sentences(caption)) for caption in predictions)
 
 
-@partial(Metric, better="lower")
-def non_entailment(predictions: Texts, references: Sequence[Any], judge: Callable[[str, Any], bool | None]) -> Scores:
-    """NES: the share of all sentences that do not follow from what is seen; the report asked five people about each.
+@partial(Metric, title="NES", better="lower")
+def non_entailment(
+    predictions: Texts, references: Sequence, judge: Callable[[str, object], bool | None]
+) -> Scores:
+    """NES: the fraction of all sentences that the image does not support.
 
-    judge: (sentence, the case's references) -> whether it follows from them, None for a sentence that says nothing to assess. The references
-    are whatever the judge looks at: descriptions for a language model, pictures for people.
+    The report asked five people about each sentence.
+
+    Args:
+        references: Whatever the judge needs: descriptions for a language model, images for people.
+        judge: (sentence, reference) -> whether the reference supports it, or None if the sentence
+            makes no claim.
     """
-    verdicts = [[judge(sentence, right) for sentence in split_sentences(caption)] for caption, right in zip(predictions, references)]
+    verdicts = [
+        [judge(sentence, reference) for sentence in split_sentences(caption)]
+        for caption, reference in zip(predictions, references, strict=True)
+    ]
     wrong = np.array([sum(verdict is False for verdict in case) for case in verdicts], float)
-    assessed = np.array([sum(verdict is not None for verdict in case) for case in verdicts], float)
-    return Scores(wrong / np.maximum(assessed, 1), lambda weights: ratio(weights @ wrong, weights @ assessed))
+    judged = np.array([sum(verdict is not None for verdict in case) for case in verdicts], float)
+    each = wrong / np.maximum(judged, 1)
+    return Scores(each, lambda weights: ratio(weights @ wrong, weights @ judged))

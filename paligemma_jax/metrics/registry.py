@@ -1,31 +1,52 @@
-"""All metrics: functions `name(predictions, references) -> float`; `name.scores(...)` tells more (`paligemma_jax.metrics.scores`)."""
+"""All metrics by name, as `paligemma-jax evaluate --metric` takes them."""
 
-from paligemma_jax.metrics.answers import (
-    anls,
-    average_accuracy,
-    exact_match,
-    pope_accuracy,
-    pope_f1,
-    pope_precision,
-    pope_recall,
-    relaxed_accuracy,
-    rsvqa,
-    tallyqa,
-    vqa,
-)
-from paligemma_jax.metrics.boxes import (
-    ap50,
-    ap75,
-    average_precision,
-    box_accuracy,
-    box_iou,
-    mask_iou,
-)
-from paligemma_jax.metrics.captions import bleu, characters, cider, non_entailment, sentences
-from paligemma_jax.metrics.scores import Metric, Scores
+from __future__ import annotations
 
-__all__ = [
-    "Metric", "Scores", "anls", "ap50", "ap75", "average_accuracy", "average_precision", "bleu", "box_accuracy", "box_iou", "characters", "cider",
-    "exact_match", "mask_iou", "non_entailment", "pope_accuracy", "pope_f1", "pope_precision", "pope_recall", "relaxed_accuracy", "rsvqa",
-    "sentences", "tallyqa", "vqa",
-]  # fmt: skip
+from collections.abc import Iterable
+
+from paligemma_jax.metrics import answers, boxes, captions
+from paligemma_jax.metrics.scores import Metric
+
+GROUPS: dict[str, dict[str, Metric]] = {
+    "pope": {
+        "pope_accuracy": answers.pope_accuracy,
+        "pope_f1": answers.pope_f1,
+        "pope_precision": answers.pope_precision,
+        "pope_recall": answers.pope_recall,
+    },
+    "coco": {"average_precision": boxes.average_precision, "ap50": boxes.ap50, "ap75": boxes.ap75},
+}
+METRICS: dict[str, Metric] = {
+    "vqa": answers.vqa,
+    "exact_match": answers.exact_match,
+    "relaxed_accuracy": answers.relaxed_accuracy,
+    "anls": answers.anls,
+    "tallyqa": answers.tallyqa,
+    "rsvqa": answers.rsvqa,
+    **GROUPS["pope"],
+    "cider": captions.cider,
+    "bleu": captions.bleu,
+    "characters": captions.characters,
+    "sentences": captions.sentences,
+    **GROUPS["coco"],
+    "box_accuracy": boxes.box_accuracy,
+    "box_iou": boxes.box_iou,
+    "mask_iou": boxes.mask_iou,
+}
+
+
+def metric_names(names: Iterable[str]) -> list[str]:
+    """Expand groups of metrics and drop repeated names.
+
+    Raises:
+        ValueError: there are no names, an unknown one, or a metric whose package is missing.
+    """
+    names, choices = list(names), ", ".join([*METRICS, *GROUPS])
+    for name in names:
+        if name not in METRICS and name not in GROUPS:
+            raise ValueError(f"--metric must be one of {choices}; got {name}")
+    if not names:
+        raise ValueError(f"--metric needs at least one of {choices}")
+    if "bleu" in names:
+        captions.load_sacrebleu()
+    return list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, [name])))

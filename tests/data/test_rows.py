@@ -1,4 +1,4 @@
-"""Rows to learn from: their order, and what is wrong with them."""
+"""Training rows: their order, and the errors in them."""
 
 from __future__ import annotations
 
@@ -15,36 +15,70 @@ from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.finetune import finetune
 
 
-def test_order():
+def test_rows_are_shuffled_anew_each_epoch():
     first = row_order(10, 0, 0, 30)
-    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20)) and list(first[:10]) != list(first[10:20])
+    assert all(sorted(first[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
+    assert list(first[:10]) != list(first[10:20])
     np.testing.assert_array_equal(row_order(10, 0, 7, 9), first[7:16])
     assert list(row_order(10, 1, 0, 10)) != list(first[:10])
 
 
-def test_wrong_rows_are_counted_and_named(tmp_path):
+def test_unusable_rows_are_counted_and_listed(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    rows = ["{", '{"image": "a.png", "prefix": "x", "suffix": "y"}', '{"prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": ""}']
-    rows += ['{"image": "broken.png", "prefix": "x", "suffix": "y"}', '{"image": "b", "prefix": "x", "suffix": 3}', "[]", ""]
+    rows = [
+        "{",
+        '{"image": "a.png", "prefix": "x", "suffix": "y"}',
+        '{"prefix": "x", "suffix": "y"}',
+        '{"image": "b", "prefix": "x", "suffix": ""}',
+        '{"image": "broken.png", "prefix": "x", "suffix": "y"}',
+        '{"image": "b", "prefix": "x", "suffix": 3}',
+        "[]",
+        "",
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         read_examples(tmp_path / "rows.jsonl")
-    message = str(told.value)
-    for part in ("7 rows cannot be used", "line 1: not JSON", "line 3: image is missing", "line 4: suffix is empty", "and 2 more"):
+    message = str(error.value)
+    for part in (
+        "7 rows cannot be used",
+        "line 1: not JSON",
+        "line 3: image is missing",
+        "line 4: suffix is empty",
+        "and 2 more",
+    ):
         assert part in message
 
 
-def test_what_only_a_closer_look_finds(data, tmp_path):  # noqa: F811
-    """Half a JPEG, a picture that three rows miss, bytes that are no text, a row that is too long; a byte order mark is no mistake."""
-    Image.open(data.parent / "0.png").resize((300, 300)).save(tmp_path / "whole.jpg")
-    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
-    row = lambda image, prefix="ocr": json.dumps({"image": image, "prefix": prefix, "suffix": "y"}).encode()
-    rows = [row("whole.jpg"), row("half.jpg"), row("no.jpg"), row("no.jpg"), row("no.jpg"), b'{"image": "\xff"}', row("whole.jpg", "ocr " * 9000)]
+def test_images_bytes_and_lengths_are_checked(data, tmp_path):  # noqa: F811
+    """Half a JPEG, a missing image, not UTF-8, a long row; but not a byte order mark."""
+    Image.open(data.parent / "0.png").resize((300, 300)).save(tmp_path / "photo.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:9000])
+
+    def row(image, prefix="ocr"):
+        return json.dumps({"image": image, "prefix": prefix, "suffix": "y"}).encode()
+
+    rows = [
+        row("photo.jpg"),
+        row("half.jpg"),
+        row("no.jpg"),
+        row("no.jpg"),
+        row("no.jpg"),
+        b'{"image": "\xff"}',
+        row("photo.jpg", "ocr " * 9000),
+    ]
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows))
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as error:
         finetune(FinetuneConfig(str(tmp_path / "rows.jsonl"), str(tmp_path / "run"), steps=1))
-    message = str(told.value)
-    for part in ("6 rows", "line 2: ", "half.jpg is not a readable image", "line 3: no such image", "line 5: ", "line 6: not JSON", "and 1 more"):
+    message = str(error.value)
+    for part in (
+        "6 rows",
+        "line 2: ",
+        "half.jpg is not a readable image",
+        "line 3: no such image",
+        "line 5: ",
+        "line 6: not JSON",
+        "and 1 more",
+    ):
         assert part in message
     assert "line 1: " not in message and not (tmp_path / "run").exists()
     (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\n" + rows[-1])
@@ -55,14 +89,14 @@ def test_what_only_a_closer_look_finds(data, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("weight", [np.float32(0.5), np.int64(2), 3])
-def test_rows_of_numpy_and_of_grain(weight):
-    """Their numbers are numbers, and a tuple is a list."""
-    example = make_example({"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}, 1)
+def test_weights_of_numpy_and_tuples_of_images_are_accepted(weight):
+    row = {"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}
+    example = make_example(row, 1)
     assert example.weight == float(weight) and len(example.images) == 2
 
 
-def test_a_file_without_rows(tmp_path):
-    for text, expected in (("", "has no rows"), ("\n", "has no rows")):
+def test_a_file_without_rows_is_refused(tmp_path):
+    for text in ("", "\n"):
         (tmp_path / "empty.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=expected):
+        with pytest.raises(ValueError, match="has no rows"):
             read_examples(tmp_path / "empty.jsonl")

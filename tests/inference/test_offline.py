@@ -19,11 +19,13 @@ import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.inference.offline import predict
 from paligemma_jax.inference.offline_files import OutputFiles
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Sample
 
 PHOTO = TINY.parent / "digits.jpg"
 TASKS = ["caption en", "ocr", "answer en how many digits?", "detect 3", "detect 8", "count"]
 NEW = 6
+OPTIONS = DecodingOptions(NEW)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ BAD = [3, 17, 40, 41, 42, 80, 119]
 def whole(tiny, data, tmp_path_factory):
     """An uninterrupted run: (answers.jsonl, errors.jsonl)."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    predict(tiny, data, output, NEW, batch_size=4, score=True)
+    predict(tiny, data, output, OPTIONS, batch_size=4, score=True)
     return texts(output)
 
 
@@ -96,7 +98,7 @@ def test_rows_that_fail_are_told_with_their_reasons(data, whole):
 def test_parts(tiny, data, whole, tmp_path, of):
     """Side by side they hold the same rows in the same order, whatever is answered by whom."""
     for number in reversed(range(of)):
-        done = predict(tiny, data, tmp_path / "out", NEW, batch_size=4, score=True, part=(number, of))
+        done = predict(tiny, data, tmp_path / "out", OPTIONS, batch_size=4, score=True, part=(number, of))
         assert done.answers.endswith(f"answers-0000{number}-of-0000{of}.jsonl")
     same(texts(tmp_path / "out"), whole)
 
@@ -115,7 +117,7 @@ class Killed(BaseException):
 def test_a_run_killed_after_every_batch_loses_nothing(tiny, data, whole, tmp_path, monkeypatch):
     """What was answered is not asked again: all runs together answer no more batches than one that is not stopped, but for each kill's one."""
     asked, answer = [], type(tiny)._answer
-    output, note, resume = tmp_path / "out", OutputFiles.note, False
+    output, note, resume = tmp_path / "out", OutputFiles.add, False
     monkeypatch.setattr(type(tiny), "_answer", lambda self, *args: asked.append(1) or answer(self, *args))
 
     def noted(self, records):
@@ -124,10 +126,10 @@ def test_a_run_killed_after_every_batch_loses_nothing(tiny, data, whole, tmp_pat
         if len(records) > 1:
             raise Killed
 
-    monkeypatch.setattr(OutputFiles, "note", noted)
+    monkeypatch.setattr(OutputFiles, "add", noted)
     for _ in range(100):
         try:
-            predict(tiny, data, output, NEW, batch_size=4, score=True, resume=resume)
+            predict(tiny, data, output, OPTIONS, batch_size=4, score=True, resume=resume)
             break
         except Killed:
             resume = True
@@ -147,15 +149,15 @@ def test_killed_while_a_window_is_settled(tiny, data, whole, tmp_path, monkeypat
         if file.name.startswith(("errors", "answers")):
             calls.append(file.name)
             if len(calls) == step + 1:
-                text = b"".join(map(offline_files._line, records))
+                text = b"".join(map(offline_files._encode, records))
                 file.open("ab").write(text[: len(text) * 2 // 3])
                 raise Killed
         append(file, records)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(offline_files, "_append", torn)
-        predict(tiny, data, tmp_path / "out", NEW, batch_size=4, score=True)
-    predict(tiny, data, tmp_path / "out", NEW, batch_size=4, score=True, resume=True)
+        predict(tiny, data, tmp_path / "out", OPTIONS, batch_size=4, score=True)
+    predict(tiny, data, tmp_path / "out", OPTIONS, batch_size=4, score=True, resume=True)
     same(texts(tmp_path / "out"), whole)
 
 
@@ -182,7 +184,7 @@ def test_samples_do_not_depend_on_parts(tiny, data, tmp_path):
     few = data.parent / "few.jsonl"
     few.write_text("\n".join(data.read_text().split("\n")[20:36]))
     for name, part in (("one", (0, 1)), *(("two", (n, 2)) for n in range(2)), ("other", (0, 1))):
-        predict(tiny, few, tmp_path / name, NEW, Sample(temperature=2.0), part=part, batch_size=8, seed=100 * (name == "other"))
+        predict(tiny, few, tmp_path / name, DecodingOptions(NEW, Sample(temperature=2.0)), part=part, batch_size=8, seed=100 * (name == "other"))
     assert texts(tmp_path / "one")[0] == texts(tmp_path / "two")[0] != texts(tmp_path / "other")[0]
 
 
@@ -194,11 +196,11 @@ def test_wrong_requests(command, data, tmp_path):
     small = tmp_path / "in.jsonl"
     small.write_text(json.dumps({"image": str(PHOTO), "prefix": "ocr"}) + "\n")
     assert run("--data", small) == 0
-    assert "holds answers already: --resume" in run("--data", small)
-    assert "begun with other settings: max_new_tokens 1, now 2" in run("--data", small, "--max-new-tokens", 2, "--resume")
-    assert "sampler 'Greedy()', now 'Sample(temperature=2.0" in run("--data", small, "--temperature", 2, "--resume")
-    assert "seed 0, now 5" in run("--data", small, "--seed", 5, "--resume") and "'stop': ('9',)" in run("--data", small, "--stop", 9, "--resume")
-    assert "rows 1, now 120" in run("--resume") or "data" in run("--resume")
+    assert "already contains answers: --resume" in run("--data", small)
+    assert "begun with other settings: max_new_tokens was 1, now 2" in run("--data", small, "--max-new-tokens", 2, "--resume")
+    assert "sampler was 'Greedy()', now 'Sample(temperature=2.0" in run("--data", small, "--temperature", 2, "--resume")
+    assert "seed was 0, now 5" in run("--data", small, "--seed", 5, "--resume") and "'stop': ('9',)" in run("--data", small, "--stop", 9, "--resume")
+    assert "rows was 1, now 120" in run("--resume") or "data" in run("--resume")
     assert run("--data", small, "--resume") == 0 and len(rows(texts(tmp_path / "out")[0])) == 1
     assert "no such file" in run("--data", "none.jsonl")
     (nothing := tmp_path / "nothing.jsonl").write_text(json.dumps({"image": "none.png", "prefix": "ocr"}) + "\n")
@@ -210,7 +212,7 @@ def test_wrong_requests(command, data, tmp_path):
 
 def test_no_rows(tiny, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n\n")
-    done = predict(tiny, tmp_path / "in.jsonl", tmp_path / "out", NEW)
+    done = predict(tiny, tmp_path / "in.jsonl", tmp_path / "out", OPTIONS)
     assert (done.answered, done.failed) == (0, 0) and texts(tmp_path / "out") == ("", "")
 
 
@@ -220,16 +222,16 @@ def test_a_hundred_thousand_rows(tiny, data, tmp_path):
     one = [json.loads(line) for line in data.read_text().split("\n") if line.startswith('{"image": "') and '"id"' in line]
     with (data.parent / "many.jsonl").open("w") as file:
         file.writelines(json.dumps(one[i % len(one)] | {"id": i}) + "\n" for i in range(100_000))
-    peaks, note = [], OutputFiles.note
+    peaks, note = [], OutputFiles.add
 
     class Watched(OutputFiles):
-        def note(self, records):
+        def add(self, records):
             note(self, records)
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("paligemma_jax.inference.offline.OutputFiles", Watched)
-        done = predict(tiny, data.parent / "many.jsonl", tmp_path / "out", 2, batch_size=64, progress=True)
+        done = predict(tiny, data.parent / "many.jsonl", tmp_path / "out", DecodingOptions(2), batch_size=64, progress=True)
     print(done, f"{(peaks[-1] - peaks[len(peaks) // 10]) / 1024:.0f} MiB more after the first tenth")
     assert done.answered == 100_000 and peaks[-1] - peaks[len(peaks) // 10] < 50 * 1024
     assert [row["id"] for row in rows(Path(done.answers).read_text())] == list(range(100_000))
