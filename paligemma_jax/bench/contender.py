@@ -86,7 +86,7 @@ def generator(
     options["stopping_criteria"] = StoppingCriteriaList([Clock()])
     if compiled:
         compile_config = CompileConfig(fullgraph=False)
-        compile_config._compile_all_devices = True
+        compile_config._compile_all_devices = True  # type: ignore[assignment]
         options |= {"cache_implementation": "static", "compile_config": compile_config}
     batch = _torch_batch(model, inputs)
 
@@ -94,7 +94,7 @@ def generator(
         times[:] = [time.perf_counter()]
         with torch.no_grad():
             on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            tokens = model.generate(**on_device, **options)
+            tokens = model.generate(**on_device, **options)  # type: ignore[attr-defined]
         assert tokens.shape[1] == inputs.tokens.shape[1] + new
         return times[1] - times[0], times[-1] - times[1]
 
@@ -125,7 +125,7 @@ def trainer(
             lora_alpha=int(config.lora_alpha),
             target_modules=r".*language_model.*\.(self_attn|mlp)\.\w+_proj",
         )
-        model = peft.get_peft_model(model, adapter)
+        model = peft.get_peft_model(model, adapter)  # type: ignore[assignment]
     if config.remat == "full":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     model.train()
@@ -153,7 +153,7 @@ def _torch_batch(
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    images = np.moveaxis(inputs.images, 3, 1).copy()
+    images = np.moveaxis(np.asarray(inputs.images), 3, 1).copy()
     return {
         "input_ids": torch.from_numpy(inputs.tokens).long(),
         "pixel_values": torch.from_numpy(images).to(model.dtype),

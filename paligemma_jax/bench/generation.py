@@ -54,18 +54,18 @@ def run(config: BenchConfig) -> Record:
     Returns:
         {"machine": ..., "rows": [...], "cached": [...]}, with times in seconds.
     """
-    config = replace(config, dtype=config.dtype or clock.default_dtype())
-    machine = clock.measure_machine(config.dtype)
+    dtype = config.dtype or clock.default_dtype()
+    machine = clock.measure_machine(dtype)
     report: Record = {"machine": machine, "rows": [], "cached": []}
     models = list(product(config.model, config.quantize or (None,)))
     cases = len(config.layers) * len(config.batch) * (len(config.prompt) + len(config.cached))
     with tqdm(total=len(models) * cases, disable=None, unit="case") as bar:
         for name, quantization in models:
-            for key, row in _measure_model(name, quantization, config):
+            for key, row in _measure_model(name, quantization, dtype, config):
                 report[key].append(row)
                 bar.update(row["by"] == OURS)
             gc.collect()
-    again = clock.measure_machine(config.dtype)  # other processes may have disturbed the first
+    again = clock.measure_machine(dtype)  # other processes may have disturbed the first
     machine |= {
         name: max(machine[name], again[name]) for name in ("copy_bytes_s", "matrix_flops_s")
     }
@@ -78,10 +78,10 @@ def run(config: BenchConfig) -> Record:
 
 
 def _measure_model(
-    name: str, quantization: str | None, config: BenchConfig
+    name: str, quantization: str | None, dtype: str, config: BenchConfig
 ) -> Iterator[tuple[str, Record]]:
     start = time.perf_counter()
-    model = jax.block_until_ready(model_by_name(name, config.dtype, config.depth, quantization))
+    model = jax.block_until_ready(model_by_name(name, dtype, config.depth, quantization))
     load_seconds = time.perf_counter() - start
     torch_model = None
     if config.against:
@@ -93,7 +93,7 @@ def _measure_model(
         common = {
             "model": f"{name} {quantization}" if quantization else name,
             "layers": layers,
-            "dtype": config.dtype,
+            "dtype": dtype,
             "load_s": load_seconds,
         }
         for batch in config.batch:
@@ -227,11 +227,14 @@ def _decoder(
 ) -> Run:
     """A function that decodes after `cached` tokens of zeros, since to prefill thousands of tokens
     would take longer than everything else."""
-    mask = jax.ShapeDtypeStruct((rows, cached), jnp.bool_)
-    tokens = jax.ShapeDtypeStruct(mask.shape, jnp.int32)
-    inputs = Inputs(tokens, None, valid=mask, prefix=mask, targets=mask)
-    prefill = partial(generate.prefill, slots=cached + new, sampler=Greedy())
-    shapes = jax.eval_shape(prefill, model, inputs, None, request)
+
+    def prefill() -> DecodeState:
+        mask = jnp.ones((rows, cached), bool)
+        inputs = Inputs(jnp.int32(mask), None, valid=mask, prefix=mask, targets=mask)
+        slots = cached + new
+        return generate.prefill(model, inputs, None, request, slots=slots, sampler=Greedy())
+
+    shapes = jax.eval_shape(prefill)
     decode = generate.decode.lower(model, shapes, request, limit, size=new - 1, sampler=Greedy())
     program = decode.compile()
 
@@ -250,6 +253,7 @@ def _after_prefill(state: DecodeState, cached: int) -> DecodeState:
     valid = state.cache.span.valid
     slots = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
     used = slots < cached
-    span = replace(state.cache.span, positions=slots + 1, prefix=used, valid=used)
+    # The state is donated, so no array may occur in it twice.
+    span = replace(state.cache.span, positions=slots + 1, prefix=used, valid=jnp.copy(used))
     cache = replace(state.cache, span=span, length=jnp.int32(cached))
     return replace(state, step=jnp.int32(1), cache=cache)

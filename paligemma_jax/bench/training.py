@@ -46,10 +46,10 @@ def run(config: BenchConfig) -> Record:
     Returns:
         {"machine": ..., "training": [...]}, with times in seconds.
     """
-    config = replace(config, dtype=config.dtype or clock.default_dtype())
-    machine = clock.measure_machine(config.dtype)
+    dtype = config.dtype or clock.default_dtype()
+    machine = clock.measure_machine(dtype)
     cases = product(config.model, config.train, config.batch, config.prompt)
-    rows = [row for case in cases for row in _measure_case(*case, config)]
+    rows = [row for case in cases for row in _measure_case(*case, dtype, config)]
     for row in rows:
         if "flops_s" in row:
             row["mfu"] = row["flops_s"] / machine["matrix_flops_s"]
@@ -57,7 +57,7 @@ def run(config: BenchConfig) -> Record:
 
 
 def _measure_case(
-    name: str, train: str, batch: int, prompt: int, config: BenchConfig
+    name: str, train: str, batch: int, prompt: int, dtype: str, config: BenchConfig
 ) -> Iterator[Record]:
     finetune = FinetuneConfig(
         data="",
@@ -67,16 +67,16 @@ def _measure_case(
         batch_size=batch,
         learning_rate=1e-4,
         remat=config.remat,
-        dtype=config.dtype,
+        dtype=dtype,
     )
     make_model = model_by_name if config.repeats else abstract_model_by_name
-    model = make_model(name, config.dtype, config.depth)
+    model = make_model(name, dtype, config.depth)
     inputs = synthetic_inputs(model.config, batch, prompt + config.new)
     data = Batch(with_targets(inputs, config.new), np.ones(batch, np.float32))
     common = {
         "model": name,
         "train": train,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "remat": config.remat,
         "batch": batch,
         "tokens": inputs.tokens.shape[1],
@@ -101,8 +101,8 @@ def _measure_step(
         from paligemma_jax.bench.contender import trainer, transformers_model
 
         contenders[name] = trainer(transformers_model(model), data.inputs, finetune)
-    tokens, targets = data.inputs.tokens, data.inputs.targets
-    trainable = trainer_shapes(model, finetune)[0].names
+    tokens, targets = np.asarray(data.inputs.tokens), np.asarray(data.inputs.targets)
+    trainable = trainer_shapes(model, finetune)[0].trainable
     flops = training_flops(model.config, tokens, targets, trainable)
     step, compiled = compile_step(model, finetune, data, config.repeats > 0)
     if step is None:

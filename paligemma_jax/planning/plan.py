@@ -21,6 +21,7 @@ from paligemma_jax.planning.config import PlanConfig
 from paligemma_jax.planning.programs import ProgramCost, generation_programs, training_programs
 from paligemma_jax.quantization.quantize import weight_formats
 from paligemma_jax.sharding.mesh import (
+    Devices,
     batch_shards,
     check_batch_size,
     padded_batch_size,
@@ -125,9 +126,7 @@ def search(config: PlanConfig, batches: Sequence[int] = ()) -> Iterator[PlanResu
                 break
 
 
-def _plan_mesh(
-    config: PlanConfig, chips: Slice, model: PaliGemma, devices: list[jax.Device]
-) -> Mesh:
+def _plan_mesh(config: PlanConfig, chips: Slice, model: PaliGemma, devices: Devices) -> Mesh:
     rows = (config.batch or 0) // config.parts
     mesh = resolve_mesh(config.mesh, model.config, config.training, devices, rows)
     assert mesh
@@ -158,7 +157,7 @@ def _reported_bytes(error: str) -> int:
     return int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
 
 
-def _find_devices(chips: Slice, estimate: bool) -> list[jax.Device]:
+def _find_devices(chips: Slice, estimate: bool) -> Devices:
     """The devices to compile for: CPU devices that stand for the chips, or descriptions of TPUs."""
     if estimate:
         devices = jax.devices("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -64,10 +64,7 @@ def training_programs(
     )
     trainer, state, frozen = trainer_shapes(model, finetune)
     trainer.mesh = mesh
-    inputs, images = _input_shapes(config, model)
-    images = jax.ShapeDtypeStruct((config.rows, 1, *images.shape[1:]), images.dtype)
-    weights = jax.ShapeDtypeStruct((config.rows,), jnp.float32)
-    batch = batch_shapes(Batch(replace(inputs, images=images), weights), mesh)
+    batch = batch_shapes(jax.eval_shape(partial(_zero_batch, config, model)), mesh)
     state, frozen = sharded_shapes((state, frozen), mesh)
     targets = round_up(config.new)
     _, cost = _compile(chip, trainer.step, state, frozen, batch, max_targets=targets)
@@ -83,7 +80,9 @@ def generation_programs(
     if config.layers == "stack":
         model = jax.eval_shape(partial(stack_model, delete=False), model)
     model = sharded_shapes(model, mesh)
-    inputs, images = _input_shapes(config, model)
+    batch = jax.eval_shape(partial(_zero_batch, config, model))
+    inputs, images = replace(batch.inputs, images=None), batch.inputs.images
+    images = jax.ShapeDtypeStruct((config.rows, *images.shape[2:]), images.dtype)
     request = jax.eval_shape(partial(make_request, model, config.rows))
     encode, cost = _compile(chip, generate.encode_images, model, images)
     yield "encode", cost
@@ -102,17 +101,14 @@ def generation_programs(
     yield "decode", cost
 
 
-def _input_shapes(config: PlanConfig, model: PaliGemma) -> tuple[Inputs, jax.ShapeDtypeStruct]:
-    """Inputs of one image per row, without the images, and the images."""
-    vision, rows = model.config.vision, config.rows
-    shape = (rows, round_up(vision.num_patches + config.text))
-    mask = jax.ShapeDtypeStruct(shape, jnp.bool_)
-    side = vision.image_size
-    no_images, images = (
-        jax.ShapeDtypeStruct((count, side, side, 3), jnp.float32) for count in (0, rows)
-    )
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return Inputs(tokens, no_images, valid=mask, prefix=mask, targets=mask), images
+def _zero_batch(config: PlanConfig, model: PaliGemma) -> Batch:
+    """A batch with one image per row."""
+    vision = model.config.vision
+    tokens = jnp.zeros((config.rows, round_up(vision.num_patches + config.text)), jnp.int32)
+    images = jnp.zeros((config.rows, 1, vision.image_size, vision.image_size, 3))
+    mask = tokens > 0
+    inputs = Inputs(tokens, images, valid=mask, prefix=mask, targets=mask)
+    return Batch(inputs, weights=jnp.zeros(config.rows))
 
 
 def _compile(
@@ -126,5 +122,11 @@ def _compile(
     roofline = max(
         work.flops / chip.flops, moved / chip.bandwidth, sum(work.sent_bytes.values()) / chip.links
     )
-    times = dict(compile_seconds=seconds, seconds=roofline)
-    return program, ProgramCost(**memory, **asdict(work), bytes=moved, **times)
+    return program, ProgramCost(
+        **memory,
+        flops=work.flops,
+        bytes=moved,
+        sent_bytes=work.sent_bytes,
+        compile_seconds=seconds,
+        seconds=roofline,
+    )

@@ -16,7 +16,8 @@ from paligemma_jax.model.constrain import constrain_with
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import partition_spec, partition_specs
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -58,4 +59,4 @@ class mesh_jit(Generic[P, R]):
             return self.jitted.lower(*args, **kwargs)
 
     def _cache_size(self) -> int:
-        return self.jitted._cache_size()
+        return self.jitted._cache_size()  # type: ignore[attr-defined]

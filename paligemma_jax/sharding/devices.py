@@ -68,6 +68,7 @@ def program_bytes(program: jax.stages.Compiled) -> dict[str, int]:
     of arguments, temporaries and results.
     """
     sizes = program.memory_analysis()
+    assert sizes
     parts = {
         "argument_bytes": sizes.argument_size_in_bytes,
         "temporary_bytes": sizes.temp_size_in_bytes,

@@ -12,9 +12,11 @@ from jaxtyping import PyTree
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.sharding.rules import AXIS_RULES, MESH_AXES
 
+Devices = Sequence[jax.Device]  # type: ignore[valid-type]  # jax defines it as a variable
+
 
 def make_mesh(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Devices | None = None
 ) -> Mesh:
     """Return a mesh of the first data * fsdp * tensor devices.
 
@@ -36,7 +38,7 @@ def resolve_mesh(
     mesh: str | Mesh | None,
     config: PaliGemmaConfig,
     training: bool = False,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     rows: int = 0,
 ) -> Mesh | None:
     """Return the mesh that a string describes, such as "data=2,fsdp=4,tensor=2" or "auto".
