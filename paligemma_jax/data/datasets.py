@@ -58,32 +58,32 @@ def convert(
         if not path.is_file():
             raise ValueError(f"{path}: no such file; {name} is published as: {expected}")
     prompt = prompt or RECIPES[name].prompt
-    codec = load_codec(codec) if codec else None
-    source = PublishedFiles(paths, Path(images), prompt, split, output, codec)
+    mask_codec = load_codec(codec) if codec else None
+    source = PublishedFiles(paths, Path(images), prompt, split, output, mask_codec)
     names = ", ".join(map(str, files))
     try:
-        rows = list(converter(source))
+        rows: list[DataRow] = list(converter(source))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{names}: not as published ({reason}); expected {expected}") from None
     if not rows:
         raise ValueError(f"no rows{f' of split {split}' if split else ''} in {names}")
-    missing = [
-        path for path in dict.fromkeys(row["image"] for row in rows) if not os.path.exists(path)
-    ]
+    image_files = dict.fromkeys(str(row["image"]) for row in rows)
+    missing = [file for file in image_files if not os.path.exists(file)]
     if missing:
         raise ValueError(
             f"{len(missing)} images are missing, {missing[0]} for one: "
             "pass their directory with --images"
         )
     if every_answer:
-        rows = [
-            row | {"suffix": answer}
-            for row in rows
-            for answer in row.get("answers") or [row["suffix"]]
-        ]
+        rows = [copy for row in rows for copy in _row_per_answer(row)]
     _write(output, rows)
     return len(rows)
+
+
+def _row_per_answer(row: DataRow) -> list[DataRow]:
+    answers = row.get("answers")
+    return [{**row, "suffix": answer} for answer in answers] if answers else [row]
 
 
 def _write(output: Path, rows: list[DataRow]) -> None:
@@ -91,7 +91,8 @@ def _write(output: Path, rows: list[DataRow]) -> None:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", encoding="utf-8") as out:
         for row in rows:
-            paths = {name: row[name] for name in ("image", "mask") if name in row}
-            paths = {name: os.path.relpath(path, output.parent) for name, path in paths.items()}
-            out.write(json.dumps(row | paths, ensure_ascii=False) + "\n")
+            relative = {**row, "image": os.path.relpath(str(row["image"]), output.parent)}
+            if "mask" in row:
+                relative["mask"] = os.path.relpath(row["mask"], output.parent)
+            out.write(json.dumps(relative, ensure_ascii=False) + "\n")
     temporary.replace(output)

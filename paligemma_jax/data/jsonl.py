@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Required, TypedDict
 
 
 class DataRow(TypedDict, total=False):
@@ -14,8 +14,8 @@ class DataRow(TypedDict, total=False):
     Every command reads some of these fields. A row may have others; they are copied to the output.
     """
 
-    image: str | list[str]  # paths, relative to the file of the row
-    prefix: str  # the prompt
+    image: Required[str | list[str]]  # paths, relative to the file of the row
+    prefix: Required[str]  # the prompt
     suffix: str  # the answer to learn, and the reference if there is no other
     weight: float  # of the row's loss in training
     answers: list[str]  # reference answers
@@ -69,4 +69,4 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, DataRow]]:
             raise ValueError(f"{file}: line {number}: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{file}: line {number}: not a JSON object")
-        yield number, row
+        yield number, row  # type: ignore[misc]

@@ -18,6 +18,10 @@ from paligemma_jax.data.jsonl import DataRow, read_jsonl
 from paligemma_jax.processing.mask_codec import MaskCodec
 
 
+# What others publish, unchecked: wrong files raise a KeyError or TypeError, which `convert` reports.
+Published = Any
+
+
 @dataclass(frozen=True)
 class PublishedFiles:
     """The files of a data set, and how to convert them."""
@@ -29,13 +33,12 @@ class PublishedFiles:
     output: Path  # the JSONL to write; masks are written beside it
     codec: MaskCodec | None = None  # encodes masks as <seg> tokens
 
-    # Any: the JSON that others publish. Wrong files raise a KeyError or TypeError, see `convert`.
     @cached_property
-    def contents(self) -> list[Any]:
+    def contents(self) -> list[Published]:
         """The contents of all JSON files."""
         return [_read_json(path) for path in self.files if path.suffix != ".p"]
 
-    def items(self, key: str) -> list[Any]:
+    def items(self, key: str) -> list[Published]:
         """The list named `key` of whichever file has it."""
         for content in self.contents:
             if isinstance(content, dict) and isinstance(content.get(key), list):
@@ -88,7 +91,7 @@ def vqav2(source: PublishedFiles) -> Iterator[DataRow]:
 def docci(source: PublishedFiles) -> Iterator[DataRow]:
     """docci_descriptions.jsonlines, images in images; splits train, test, qual_dev, qual_test."""
     for path in source.files:
-        item: Any  # as in `PublishedFiles`
+        item: Published
         for _, item in read_jsonl(path):
             if source.includes(item["split"]):
                 description = [item["description"]]
@@ -129,7 +132,7 @@ def coco_captions(source: PublishedFiles) -> Iterator[DataRow]:
         yield source.row(item["file_name"], "", captions.get(item["id"], ()), id=item["id"])
 
 
-def _read_json(path: Path) -> Any:  # as in `PublishedFiles`
+def _read_json(path: Path) -> Published:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

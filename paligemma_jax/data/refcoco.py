@@ -7,27 +7,42 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from paligemma_jax.data.jsonl import DataRow
-from paligemma_jax.data.published import PublishedFiles
-from paligemma_jax.processing.locations import location_bins, location_tokens
+from paligemma_jax.data.published import Published, PublishedFiles
+from paligemma_jax.processing.locations import Box, Size, location_bins, location_tokens
 from paligemma_jax.processing.mask_codec import MaskCodec, crop_mask
 
-# Any: the COCO polygons or runs of an annotation, as published; and what a pickle file contains.
-Shape = Any
+
+@dataclass(frozen=True)
+class _Reference:
+    """An expression and the object that it refers to."""
+
+    row: DataRow
+    expression: str
+    object: int  # id of the annotation
+    box: Box
+    shape: Published  # COCO polygons or runs
+    size: Size
+
+    @property
+    def box_tokens(self) -> str:
+        return location_tokens(location_bins(self.box, self.size))
 
 
 def refcoco_detect(source: PublishedFiles) -> Iterator[DataRow]:
     """refs(unc).p and instances.json, images in train2014; splits train, val, testA, testB.
     Answers are one box and the expression."""
-    for row, _, size in _references(source):
-        yield row | {"suffix": f"{_box_tokens(row, size)} {row['labels'][0]}"}
+    for reference in _references(source):
+        suffix = f"{reference.box_tokens} {reference.expression}"
+        yield {**reference.row, "suffix": suffix}
 
 
 def refcoco_segment(source: PublishedFiles) -> Iterator[DataRow]:
@@ -35,22 +50,18 @@ def refcoco_segment(source: PublishedFiles) -> Iterator[DataRow]:
     Masks are written as PNG beside the rows and, with a codec, encoded in the answers."""
     folder = source.output.with_name(f"{source.output.stem}-masks")
     suffixes: dict[int, str] = {}
-    for row, shape, size in _references(source):
-        file = folder / f"{row['object']}.png"
-        if row["object"] not in suffixes:
+    for reference in _references(source):
+        file = folder / f"{reference.object}.png"
+        if reference.object not in suffixes:
             folder.mkdir(parents=True, exist_ok=True)
-            mask = rasterize(shape, size)
+            mask = rasterize(reference.shape, reference.size)
             mask.save(file)
-            codes = _mask_tokens(np.asarray(mask), row["boxes"][0], source.codec)
-            suffixes[row["object"]] = _box_tokens(row, size) + codes
-        yield row | {"suffix": suffixes[row["object"]], "mask": str(file)}
+            codes = _mask_tokens(np.asarray(mask), reference.box, source.codec)
+            suffixes[reference.object] = reference.box_tokens + codes
+        yield {**reference.row, "suffix": suffixes[reference.object], "mask": str(file)}
 
 
-def _box_tokens(row: DataRow, size: tuple[int, int]) -> str:
-    return location_tokens(location_bins(row["boxes"][0], size))
-
-
-def _mask_tokens(mask: np.ndarray, box: Sequence[float], codec: MaskCodec | None) -> str:
+def _mask_tokens(mask: np.ndarray, box: Box, codec: MaskCodec | None) -> str:
     """Encode the mask inside its box, whose corners are rounded to pixels as in big_vision."""
     if codec is None:
         return ""
@@ -59,8 +70,7 @@ def _mask_tokens(mask: np.ndarray, box: Sequence[float], codec: MaskCodec | None
     return "".join(f"<seg{code:03}>" for code in codec.encode(crop[None])[0])
 
 
-def _references(source: PublishedFiles) -> Iterator[tuple[DataRow, Shape, tuple[int, int]]]:
-    """Yield, per expression, its row, the shape of the object, and the image's width and height."""
+def _references(source: PublishedFiles) -> Iterator[_Reference]:
     path = next((path for path in source.files if path.suffix == ".p"), None)
     if path is None:
         raise ValueError("no refs(...).p among the files: it contains RefCOCO's expressions")
@@ -70,16 +80,16 @@ def _references(source: PublishedFiles) -> Iterator[tuple[DataRow, Shape, tuple[
         if not source.includes(ref["split"]):
             continue
         annotation = annotations[ref["ann_id"]]
-        image = images[annotation["image_id"]]
+        number, image = annotation["id"], images[annotation["image_id"]]
         size = image["width"], image["height"]
         left, top, width, height = annotation["bbox"]
         right, bottom = min(left + width, size[0]), min(top + height, size[1])
         box = (max(left, 0), max(top, 0), right, bottom)
         for sentence in ref["sentences"]:
-            expression = sentence["sent"].replace(";", ",").replace("<", " ")
-            about = dict(object=annotation["id"], boxes=[box], labels=[expression])
-            row = source.row(image["file_name"], expression, (), id=sentence["sent_id"], **about)
-            yield row, annotation["segmentation"], size
+            text = sentence["sent"].replace(";", ",").replace("<", " ")
+            fields = dict(id=sentence["sent_id"], object=number, boxes=[box], labels=[text])
+            row = source.row(image["file_name"], text, (), **fields)
+            yield _Reference(row, text, number, box, annotation["segmentation"], size)
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -92,7 +102,7 @@ class _DataUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
 
 
-def read_pickle(path: Path) -> Any:  # see `Shape`
+def read_pickle(path: Path) -> Published:
     """Read a pickle file that contains plain data.
 
     Raises:
@@ -106,7 +116,7 @@ def read_pickle(path: Path) -> Any:  # see `Shape`
         ) from None
 
 
-def rasterize(shape: Shape, size: tuple[int, int]) -> Image.Image:
+def rasterize(shape: Published, size: Size) -> Image.Image:
     """Draw a COCO segmentation as an image of 0 and 255.
 
     Args:

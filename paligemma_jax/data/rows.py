@@ -98,16 +98,17 @@ def make_example(
         raise ValueError("suffix is empty: there is nothing to learn")
     image = row.get("image")
     images = image if isinstance(image, list | tuple) else [image]
-    if not images or not all(isinstance(image, ImageSource) for image in images):
+    sources = [source for source in images if isinstance(source, ImageSource)]
+    if not images or len(sources) < len(images):
         problem = "not a path or a list of paths" if "image" in row else "missing"
         raise ValueError(f"image is {problem}")
     weight = row.get("weight", 1.0)
     is_number = isinstance(weight, Real) and not isinstance(weight, bool)
     if not is_number or not 0 <= float(weight) < float("inf"):
         raise ValueError(f"weight must be a finite number of at least 0, got {weight!r}")
-    sources = tuple(folder / image if isinstance(image, str | Path) else image for image in images)
+    sources = [folder / x if isinstance(x, str | Path) else x for x in sources]
     suffix = row["suffix"] if requires_suffix else ""
-    return Example(sources, row["prefix"], suffix, float(weight), line)
+    return Example(tuple(sources), row["prefix"], suffix, float(weight), line)
 
 
 def _image_errors(examples: list[Example]) -> dict[int, str]:

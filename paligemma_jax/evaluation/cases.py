@@ -50,9 +50,9 @@ class Case:
     @property
     def references(self) -> list[str]:
         """All correct answers."""
-        if not self.has_text:
+        references = self.row.get("answers", self.row.get("suffix"))
+        if references is None:
             raise ValueError(f"{self._name} has no reference: add answers or suffix")
-        references = self.row["answers"] if "answers" in self.row else self.row["suffix"]
         return references if isinstance(references, list) else [references]
 
     @cached_property
@@ -151,7 +151,7 @@ def collect(data: Path, folder: Path) -> list[Case]:
     for number, row in read_jsonl(data):
         if number in errors:
             _check_row(row, f"{data}: line {number}")
-            rows.append(row | {"answer": "", "error": errors[number]})
+            rows.append({**row, "answer": "", "error": errors[number]})
             continue
         answered = next(answers, None)
         if answered is None:

@@ -62,9 +62,9 @@ class Evaluation:
         with (Path(folder) / "scores.jsonl").open("w", encoding="utf-8") as out:
             for i, case in enumerate(self.cases):
                 names = ("id", "image", "prefix", "answer")
-                row = {name: case.row[name] for name in names if name in case.row}
-                row |= {name: round(float(each[i]), 6) for name, each in self.scores.items()}
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                about = {name: case.row.get(name) for name in names if name in case.row}
+                scores = {name: round(float(each[i]), 6) for name, each in self.scores.items()}
+                out.write(json.dumps(about | scores, ensure_ascii=False) + "\n")
 
 
 def _numbers(value: Interval) -> dict[str, float | None]:

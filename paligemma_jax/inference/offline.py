@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -137,27 +136,31 @@ class _Job:
 
     def answer(self, window: dict[int, bytes]) -> Iterator[list[Answer]]:
         """Answer the lines of a window that are not pending, and add each batch to the files."""
-        prompts: dict[int, tuple[dict[str, Any], EncodedPrompt]] = {}
+        rows: dict[int, object] = {}
+        prompts: dict[int, EncodedPrompt] = {}
         for line, text in window.items():
             if line in self.files.waiting:
                 continue
-            row: Any = text.decode(errors="replace")
+            rows[line] = text.decode(errors="replace")
             try:
-                row = parse_line(text)
-                prompts[line] = row, self._encode(row, line)
+                rows[line] = parse_line(text)
+                prompts[line] = self._encode(rows[line], line)
             except ValueError as error:
-                self.files.add([{"line": line, "error": str(error), "row": row}])
+                self.files.add([{"line": line, "error": str(error), "row": rows[line]}])
         if not prompts:
             return
-        lines, encoded = list(prompts), [prompt for _, prompt in prompts.values()]
-        seeds = [self.seed + line for line in lines]
-        for batch in self.predictor.batches(
-            encoded, self.options, seeds=seeds, batch_size=self.batch_size, progress=False
-        ):
-            self.files.add(
-                self._record(lines[i], prompts[lines[i]][0], answer) for i, answer in batch.items()
-            )
-            yield list(batch.values())
+        lines = list(prompts)
+        batches = self.predictor.batches(
+            list(prompts.values()),
+            self.options,
+            seeds=[self.seed + line for line in lines],
+            batch_size=self.batch_size,
+            progress=False,
+        )
+        for batch in batches:
+            answers = {lines[i]: answer for i, answer in batch.items()}
+            self.files.add(self._record(line, rows[line], a) for line, a in answers.items())
+            yield list(answers.values())
 
     def _encode(self, row: object, line: int) -> EncodedPrompt:
         example = make_example(row, line, self.folder, requires_suffix=False)
@@ -171,9 +174,10 @@ class _Job:
             )
         return prompt
 
-    def _record(self, line: int, row: dict[str, Any], answer: Answer) -> Record:
+    def _record(self, line: int, row: object, answer: Answer) -> Record:
         if answer.error:
             return {"line": line, "error": answer.error, "row": row}
+        assert isinstance(row, dict)  # checked by `make_example`
         row = row | {"answer": answer.text}
         if self.score:
             row["score"] = answer.score

@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
-class Record(TypedDict, total=False):
+class Record(TypedDict):
     """The outcome of one row: an answered row, or an error and what the row was."""
 
     line: int
-    error: str
+    error: NotRequired[str]
     row: object
 
 

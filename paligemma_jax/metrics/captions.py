@@ -44,7 +44,8 @@ def tokenize(caption: str) -> list[str]:
     detects the end of a sentence within a line.
     """
     text = FUSED.sub(r"\1 \2", caption.lower().translate(STRAIGHT))
-    return [BRACKETS.get(token, token) for token in TOKEN.findall(text)]
+    tokens: list[str] = TOKEN.findall(text)
+    return [BRACKETS.get(token, token) for token in tokens]
 
 
 # ---- CIDEr-D (arXiv:1411.5726), as in pycocoevalcap's CiderScorer

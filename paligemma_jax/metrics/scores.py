@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import update_wrapper
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 import numpy as np
 
@@ -90,6 +90,6 @@ def mean_fraction(values: Iterable[float]) -> Scores:
     return Scores(scores.each, scores.total, np.ones(len(scores.each), bool))
 
 
-def ratio(numerator: float, denominator: float) -> float:
+def ratio(numerator: SupportsFloat, denominator: SupportsFloat) -> float:
     """The quotient, or 0 if the denominator is 0."""
-    return float(numerator / denominator) if denominator else 0.0
+    return float(numerator) / float(denominator) if denominator else 0.0
