@@ -65,7 +65,7 @@ def _teacher_forced(
     K is one more than `ALTERNATIVES`, for the token itself may be among them.
     """
     processor = predictor.processor
-    (row,) = processor.rows([images], [prompt], [text])
+    (row,) = processor.encode([images], [prompt], [text])
     length = min(round_up(len(row.prompt) + len(row.suffix)), processor.context)
     pixels = pixel_values(list(images), processor.image_size)
     inputs = Inputs(images=pixels, **processor.pad([row], length=length))

@@ -189,3 +189,36 @@ def test_flags_of_all_commands_exist(command):
                     helps[name] = command(*name.split(), "--help")[1]
                 missing = {flag for flag in LONG_FLAG.findall(match[0]) if flag not in helps[name]}
                 assert not missing, f"{page.name}: {line}: {missing}"
+
+
+def test_files_of_the_architecture_page_exist():
+    names = {
+        file.name for root in ("paligemma_jax", "convert") for file in (ROOT / root).rglob("*")
+    }
+    mentioned = re.findall(r"`(?:\w+/)?(\w+(?:\.py|/))`", (DOCS / "architecture.md").read_text())
+    assert len(mentioned) > 20
+    assert {name.removesuffix("/") for name in mentioned} <= names | {"convert", "test_layering.py"}
+
+
+def test_drawn_rooms_import_downward_or_to_the_right():
+    """Every import of a room follows the drawing in docs/images/rooms.svg."""
+    drawing = (DOCS / "images" / "rooms.svg").read_text()
+    places = {
+        name: (float(y), float(x))
+        for x, y, names in re.findall(r'class="room" x="([\d.]+)" y="(\d+)">([^<]+)<', drawing)
+        for name in names.split(", ")
+    }
+    source = ROOT / "paligemma_jax"
+    rooms = {
+        name: sorted((source / name).glob("*.py")) or [source / f"{name}.py"] for name in places
+    }
+    rooms["convert"] = [file for file in (ROOT / "convert").glob("*.py") if file.stem != "__main__"]
+    folders = {file.parent.name for file in source.glob("*/*.py")}
+    assert folders <= set(places)
+    for room, files in rooms.items():
+        code = "\n".join(file.read_text() for file in files)
+        for name in re.findall(
+            r"^\s*from (?:paligemma_jax\.)?(\w+)\b.* import ", code, re.MULTILINE
+        ):
+            if name in places and name != room and not {name, room} <= {"cli", "commands"}:
+                assert places[name] > places[room], f"{room} imports {name}"
