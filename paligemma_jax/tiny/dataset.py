@@ -1,65 +1,82 @@
-"""The digits that `tiny` never saw, as data sets to measure it on: `python -m paligemma_jax.tiny.dataset --output digits`."""
+"""Data sets of held-out digits, to evaluate `tiny` on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import tyro
 from PIL import Image
 
-if TYPE_CHECKING:
-    from paligemma_jax.tiny.digits import Scenes
+from paligemma_jax.tiny.questions import ask, heldout_scenes
+from paligemma_jax.tiny.scenes import Scenes
 
 Task = Literal["caption", "ocr", "count", "detect", "segment"]
 
 
-def write_digits(output: str, tasks: tuple[Task, ...] = ("caption", "ocr", "count", "detect", "segment"), rows: int = 100, seed: int = 0) -> Path:
-    """Write pictures of held-out digits with questions and answers: TASK.jsonl for each task; type is the number of digits in a picture.
+def write_digits(
+    output: str,
+    tasks: tuple[Task, ...] = ("caption", "ocr", "count", "detect", "segment"),
+    rows: int = 100,
+    seed: int = 0,
+) -> Path:
+    """Write images of held-out digits, and TASK.jsonl with questions and answers for each task.
+
+    The "type" of a row is the number of digits in its image.
 
     Args:
-        output: The folder.
-        tasks: What is asked. segment asks for digits that are there once, and has their ink as masks.
-        rows: Pictures of each task.
-        seed: Of the pictures.
+        output: Directory to write to.
+        tasks: What to ask. For segment, rows have masks of the ink; only digits that occur once are
+            asked for, so there are fewer rows.
+        rows: Images for each task.
+        seed: Seed of the images.
     """
-    from paligemma_jax.tiny import digits
-
     if rows < 1:
-        raise ValueError(f"--rows {rows}: it can be 1 or more")
+        raise ValueError(f"--rows must be at least 1, got {rows}")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        scenes, asked = digits.heldout_scenes(task, rows, seed)
+        scenes, digits = heldout_scenes(task, rows, seed)
         lines = []
-        for i, digit in enumerate(asked):
-            prompt, answer = digits.ask(scenes, i, task, digit)
-            count = len(scenes.digits(i))
-            row = {"image": f"{task}-{i}.png", "prefix": prompt, "suffix": answer, "type": f"{count} digit{'s' * (count > 1)}"}
-            places = np.flatnonzero(scenes.labels[i] == digit)
-            if task == "segment" and len(places) != 1:
+        for i, digit in enumerate(digits):
+            matches = np.flatnonzero(scenes.labels[i] == digit)
+            if task == "segment" and len(matches) != 1:
                 continue
-            if task in ("detect", "segment"):
-                row |= _places(scenes, i, places, folder / f"segment-{i}-mask.png" if task == "segment" else None)
+            row = _row(scenes, i, task, digit, matches)
             Image.fromarray(scenes.images[i]).save(folder / row["image"])
-            lines.append(row)
-        (folder / f"{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            if task == "segment" and scenes.masks is not None:
+                row["mask"] = f"segment-{i}-mask.png"
+                ink = scenes.masks[i, matches[0]].astype(np.uint8) * 255
+                Image.fromarray(ink).save(folder / row["mask"])
+            lines.append(json.dumps(row) + "\n")
+        (folder / f"{task}.jsonl").write_text("".join(lines))
     return folder
 
 
-def _places(scenes: Scenes, index: int, places: np.ndarray, mask: Path | None) -> dict[str, Any]:
-    """The boxes (left, top, right, bottom) and labels at `places`, and the ink of the first, written into the file `mask`."""
-    boxes = [[x0, y0, x1, y1] for y0, x0, y1, x1 in scenes.boxes[index][places].tolist()]
-    found: dict[str, Any] = {"boxes": boxes, "labels": [str(label) for label in scenes.labels[index][places]]}
-    if mask and scenes.masks is not None:
-        Image.fromarray(scenes.masks[index, places[0]].astype(np.uint8) * 255).save(mask)
-        found["mask"] = mask.name
-    return found
+def _row(scenes: Scenes, index: int, task: str, digit: int, matches: np.ndarray) -> dict:
+    """A row of the JSONL file. To detect and segment it has the boxes and labels of `matches`."""
+    prompt, answer = ask(scenes, index, task, digit)
+    count = len(scenes.digits(index))
+    row = {
+        "image": f"{task}-{index}.png",
+        "prefix": prompt,
+        "suffix": answer,
+        "type": f"{count} digit{'s' if count > 1 else ''}",
+    }
+    if task in ("detect", "segment"):
+        boxes = scenes.boxes[index][matches].tolist()
+        row["boxes"] = [[x0, y0, x1, y1] for y0, x0, y1, x1 in boxes]
+        row["labels"] = [str(label) for label in scenes.labels[index][matches]]
+    return row
+
+
+def main() -> None:
+    print(tyro.cli(write_digits, prog="python -m paligemma_jax.tiny.dataset"))
 
 
 if __name__ == "__main__":
     from paligemma_jax.errors import report_errors
 
-    report_errors(lambda: print(tyro.cli(write_digits, prog="python -m paligemma_jax.tiny.dataset")))
+    report_errors(main)

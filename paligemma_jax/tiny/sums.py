@@ -1,70 +1,98 @@
-"""A second recipe: `tiny` learns, in minutes on two CPU cores, what it was never asked: `answer en what is the sum?`
-
-    python -m paligemma_jax.tiny.sums --output DIR                       # LoRA
-    python -m paligemma_jax.tiny.sums --output DIR --quantize nf4        # QLoRA
-    python -m paligemma_jax.tiny.sums --output DIR --train all --learning-rate 3e-4
-
-It prints the share of right answers about 500 scenes of held-out digits, before and after.
-"""
+"""A second recipe: teach `tiny` a new task, `answer en what is the sum?`."""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
+import tyro
 
 from paligemma_jax.inference.loading import load
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.tiny import digits
+from paligemma_jax.tiny.digits import glyphs
+from paligemma_jax.tiny.scenes import compose
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.runs import check_run_folder
 
 PROMPT = "answer en what is the sum?"
+CONFIG = FinetuneConfig(data="", output="", batch_size=32, save_every=200)
 
 
 class Sums:
-    """Scenes by number, with the sum of their digits to tell."""
+    """Scenes with the sum of their digits, by number."""
 
     def __init__(self, rows: int, held_out: bool = False):
         self.rows, self.seed = rows, int(held_out)
-        self.source = digits.glyphs(held_out=held_out, copies=0 if held_out else 12)
+        self.source = glyphs(held_out=held_out, copies=0 if held_out else 12)
 
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        scenes = digits.compose(np.random.default_rng((self.seed, index)), self.source, 1)
-        return {"image": scenes.images[0], "prefix": PROMPT, "suffix": str(sum(scenes.digits(0)))}
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | str]:
+        scenes = compose(np.random.default_rng((self.seed, index)), self.source, 1)
+        suffix = str(sum(scenes.digits(0)))
+        return {"image": scenes.images[0], "prefix": PROMPT, "suffix": suffix}
 
 
-def score(predictor: Predictor, rows: int = 500) -> float:
-    """The share of right answers."""
+def accuracy(predictor: Predictor, rows: int = 500) -> float:
+    """The fraction of correct answers about scenes of held-out digits."""
     sums = Sums(rows, held_out=True)
-    asked = [sums[i] for i in range(rows)]
-    answers = predictor.generate([row["image"] for row in asked], [PROMPT] * rows, 8, batch_size=100)
-    return float(np.mean([answer == row["suffix"] for answer, row in zip(answers, asked)]))
+    examples = [sums[i] for i in range(rows)]
+    images = [example["image"] for example in examples]
+    answers = predictor.generate(images, [PROMPT] * rows, 8, batch_size=100)
+    pairs = zip(answers, examples, strict=True)
+    return float(np.mean([answer == example["suffix"] for answer, example in pairs]))
+
+
+def teach_sums(
+    output: str,
+    resume: bool = False,
+    model: str = "tiny",
+    train: str = "lora",
+    quantize: str | None = None,
+    rank: int = 8,
+    steps: int = 600,
+    learning_rate: float = 3e-3,
+) -> None:
+    """Teach a model to add digits, in minutes on two CPU cores, and print the fraction of correct
+    answers about 500 scenes of held-out digits before and after.
+
+    Examples:
+        python -m paligemma_jax.tiny.sums --output DIR
+        python -m paligemma_jax.tiny.sums --output DIR --quantize nf4
+        python -m paligemma_jax.tiny.sums --output DIR --train all --learning-rate 3e-4
+
+    Args:
+        output: Directory of the run.
+        resume: Resume the run in --output.
+        model: Checkpoint to start from.
+        train: Parameters to train, as for `finetune`.
+        quantize: Format of the frozen weights, for QLoRA: nf4, for example.
+        rank: LoRA rank.
+        steps: Training steps.
+        learning_rate: Peak learning rate.
+    """
+    config = replace(
+        CONFIG,
+        output=output,
+        resume=resume,
+        model=model,
+        train=train,
+        quantize=quantize,
+        lora_rank=rank,
+        lora_alpha=2.0 * rank,
+        steps=steps,
+        learning_rate=learning_rate,
+    )
+    check_run_folder(config)
+    print(f"before: {accuracy(load(model)):.1%}")
+    result = finetune(config, Sums(config.batch_size * steps))
+    print(f"after: {accuracy(load(result, quantize=quantize)):.1%}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--train", default="lora")
-    parser.add_argument("--quantize")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    args = parser.parse_args()
-    config = FinetuneConfig(
-        data="", output=args.output, resume=args.resume, model=args.model, train=args.train, quantize=args.quantize, lora_rank=args.rank,
-        lora_alpha=2.0 * args.rank, steps=args.steps, batch_size=32, learning_rate=args.learning_rate, save_every=200,
-    )  # fmt: skip
-    check_run_folder(config)
-    print(f"before: {score(load(args.model)):.1%}")
-    print(f"after: {score(load(finetune(config, Sums(config.batch_size * args.steps)), quantize=args.quantize)):.1%}")
+    tyro.cli(teach_sums, prog="python -m paligemma_jax.tiny.sums")
 
 
 if __name__ == "__main__":
