@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from paligemma_jax.evaluation.evaluate import Evaluation
     from paligemma_jax.inference.options import DecodingOptions
 
-Folder = Annotated[str | None, flag("DIR", "the name of --data and -evaluation")]
+Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
 
 
 def evaluate(

@@ -67,5 +67,5 @@ def recipe(
         finetune = recipe.finetune(size, pixels)
         print(dumps({"name": name, **asdict(recipe), "finetune": finetune}))
         return
-    print(f"{name}: {recipe.about}\nprompt: {recipe.prompt}\nsource: {recipe.source}\n")
-    print(recipe.commands(name, size, pixels))
+    commands = recipe.commands(name, size, pixels)
+    print(f"{name}: {recipe.about}\nprompt: {recipe.prompt}\nsource: {recipe.source}\n\n{commands}")

@@ -17,8 +17,7 @@ from typing import Any
 from paligemma_jax.data.jsonl import DataRow, read_jsonl
 from paligemma_jax.processing.mask_codec import MaskCodec
 
-
-# What others publish, unchecked: wrong files raise a KeyError or TypeError, which `convert` reports.
+# What others publish, unchecked: `convert` reports the KeyError or TypeError of a wrong file.
 Published = Any
 
 

@@ -29,13 +29,13 @@ class Recipe:
     """Prompt, metrics and hyper-parameters for a data set."""
 
     about: str
-    prompt: str  # with {} for the question, or the object to locate
-    resolutions: tuple[int, ...]
     metrics: tuple[str, ...]
-    new_tokens: int  # longest answer
     epochs: int  # over images or questions, each with one of its answers
     learning_rate: Mapping[str, float]  # by model size
     source: str
+    prompt: str = "{}"  # {} stands for the question, or the object to locate
+    resolutions: tuple[int, ...] = (224, 448, 896)
+    new_tokens: int = 32  # longest answer
     weight_decay: float = 0.0
     label_smoothing: float = 0.0
     batch_size: int = 256
@@ -83,8 +83,6 @@ def _rates(small: float, medium: float, large: float) -> dict[str, float]:
 
 REFCOCO = Recipe(
     about="the mask of the object that an expression refers to (RefCOCO, RefCOCO+, RefCOCOg)",
-    prompt="{}",
-    resolutions=(224, 448, 896),
     metrics=("mask_iou", "box_accuracy"),
     new_tokens=48,
     epochs=100,
@@ -100,9 +98,7 @@ RECIPES = {
     "textvqa": Recipe(
         about="questions about text in images (TextVQA)",
         prompt="answer en {}",
-        resolutions=(224, 448, 896),
         metrics=("vqa",),
-        new_tokens=32,
         epochs=5,
         learning_rate=_rates(3e-6, 6e-7, 1e-6),
         source="big_vision textvqa; learning rates: report, table 14",
@@ -114,7 +110,6 @@ RECIPES = {
         prompt="answer en {}",
         resolutions=(224, 448),
         metrics=("vqa",),
-        new_tokens=32,
         epochs=10,
         learning_rate=_rates(3e-6, 1e-6, 6e-7),
         source="big_vision vqav2; learning rates: report, table 14",
@@ -146,8 +141,6 @@ RECIPES = {
     "refcoco-segment": REFCOCO,
     "chartqa": Recipe(
         about="questions about charts (ChartQA)",
-        prompt="{}",
-        resolutions=(224, 448, 896),
         metrics=("relaxed_accuracy",),
         new_tokens=48,
         epochs=30,
@@ -159,10 +152,7 @@ RECIPES = {
     ),
     "docvqa": Recipe(
         about="questions about documents (DocVQA)",
-        prompt="{}",
-        resolutions=(224, 448, 896),
         metrics=("anls",),
-        new_tokens=32,
         epochs=10,
         learning_rate=_rates(6e-6, 3e-6, 3e-6),
         source="big_vision docvqa; learning rates: report, table 14",
@@ -173,7 +163,6 @@ RECIPES = {
         prompt="caption en",
         resolutions=(224, 448),
         metrics=("cider",),
-        new_tokens=32,
         epochs=5,
         learning_rate=_rates(3e-6, 6e-7, 6e-7),
         source="big_vision cococap; learning rates: report, table 14",

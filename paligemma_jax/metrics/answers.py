@@ -175,67 +175,42 @@ def average_accuracy(predictions: Texts, references: References, types: Sequence
 # ---- POPE (arXiv:2305.10355): as in its published evaluate.py, an answer is negative if its first
 # sentence has the word No, no or not.
 
+TP, FP, TN, FN = np.eye(4)  # true and false positives and negatives
 
-def _confusion(
-    predictions: Texts,
-    references: References,
-    score: Callable[[float, float, float, float], float],
-    counts: Callable[[np.ndarray, np.ndarray], np.ndarray],
+
+def _pope(
+    predictions: Texts, references: References, numerator: np.ndarray, denominator: np.ndarray
 ) -> Scores:
-    """Score yes-or-no answers.
-
-    Args:
-        score: True positives, false positives, true negatives, false negatives -> the metric.
-        counts: bool[N] positive predictions, bool[N] positive references -> the cases that count.
-    """
+    """The ratio of two sums of the numbers of (TP, FP, TN, FN)."""
     words = [set(text.split(".")[0].replace(",", "").split(" ")) for text in predictions]
     predicted = np.array([not {"No", "no", "not"} & sentence for sentence in words])
     actual = np.array([answers[0] != "no" for answers in references])
     cells = (predicted & actual, predicted & ~actual, ~predicted & ~actual, ~predicted & actual)
     table = np.stack(cells, axis=1).astype(float)
+    top, bottom = table @ numerator, table @ denominator
     correct = (predicted == actual).astype(float)
-    return Scores(correct, lambda weights: score(*(weights @ table)), counts(predicted, actual))
+    return Scores(correct, lambda weights: ratio(weights @ top, weights @ bottom), bottom > 0)
 
 
 @partial(Metric, title="POPE accuracy")
 def pope_accuracy(predictions: Texts, references: References) -> Scores:
     """The fraction of correct answers."""
-    return _confusion(
-        predictions,
-        references,
-        lambda tp, fp, tn, fn: ratio(tp + tn, tp + fp + tn + fn),
-        lambda predicted, actual: np.ones(len(actual), bool),
-    )
+    return _pope(predictions, references, TP + TN, TP + FP + TN + FN)
 
 
 @partial(Metric, title="POPE precision")
 def pope_precision(predictions: Texts, references: References) -> Scores:
     """The fraction of positive answers that is correct."""
-    return _confusion(
-        predictions,
-        references,
-        lambda tp, fp, tn, fn: ratio(tp, tp + fp),
-        lambda predicted, actual: predicted,
-    )
+    return _pope(predictions, references, TP, TP + FP)
 
 
 @partial(Metric, title="POPE recall")
 def pope_recall(predictions: Texts, references: References) -> Scores:
     """The fraction of positive references that is answered positively."""
-    return _confusion(
-        predictions,
-        references,
-        lambda tp, fp, tn, fn: ratio(tp, tp + fn),
-        lambda predicted, actual: actual,
-    )
+    return _pope(predictions, references, TP, TP + FN)
 
 
 @partial(Metric, title="POPE F1")
 def pope_f1(predictions: Texts, references: References) -> Scores:
     """The harmonic mean of precision and recall."""
-    return _confusion(
-        predictions,
-        references,
-        lambda tp, fp, tn, fn: ratio(2 * tp, 2 * tp + fp + fn),
-        lambda predicted, actual: predicted | actual,
-    )
+    return _pope(predictions, references, 2 * TP, 2 * TP + FP + FN)
