@@ -55,9 +55,9 @@ class Attention(nnx.Module):
         if cache is None:
             out = attend(q, k, v, scale=scale, softcap=softcap, mask=(queries, queries, window))
         else:
-            *cached, keys, slot = cache
+            keys, slot = cache[2:]
             mask = (queries, keys, window)
-            out = attend_cached(q, (k, v), cached, slot, scale=scale, softcap=softcap, mask=mask)
+            out = attend_cached(q, (k, v), cache[:2], slot, scale=scale, softcap=softcap, mask=mask)
         return self.o(out), (k, v)
 
 
