@@ -54,12 +54,7 @@ def load_config(path: Path) -> PaliGemmaConfig:
         ValueError: If there is none, or if it is not of a supported PaliGemma.
     """
     file = path / "config.json" if path.is_dir() else path
-    return parse_config(file, load_json(file))
-
-
-def parse_config(file: Path, json: JsonObject) -> PaliGemmaConfig:
-    """`load_config` for the content of `file`."""
-    generation = file.with_name("generation_config.json")
+    json, generation = load_json(file), file.with_name("generation_config.json")
     try:
         return config_from_json(json, load_json(generation) if generation.exists() else None)
     except (TypeError, AttributeError, KeyError) as error:
@@ -83,6 +78,7 @@ def config_from_json(json: JsonObject, generation: JsonObject | None = None) -> 
         raise ValueError(f"config.json: model_type must be 'paligemma', but is {kind}")
     vision, text = _VISION_DEFAULTS | _nested(json, "vision_config"), _nested(json, "text_config")
     text = _complete_text(text)
+    check_quantization(json)
     _check_supported(json, {"numerics": tuple(NUMERICS)})
     _check_supported(vision, _VISION_SUPPORTED)
     _check_supported(text, _TEXT_SUPPORTED)
@@ -139,6 +135,16 @@ def config_to_json(config: PaliGemmaConfig, dtype: str) -> JsonObject:
         "text_config": text,
         "vision_config": vision,
     }
+
+
+def check_quantization(json: JsonObject) -> None:
+    """Raise ValueError if the weights are quantized in a way that cannot be read."""
+    quantization = json.get("quantization_config")
+    is_object = isinstance(quantization, dict)
+    method = quantization.get("quant_method") if is_object else quantization
+    if quantization and method != "bitsandbytes":
+        supported = "only bitsandbytes checkpoints (nf4 and int8) and unquantized ones can be read"
+        raise ValueError(f"config.json: the checkpoint is quantized by {method!r}; {supported}")
 
 
 def check_config(config: PaliGemmaConfig, source: str = "config.json") -> PaliGemmaConfig:

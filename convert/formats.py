@@ -9,8 +9,8 @@ from pathlib import Path
 
 from convert import big_vision, huggingface, orbax
 from convert.checkpoint import Checkpoint
-from convert.config import load_config
-from convert.files import atomic_output, companion_files
+from convert.config import check_quantization, load_config
+from convert.files import atomic_output, companion_files, load_json
 from convert.quantized import dequantize_checkpoint, quantize_checkpoint
 from convert.tensor import Progress, equal, no_progress, with_rows
 from paligemma_jax.model.config import PaliGemmaConfig
@@ -59,8 +59,8 @@ def read(source: str | Path, config: PaliGemmaConfig | str | Path | None = None)
         path = Path(config).expanduser()
         directory = path if path.is_dir() else None
         config = load_config(path)
-        if format == "huggingface":
-            huggingface.check_method(source)
+        if format == "huggingface" and (source / "config.json").exists():
+            check_quantization(load_json(source / "config.json"))
     checkpoint = FORMATS[format].read(source, config)
     return checkpoint.with_files(companion_files(directory)) if directory else checkpoint
 

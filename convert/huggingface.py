@@ -12,10 +12,9 @@ import numpy as np
 
 from convert import bitsandbytes
 from convert.checkpoint import Checkpoint
-from convert.config import config_from_json, config_to_json, parse_config
+from convert.config import config_from_json, config_to_json, load_config
 from convert.files import (
     FileContent,
-    JsonObject,
     companion_files,
     copy_files,
     json_bytes,
@@ -33,23 +32,6 @@ TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_hea
 MAX_SHARD = 5 * 10**9  # bytes; the default of transformers 4
 
 
-def read_config(directory: Path) -> PaliGemmaConfig:
-    """The config of a directory. Raises ValueError if it is not of a supported PaliGemma, or if the
-    weights are quantized in a way that cannot be read."""
-    file = directory / "config.json"
-    json = load_json(file)
-    config = parse_config(file, json)
-    _check_method(directory, json)
-    return config
-
-
-def check_method(directory: Path) -> None:
-    """Raise ValueError if the weights of a directory are quantized in a way that cannot be read."""
-    file = directory / "config.json"
-    if file.exists():
-        _check_method(directory, load_json(file))
-
-
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     """Read the checkpoint of a directory.
 
@@ -61,7 +43,7 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
         ValueError: Lists everything that is wrong with the names, shapes and dtypes of the tensors,
             before any tensor is read.
     """
-    config = config or read_config(directory)
+    config = config or load_config(directory)
     headers = {file: load_header(file) for file in _weight_files(directory)}
     entries: dict[str, TensorEntry] = {}
     for file, header in headers.items():
@@ -163,15 +145,6 @@ def _weight_files(directory: Path) -> list[Path]:
         listed = f"{', '.join(missing)} (listed in {INDEX})"
         raise ValueError(f"{directory}: {listed} is missing; download it again")
     return [directory / name for name in names]
-
-
-def _check_method(directory: Path, config: JsonObject) -> None:
-    quantization = config.get("quantization_config")
-    is_object = isinstance(quantization, dict)
-    method = quantization.get("quant_method") if is_object else quantization
-    if quantization and method != "bitsandbytes":
-        supported = "only bitsandbytes checkpoints (nf4 and int8) and unquantized ones can be read"
-        raise ValueError(f"{directory} is quantized by {method!r}; {supported}")
 
 
 def _check_unused(

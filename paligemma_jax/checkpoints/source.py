@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from convert import formats, huggingface, orbax, peft
+from convert import formats, orbax, peft
 from convert.checkpoint import Checkpoint
+from convert.config import load_config
 from paligemma_jax.model.config import PaliGemmaConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -29,7 +30,7 @@ class CheckpointSource:
     def config(self) -> PaliGemmaConfig:
         """The model's config. In a Hugging Face directory only config.json is read for it."""
         if formats.detect_format(self.weights) == "huggingface":
-            return huggingface.read_config(self.weights)
+            return load_config(self.weights)
         return self.checkpoint.config
 
     @cached_property

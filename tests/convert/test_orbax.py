@@ -1,4 +1,4 @@
-"""This project's own checkpoints: Orbax reads what is written here, what Orbax writes is read here; models in memory are saved."""
+"""This project's own checkpoints: Orbax reads what is written here, and the other way round."""
 
 from __future__ import annotations
 
@@ -22,56 +22,61 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.parametrize("to", ["jax", "huggingface", "big_vision"])
-def test_a_stacked_model_is_written_layer_by_layer(source, tmp_path, to):
-    """What training works on, a model whose layers are stacked: the same file as from the list."""
-    model = load_model(source)
+def test_a_stacked_model_is_saved_layer_by_layer(source, tmp_path, to):
+    """Training uses stacked layers; the file is the same as from a list of layers."""
+    model, config = load_model(source), read(source).config
     save_model(tmp_path / "list", model, to=to)
-    model.vision.layers, model.decoder.layers = stack_layers(model.vision.layers), stack_layers(model.decoder.layers)
+    model.vision.layers = stack_layers(model.vision.layers)
+    model.decoder.layers = stack_layers(model.decoder.layers)
     save_model(tmp_path / "stacked", model, to=to)
     assert model.decoder.layers.attention.q.kernel.shape[0] == 3
-    found, expected = (read(tmp_path / name, read(source).config).tensors for name in ("stacked", "list"))
-    assert sources.same({path: t.read() for path, t in found.items()}, {path: t.read() for path, t in expected.items()})
+    stacked, listed = (read(tmp_path / name, config) for name in ("stacked", "list"))
+    assert sources.same(sources.arrays(stacked), sources.arrays(listed))
 
 
 def test_orbax_reads_what_is_written(source, tmp_path):
     convert(source, tmp_path / "jax", "jax")
-    with ocp.StandardCheckpointer() as orbax_checkpointer:
-        tree = orbax_checkpointer.restore(tmp_path / "jax" / "params")
-    for path, tensor in read(source).tensors.items():
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(tmp_path / "jax" / "params")
+    for path, array in sources.arrays(read(source)).items():
         leaf = tree
         for key in path.split("/"):
             leaf = leaf[key]
-        np.testing.assert_array_equal(leaf, tensor.read())
+        np.testing.assert_array_equal(leaf, array)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_ocdbt": False}, {"use_zarr3": True}])
 def test_what_orbax_writes_is_read(source, tmp_path, options):
-    """A checkpoint whose params/ Orbax saved itself, in any of its forms: read, converted, loaded."""
+    """A checkpoint whose params/ Orbax saved itself, in any of its forms, is read, converted and
+    loaded."""
     base = read(source).with_dtype("bfloat16")
     tree: dict = {}
-    for path, tensor in base.tensors.items():
+    for path, array in sources.arrays(base).items():
         *folders, leaf = path.split("/")
-        place = tree
+        node = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = jnp.asarray(tensor.load())
+            node = node.setdefault(folder, {})
+        node[leaf] = jnp.asarray(array)
     (tmp_path / "jax").mkdir()
-    with ocp.PyTreeCheckpointer(**options) as saver:
-        saver.save(tmp_path / "jax" / "params", tree)
+    with ocp.PyTreeCheckpointer(**options) as checkpointer:
+        checkpointer.save(tmp_path / "jax" / "params", tree)
     orbax.describe(tmp_path / "jax", base)
     convert(tmp_path / "jax", tmp_path / "hf", "huggingface", verify=True)
-    found = {path: tensor.read() for path, tensor in read(tmp_path / "hf").tensors.items()}
-    assert sources.same(found, {path: tensor.read() for path, tensor in base.tensors.items()})
+    converted = sources.arrays(read(tmp_path / "hf"))
+    assert sources.same(converted, sources.arrays(base))
     model = parameters(load_model(tmp_path / "jax", "bfloat16"))
-    assert sources.same({path: np.asarray(value) for path, value in model.items()}, found)
+    assert sources.same({path: np.asarray(value) for path, value in model.items()}, converted)
 
 
-def test_rows_that_a_table_lacks():
-    """Any slice of a filled up table is that slice of the whole: the rows there are, then their mean."""
+def test_missing_rows_of_a_table_are_the_mean():
+    """Any slice of a padded table is that slice of the rows there are, followed by their mean."""
     table = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
-    whole = np.concatenate([table, np.broadcast_to(table.astype(np.float64).mean(0).astype(np.float32), (4, 6))])
-    filled = with_rows(from_array(table), 14)
-    for rows in (slice(None), slice(0, 7), slice(7, 14), slice(12, 14), slice(10, 14), slice(9, None)):
+    mean = table.astype(np.float64).mean(0).astype(np.float32)
+    expected = np.concatenate([table, np.broadcast_to(mean, (4, 6))])
+    padded = with_rows(from_array(table), 14)
+    bounds = [(None, None), (0, 7), (7, 14), (12, 14), (10, 14), (9, None)]
+    for rows in (slice(*pair) for pair in bounds):
         for columns in (slice(None), slice(2, 5)):
-            np.testing.assert_array_equal(filled.load((rows, columns)), whole[rows, columns])
-    np.testing.assert_array_equal(with_rows(from_array(table), 4).load((slice(1, 9),)), table[1:4])
+            np.testing.assert_array_equal(padded.load((rows, columns)), expected[rows, columns])
+    cut = with_rows(from_array(table), 4)
+    np.testing.assert_array_equal(cut.load((slice(1, 9),)), table[1:4])

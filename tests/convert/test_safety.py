@@ -1,4 +1,5 @@
-"""Conversion that goes wrong: the destination is whole or is not there, and what a source is instead of a PaliGemma is named."""
+"""Conversion that fails leaves a complete destination or none, and names what the source is instead
+of a PaliGemma."""
 
 from __future__ import annotations
 
@@ -33,159 +34,179 @@ def test_nothing_is_overwritten(source, tmp_path, to, capsys):
     destination = tmp_path / "there"
     destination.write_text("mine")
     code, _, err = run(capsys, source, destination, "--to", to)
-    assert code == 2 and "exists" in err and "--force" in err and destination.read_text() == "mine"
+    assert code == 2 and "exists" in err and "--force" in err
+    assert destination.read_text() == "mine"
     convert(source, destination, to, force=True)
-    convert(source, destination, to, force=True, verify=True) if to != "big_vision" else None
+    if to != "big_vision":
+        convert(source, destination, to, force=True, verify=True)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["there"]
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_a_failure_leaves_the_old_one(source, tmp_path, to, monkeypatch):
-    convert(source, tmp_path / "there", to)
-    before = sorted((item.name, item.stat().st_mtime_ns) for item in tmp_path.rglob("*"))
+def test_a_failure_leaves_the_old_checkpoint(source, tmp_path, to):
+    def contents():
+        return sorted((item.name, item.stat().st_mtime_ns) for item in tmp_path.rglob("*"))
 
-    def fail(done):
+    def fail(nbytes):
         raise OSError(28, "No space left on device")
 
+    convert(source, tmp_path / "there", to)
+    before = contents()
     with pytest.raises(OSError, match="No space left"):
         formats.write(read(source), tmp_path / "there", to, force=True, progress=fail)
-    assert sorted((item.name, item.stat().st_mtime_ns) for item in tmp_path.rglob("*")) == before
+    assert contents() == before
 
 
-def test_interrupted_between_the_two_renames(source, tmp_path):
-    """The old checkpoint, moved aside but not replaced, is put back by the next run, which may be any."""
+def test_interruption_between_the_two_renames(source, tmp_path):
+    """The old checkpoint, moved aside but not replaced, is restored by the next run of any kind."""
     work = tmp_path / ".there.unfinished"
     work.mkdir()
     convert(source, work / ".replaced", "jax")
     (work / "there").mkdir()
-    with pytest.raises(RuntimeError), files.output(tmp_path / "there", force=False):
+    with pytest.raises(RuntimeError), files.atomic_output(tmp_path / "there", force=False):
         raise RuntimeError
     assert read(tmp_path / "there").format == "jax" and not work.exists()
 
 
-def test_two_at_once(source, tmp_path):
-    with files.output(tmp_path / "there", force=False) as path:
-        with pytest.raises(ValueError, match="another conversion is writing"):
+def test_two_conversions_to_the_same_destination(source, tmp_path):
+    with files.atomic_output(tmp_path / "there", force=False) as path:
+        with pytest.raises(ValueError, match="another process is writing"):
             convert(source, tmp_path / "there", "jax")
         path.mkdir()
 
 
-def test_the_source_is_not_the_destination(source, tmp_path):
+def test_the_destination_must_not_contain_the_source(source, tmp_path):
     for destination in (source, source.parent):
-        with pytest.raises(ValueError, match="is the source itself"):
+        with pytest.raises(ValueError, match="is or contains the source"):
             convert(source, destination, "jax", force=True)
     with pytest.raises(ValueError, match="is not a directory"):
         convert(source, tmp_path / "no" / "where", "jax")
 
 
-def test_a_full_disk_is_told_before(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+def test_disk_space_is_checked_first(source, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="are free on that disk"):
         convert(source, tmp_path / "a", "jax")
     assert not list(tmp_path.iterdir())
 
 
 class Evil:
-    """What unpickling would run."""
+    """Runs a command when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch PWNED",)
 
 
 def foreign_sources(directory: Path, source: Path) -> dict[str, tuple[Path, str]]:
-    """name -> (path, part of the message)."""
+    """A path and part of the message, by name."""
     weights, config = sources.tensors(source), (source / "config.json").read_bytes()
-    text = {key.removeprefix("language_model."): value for key, value in weights.items() if "language_model" in key}
-    image = {key.removeprefix("vision_tower."): value for key, value in weights.items() if "vision_tower" in key}
+
+    def tower(part: str) -> dict[str, np.ndarray]:
+        return {key.removeprefix(f"{part}."): v for key, v in weights.items() if part in key}
+
+    def prefixed(part: str) -> dict[str, np.ndarray]:
+        return {f"{part}.{key}": value for key, value in tower(part).items()}
 
     def make(name: str, tensors: dict, config: bytes | dict = config) -> Path:
-        (place := directory / name).mkdir()
+        place = directory / name
+        place.mkdir()
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
-        (place / "config.json").write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+        content = config if isinstance(config, bytes) else json.dumps(config).encode()
+        (place / "config.json").write_bytes(content)
         return place
 
-    def npz(name: str, keep: str, **more) -> Path:
-        whole = np.load(sources.big_vision(source, directory / "whole.npz"))
-        np.savez(directory / name, **{key: value for key, value in whole.items() if keep in key}, **more)
+    def npz(name: str, part: str, **more) -> Path:
+        members = np.load(sources.big_vision(source, directory / "full.npz"))
+        kept = {key: value for key, value in members.items() if part in key}
+        np.savez(directory / name, **kept, **more)
         return directory / name
 
-    first, second = {k: v for k, v in weights.items() if k < "m"}, {k: v for k, v in weights.items() if k >= "m"}
+    first = {key: value for key, value in weights.items() if key < "m"}
     other = sources.tensors(sources.huggingface(directory / "pg1", "pg1"))
-    place = make("two", first)
-    save_file({key: other[key][..., :-1].copy() for key in second}, place / "b.safetensors")
-    (place / "model.safetensors").rename(place / "a.safetensors")
+    second = {key: other[key][..., :-1].copy() for key in weights.keys() - first.keys()}
+    mixed = make("two", first)
+    save_file(second, mixed / "b.safetensors")
+    (mixed / "model.safetensors").rename(mixed / "a.safetensors")
     names = dict.fromkeys(first, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
-    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (mixed / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (directory / "orbax" / "params").mkdir(parents=True)
     (directory / "orbax" / "params" / "_METADATA").write_text("{}")
+    text, image = tower("language_model"), tower("vision_tower")
+    evil = npz("evil.npz", "params", evil=np.array([Evil()], object))
+    no_tensor, siglip = "it has no tensor of a PaliGemma", "only an image encoder (a SigLIP?)"
+    gemma = "text-only model (a Gemma?)"
     return {
-        "gemma": (make("gemma", text, {"model_type": "gemma2"}), "'gemma2' model"),
-        "siglip": (make("siglip", image, {"model_type": "siglip"}), "'siglip' model"),
-        "gemma under a paligemma config": (make("gemma2", {f"language_model.{k}": v for k, v in text.items()}), "text-only model (a Gemma?)"),
-        "siglip under a paligemma config": (make("siglip2", image), "none of its tensors is a PaliGemma's"),
-        "vision of a paligemma": (make("tower", {f"vision_tower.{k}": v for k, v in image.items()}), "image encoder alone (a SigLIP?)"),
-        "shards of two models": (place, "has shape"),
-        "npz of text": (npz("text.npz", "llm/"), "text-only model (a Gemma?)"),
-        "npz of images": (npz("image.npz", "img/"), "image encoder alone (a SigLIP?)"),
-        "npz of something": (npz("other.npz", "nothing", a=np.zeros(3)), "none of its tensors"),
-        "npz of objects": (npz("evil.npz", "params", evil=np.array([Evil()], object)), "Python objects; they are never unpickled"),
+        "gemma": (make("gemma", text, {"model_type": "gemma2"}), "is 'gemma2'"),
+        "siglip": (make("siglip", image, {"model_type": "siglip"}), "is 'siglip'"),
+        "gemma under a paligemma config": (make("gemma2", prefixed("language_model")), gemma),
+        "siglip under a paligemma config": (make("siglip2", image), no_tensor),
+        "vision of a paligemma": (make("tower", prefixed("vision_tower")), siglip),
+        "shards of two models": (mixed, "has shape"),
+        "npz of text": (npz("text.npz", "llm/"), gemma),
+        "npz of images": (npz("image.npz", "img/"), siglip),
+        "npz of something": (npz("other.npz", "nothing", a=np.zeros(3)), no_tensor),
+        "npz of objects": (evil, "Python objects, which are never unpickled"),
         "orbax": (directory / "orbax", "Orbax checkpoint of another program"),
-        "safetensors file": (source / "model.safetensors", "give its directory"),
+        "safetensors file": (source / "model.safetensors", "use its directory"),
         "text file": (Path(__file__), "is not a checkpoint"),
         "nothing": (directory / "none", "does not exist"),
     }
 
 
-def test_foreign_sources_are_named(source, tmp_path, capsys):
-    for name, (path, part) in foreign_sources(tmp_path, source).items():
+def test_other_checkpoints_are_named(source, tmp_path, capsys):
+    for name, (path, message) in foreign_sources(tmp_path, source).items():
         for arguments in ((path, tmp_path / "x", "--to", "jax"), ("inspect", path)):
             code, out, err = run(capsys, *arguments)
-            assert code == 2 and out == "" and part in err and "Traceback" not in err, (name, err)
-            assert err.count("\n") < 60, name
+            assert code == 2 and out == "" and message in err, (name, err)
+            assert "Traceback" not in err and err.count("\n") < 60, (name, err)
     assert not Path("PWNED").exists() and not (tmp_path / "x").exists()
 
 
 KILLED = """
 import sys, time
+from contextlib import nullcontext
 sys.path.insert(0, {root!r})
 from convert import convert, tensor
 tensor.BLOCK = 2**12
-slow = lambda done: time.sleep({pause})
-from contextlib import nullcontext
+progress = lambda name, nbytes: nullcontext(lambda nbytes: time.sleep({pause}))
 print("go", flush=True)
-convert({source!r}, {destination!r}, {to!r}, force=True, progress=lambda name, nbytes: nullcontext(slow))
+convert({source!r}, {destination!r}, {to!r}, force=True, progress=progress)
 """
 
 
-def test_kills(source, tmp_path):
-    """Killed at 20 random points: under the final name is the old checkpoint, whole, or the new one, whole; the next run just works."""
-    rng, root = np.random.default_rng(0), str(ROOT)
+def test_a_killed_conversion_leaves_a_complete_checkpoint(source, tmp_path):
+    """Killed at 20 random points: the final name has the complete old checkpoint or the complete
+    new one, and the next run succeeds."""
+    rng = np.random.default_rng(0)
     old = read(source).with_dtype("float16")
-    expected = {path: tensor.read().astype("float32").tobytes() for path, tensor in old.tensors.items()}
+    expected = {p: array.astype("float32").tobytes() for p, array in sources.arrays(old).items()}
     killed = 0
     for i in range(20):
         to, replaced = FORMATS[i % 3], i % 2
         destination = tmp_path / f"{to}{i}"
         if replaced:
             formats.write(old, destination, to)
-        code = KILLED.format(root=root, pause=0.0005, source=str(source), destination=str(destination), to=to)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        values = dict(source=str(source), destination=str(destination), to=to)
+        code = KILLED.format(root=str(ROOT), pause=0.0005, **values)
+        command, env = [sys.executable, "-c", code], os.environ | {"JAX_PLATFORMS": "cpu"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env)
         process.stdout.readline()
         time.sleep(rng.uniform(0, 0.25))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() != 0
         process.stdout.close()
-        if destination.exists():
-            found = formats.read(destination, old.config)
-            if found.tensors["projector/bias"].dtype == np.float16:
-                assert replaced
-                for path, tensor in found.tensors.items():
-                    assert tensor.read()[: hf_models.IMAGE].astype("float32").tobytes() == expected[path][: tensor.read()[: hf_models.IMAGE].size * 4]
-            else:
-                formats.compare(read(source), found)
+        if not destination.exists():
+            aside = tmp_path / f".{destination.name}.unfinished" / ".replaced"
+            assert not replaced or aside.exists()
+        elif read(destination, old.config).tensors["projector/bias"].dtype == np.float16:
+            assert replaced
+            for path, array in sources.arrays(read(destination, old.config)).items():
+                bits = array[: hf_models.IMAGE].astype("float32").tobytes()
+                assert bits == expected[path][: len(bits)]
         else:
-            assert not replaced or (tmp_path / f".{destination.name}.unfinished" / ".replaced").exists()
+            formats.check_equal(read(source), read(destination, old.config))
         convert(source, destination, to, force=True)
-        formats.compare(read(source), formats.read(destination, old.config))
+        formats.check_equal(read(source), read(destination, old.config))
         assert not list(tmp_path.glob(".*"))
     assert killed > 10

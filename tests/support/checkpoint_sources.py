@@ -1,7 +1,9 @@
-"""Checkpoints for the conversion tests, and a big_vision .npz built from the key list alone, without the table that it tests."""
+"""Checkpoints for the conversion tests, and a big_vision .npz that is built by hand from
+big_vision's key list, without the table under test."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,18 +13,28 @@ import torch
 from safetensors.numpy import load_file
 from support import hf_models
 
-from convert.__main__ import main
+from paligemma_jax.cli import main
 
 SMALL = {"vision": {"num_hidden_layers": 2}, "text": {"num_hidden_layers": 3}}
 
 
-def huggingface(directory: Path, kind: str = "pg2", layout: str = "released", dtype=torch.float32, **how) -> Path:
-    return hf_models.save_checkpoint(hf_models.random_model(kind, **SMALL), directory, layout, dtype, **how)
+def huggingface(
+    directory: Path, kind: str = "pg2", layout: str = "released", dtype=torch.float32, **options
+) -> Path:
+    """Save a small random model of transformers."""
+    model = hf_models.random_model(kind, **SMALL)
+    return hf_models.save_checkpoint(model, directory, layout, dtype, **options)
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
     """All tensors of a directory by key, read by the safetensors library."""
-    return {key: value for file in sorted(directory.glob("*.safetensors")) for key, value in load_file(file).items()}
+    files = sorted(directory.glob("*.safetensors"))
+    return {key: value for file in files for key, value in load_file(file).items()}
+
+
+def arrays(checkpoint) -> dict[str, np.ndarray]:
+    """All tensors of a `convert.Checkpoint` by parameter path."""
+    return {path: tensor.numpy() for path, tensor in checkpoint.tensors.items()}
 
 
 def logits(model, inputs) -> np.ndarray:
@@ -32,70 +44,117 @@ def logits(model, inputs) -> np.ndarray:
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python -m convert`, in this process."""
+    """Exit code, stdout and stderr of `paligemma-jax convert`, in this process."""
     capsys.readouterr()
     try:
-        main([str(argument) for argument in arguments])
+        main(["convert", *map(str, arguments)])
     except SystemExit as stop:
         return stop.code or 0, *capsys.readouterr()
     return 0, *capsys.readouterr()
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    bits = lambda x: (x.dtype, x.shape, x.tobytes())
+    """Whether two sets of arrays have the same keys, dtypes, shapes and bits."""
+
+    def bits(array: np.ndarray) -> tuple:
+        return array.dtype, array.shape, array.tobytes()
+
     return a.keys() == b.keys() and all(bits(a[key]) == bits(b[key]) for key in a)
 
 
-def big_vision(directory: Path, file: Path, dtype: str = "float32", prefix: str = "params/", compressed: bool = False, **extra) -> Path:
-    """The weights of a Hugging Face directory in released layout as big_vision saves them: numpy.savez, transposed by hand."""
-    w, text, vision = tensors(directory), hf_models.TEXT["pg2"], hf_models.VISION
-    N, H = text["num_attention_heads"], text["head_dim"]
-    D, W, n = text["hidden_size"], vision["hidden_size"], vision["num_attention_heads"]
-    img = lambda name: w[f"vision_tower.vision_model.{name}"]
-    llm = lambda name: w[f"language_model.model.{name}"]
-    towers = {"vision": 2, "text": 3}
-    stack = lambda tower, f: np.stack([f(i) for i in range(towers[tower])])
-    block = lambda name, f: stack("vision", lambda i: f(img(f"encoder.layers.{i}.{name}")))
-    layer = lambda name, f=lambda x: x: stack("text", lambda i: f(llm(f"layers.{i}.{name}.weight")))
-    per_head = lambda x: x.reshape(-1, H, D).transpose(0, 2, 1)  # (heads * H, D) -> (heads, D, H)
-    found = {
-        "img/embedding/kernel": img("embeddings.patch_embedding.weight").transpose(2, 3, 1, 0),
-        "img/embedding/bias": img("embeddings.patch_embedding.bias"),
-        "img/pos_embedding": img("embeddings.position_embedding.weight")[None],
-        "img/Transformer/encoder_norm/scale": img("post_layernorm.weight"),
-        "img/Transformer/encoder_norm/bias": img("post_layernorm.bias"),
-        "img/head/kernel": w["multi_modal_projector.linear.weight"].T,
-        "img/head/bias": w["multi_modal_projector.linear.bias"],
-        "llm/embedder/input_embedding": llm("embed_tokens.weight")[: hf_models.IMAGE],
-        "llm/final_norm/scale": llm("norm.weight"),
-        "llm/layers/attn/q_einsum/w": layer("self_attn.q_proj", per_head),
-        "llm/layers/attn/kv_einsum/w": np.stack([layer("self_attn.k_proj", per_head), layer("self_attn.v_proj", per_head)], axis=1),
-        "llm/layers/attn/attn_vec_einsum/w": layer("self_attn.o_proj", lambda x: x.T.reshape(N, H, D)),
-        "llm/layers/mlp/gating_einsum": np.stack([layer("mlp.gate_proj", np.transpose), layer("mlp.up_proj", np.transpose)], axis=1),
-        "llm/layers/mlp/linear": layer("mlp.down_proj", np.transpose),
-        "llm/layers/pre_attention_norm/scale": layer("input_layernorm"),
+def big_vision(
+    directory: Path,
+    file: Path,
+    dtype: str = "float32",
+    prefix: str = "params/",
+    compressed: bool = False,
+    **extra,
+) -> Path:
+    """Save the weights of a Hugging Face directory in released layout as big_vision does."""
+    weights = tensors(directory)
+    stacks = {**_vision(weights), **_text(weights)}
+    numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    members = {
+        prefix + key: np.ascontiguousarray(value).astype(numpy_dtype)
+        for key, value in stacks.items()
     }
-    if "language_model.model.layers.0.pre_feedforward_layernorm.weight" in w:
-        found["llm/layers/post_attention_norm/scale"] = layer("post_attention_layernorm")
-        found["llm/layers/pre_ffw_norm/scale"] = layer("pre_feedforward_layernorm")
-        found["llm/layers/post_ffw_norm/scale"] = layer("post_feedforward_layernorm")
-    else:
-        found["llm/layers/pre_ffw_norm/scale"] = layer("post_attention_layernorm")
+    if dtype == "bfloat16":
+        members = {key: value.view("V2") for key, value in members.items()}
+    members |= {prefix.replace("params", "opt") + key: value for key, value in extra.items()}
+    (np.savez_compressed if compressed else np.savez)(file, **members)
+    return file
+
+
+def _vision(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    width, heads = hf_models.VISION["hidden_size"], hf_models.VISION["num_attention_heads"]
+    size = width // heads
     encoder = "img/Transformer/encoderblock/"
+
+    def tensor(name: str) -> np.ndarray:
+        return weights[f"vision_tower.vision_model.{name}"]
+
+    def stack(name: str, change: Callable = np.copy) -> np.ndarray:
+        return np.stack([change(tensor(f"encoder.layers.{i}.{name}")) for i in range(2)])
+
+    result = {
+        "img/embedding/kernel": tensor("embeddings.patch_embedding.weight").transpose(2, 3, 1, 0),
+        "img/embedding/bias": tensor("embeddings.patch_embedding.bias"),
+        "img/pos_embedding": tensor("embeddings.position_embedding.weight")[None],
+        "img/Transformer/encoder_norm/scale": tensor("post_layernorm.weight"),
+        "img/Transformer/encoder_norm/bias": tensor("post_layernorm.bias"),
+        "img/head/kernel": weights["multi_modal_projector.linear.weight"].T,
+        "img/head/bias": weights["multi_modal_projector.linear.bias"],
+    }
     for ours, theirs in (("LayerNorm_0", "layer_norm1"), ("LayerNorm_1", "layer_norm2")):
-        found[f"{encoder}{ours}/scale"], found[f"{encoder}{ours}/bias"] = block(f"{theirs}.weight", np.copy), block(f"{theirs}.bias", np.copy)
+        result[f"{encoder}{ours}/scale"] = stack(f"{theirs}.weight")
+        result[f"{encoder}{ours}/bias"] = stack(f"{theirs}.bias")
     for ours, theirs in (("Dense_0", "fc1"), ("Dense_1", "fc2")):
-        found[f"{encoder}MlpBlock_0/{ours}/kernel"] = block(f"mlp.{theirs}.weight", np.transpose)
-        found[f"{encoder}MlpBlock_0/{ours}/bias"] = block(f"mlp.{theirs}.bias", np.copy)
+        result[f"{encoder}MlpBlock_0/{ours}/kernel"] = stack(f"mlp.{theirs}.weight", np.transpose)
+        result[f"{encoder}MlpBlock_0/{ours}/bias"] = stack(f"mlp.{theirs}.bias")
     attention = encoder + "MultiHeadDotProductAttention_0/"
     for ours, theirs in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        found[f"{attention}{ours}/kernel"] = block(f"self_attn.{theirs}.weight", lambda x: x.T.reshape(W, n, W // n))
-        found[f"{attention}{ours}/bias"] = block(f"self_attn.{theirs}.bias", lambda x: x.reshape(n, W // n))
-    found[f"{attention}out/kernel"] = block("self_attn.out_proj.weight", lambda x: x.T.reshape(n, W // n, W))
-    found[f"{attention}out/bias"] = block("self_attn.out_proj.bias", np.copy)
-    kind = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
-    cast = {prefix + key: np.ascontiguousarray(value).astype(kind) for key, value in found.items()}
-    if dtype == "bfloat16":
-        cast = {key: value.view("V2") for key, value in cast.items()}
-    (np.savez_compressed if compressed else np.savez)(file, **cast, **{prefix.replace("params", "opt") + key: value for key, value in extra.items()})
-    return file
+        kernel = stack(f"self_attn.{theirs}.weight", lambda x: x.T.reshape(width, heads, size))
+        bias = stack(f"self_attn.{theirs}.bias", lambda x: x.reshape(heads, size))
+        result[f"{attention}{ours}/kernel"], result[f"{attention}{ours}/bias"] = kernel, bias
+    out = stack("self_attn.out_proj.weight", lambda x: x.T.reshape(heads, size, width))
+    result[f"{attention}out/kernel"] = out
+    result[f"{attention}out/bias"] = stack("self_attn.out_proj.bias")
+    return result
+
+
+def _text(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    config = hf_models.TEXT["pg2"]
+    width, heads, size = config["hidden_size"], config["num_attention_heads"], config["head_dim"]
+
+    def tensor(name: str) -> np.ndarray:
+        return weights[f"language_model.model.{name}"]
+
+    def stack(name: str, change: Callable = np.copy) -> np.ndarray:
+        return np.stack([change(tensor(f"layers.{i}.{name}.weight")) for i in range(3)])
+
+    def per_head(x: np.ndarray) -> np.ndarray:
+        return x.reshape(-1, size, width).transpose(0, 2, 1)  # [NH, D] -> [N, D, H]
+
+    key_value = [stack(f"self_attn.{name}_proj", per_head) for name in "kv"]
+    gate_up = [stack(f"mlp.{name}_proj", np.transpose) for name in ("gate", "up")]
+    layers = {
+        "attn/q_einsum/w": stack("self_attn.q_proj", per_head),
+        "attn/kv_einsum/w": np.stack(key_value, axis=1),
+        "attn/attn_vec_einsum/w": stack(
+            "self_attn.o_proj", lambda x: x.T.reshape(heads, size, width)
+        ),
+        "mlp/gating_einsum": np.stack(gate_up, axis=1),
+        "mlp/linear": stack("mlp.down_proj", np.transpose),
+        "pre_attention_norm/scale": stack("input_layernorm"),
+    }
+    if "language_model.model.layers.0.pre_feedforward_layernorm.weight" in weights:
+        layers["post_attention_norm/scale"] = stack("post_attention_layernorm")
+        layers["pre_ffw_norm/scale"] = stack("pre_feedforward_layernorm")
+        layers["post_ffw_norm/scale"] = stack("post_feedforward_layernorm")
+    else:
+        layers["pre_ffw_norm/scale"] = stack("post_attention_layernorm")
+    return {
+        "llm/embedder/input_embedding": tensor("embed_tokens.weight")[: hf_models.IMAGE],
+        "llm/final_norm/scale": tensor("norm.weight"),
+        **{f"llm/layers/{name}": value for name, value in layers.items()},
+    }
