@@ -72,15 +72,12 @@ def _print_help(arguments: list[str]) -> None:
 @contextlib.contextmanager
 def _joined_help_lines() -> Iterator[None]:
     """Let tyro wrap help texts to the terminal; by itself it keeps the docstrings' line breaks."""
-    names = ("parse", "parse_from_object")
-    originals = [getattr(docstring_parser, name) for name in names]
-    for name, parse in zip(names, originals, strict=True):
-        setattr(docstring_parser, name, _joining(parse))
+    originals = docstring_parser.parse, docstring_parser.parse_from_object
+    docstring_parser.parse, docstring_parser.parse_from_object = map(_joining, originals)
     try:
         yield
     finally:
-        for name, parse in zip(names, originals, strict=True):
-            setattr(docstring_parser, name, parse)
+        docstring_parser.parse, docstring_parser.parse_from_object = originals
 
 
 def _joining(parse: Callable) -> Callable:

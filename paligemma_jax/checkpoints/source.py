@@ -1,4 +1,4 @@
-"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a Hub id."""
+"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a hub id."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class CheckpointSource:
 def resolve(
     reference: str | Path | CheckpointSource, presets: Iterable[str] = ()
 ) -> CheckpointSource:
-    """Find the parts of a checkpoint, and download it if it is a Hub id.
+    """Find the parts of a checkpoint, and download it if it is a hub id.
 
     Args:
-        reference: "tiny" (the embedded model), a directory, an .npz file, or a Hub id such as
+        reference: "tiny" (the embedded model), a directory, an .npz file, or a hub id such as
             "google/paligemma2-3b-mix-224". A resolved source is returned unchanged.
         presets: Names that the caller accepts as well, listed in the error.
 
@@ -81,7 +81,8 @@ def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
     if isinstance(reference, str) and reference.count("/") == 1 and not is_local:
         return _download(reference)
     choices = ["'tiny'", "a directory", "a hub id like google/paligemma2-3b-mix-224"]
-    if names := ", ".join(presets):
+    names = ", ".join(presets)
+    if names:
         choices.append(f"one of {names}")
     raise ValueError(
         f"no such checkpoint: {reference}; give {', '.join(choices[:-1])}, or {choices[-1]}"

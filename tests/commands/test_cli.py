@@ -136,11 +136,11 @@ def test_flags_choose_the_sampler(generate, predictor, flags, sampler, options):
 @pytest.mark.parametrize(
     "flags,reason",
     [
-        ("--beams 2 --temperature 0.7", "--beams and --temperature: beam search draws no samples"),
-        ("--beams 2 --best-of 3", "--beams and --best-of: beam search draws no samples"),
-        ("--length-penalty 2", "--length-penalty 2.0 is for beam search"),
-        ("--temperature 0", "Sample(temperature=0.0) makes no sense"),
-        ("--beams 0", "Beam(width=0) makes no sense"),
+        ("--beams 2 --temperature 0.7", "--beams cannot be combined with --temperature"),
+        ("--beams 2 --best-of 3", "--beams cannot be combined with --best-of"),
+        ("--length-penalty 2", "--length-penalty 2.0 requires --beams"),
+        ("--temperature 0", "Sample.temperature must be a finite number of at least 1e-6"),
+        ("--beams 0", "Beam.width must be a positive integer, got 0"),
     ],
 )
 def test_contradicting_flags_are_refused_first(command, flags, reason):

@@ -89,8 +89,8 @@ INPUTS = {
     "no such image": ("absent.png", ["caption en"], ["absent.png"]),
     "a prompt for an image": ("what " * 80, ["caption en"], ["no image file"]),
     "a directory for an image": (str(GOLDEN), ["caption en"], ["no image file"]),
-    "not an image": (__file__, ["caption en"], [Path(__file__).name, "no image"]),
-    "truncated image": ("cut.png", ["caption en"], ["cut.png", "in full"]),
+    "not an image": (__file__, ["caption en"], [Path(__file__).name, "is not an image"]),
+    "truncated image": ("cut.png", ["caption en"], ["cut.png", "completely", "truncated"]),
     "no prompt": (str(IMAGE), [], ["no prompt"]),
     "no image": ([], ["caption en"], ["no image"]),
     "image count": (TWO, ["a", "b", "c"], ["2 prompts", "3 prompts"], ["2 images", "3 prompts"]),
@@ -134,14 +134,17 @@ def test_bad_images_and_prompts_are_refused(case, command, tmp_path, monkeypatch
 def test_counts_must_be_integers(name, value):
     with pytest.raises(ValueError) as error:
         predictor().generate(IMAGE, "caption en", **{name: value})
-    check_message(str(error.value), [f"{name} is {value!r}"])
+    check_message(str(error.value), [f"{name} must be an integer", f"got {value!r}"])
 
 
-@pytest.mark.parametrize("new", [0, -1, 8192])
-def test_max_new_tokens_must_fit_the_context(new, command):
+@pytest.mark.parametrize(
+    "new,parts",
+    [(0, ["at least 1", "got 0"]), (-1, ["at least 1", "got -1"]), (8192, ["1 to 81", "got 8192"])],
+)
+def test_max_new_tokens_must_fit_the_context(new, parts, command):
     with pytest.raises(ValueError) as error:
         predictor().generate(IMAGE, "caption en", new)
-    check_message(str(error.value), [f"max_new_tokens is {new}", "1 to 81"])
+    check_message(str(error.value), ["max_new_tokens must be", *parts])
     arguments = ("--model", GOLDEN / "pg2", "--image", IMAGE, "--prompt", "caption en")
     code, out, err = command("generate", *arguments, "--max-new-tokens", new)
     assert (code, out, err) == (2, "", f"paligemma-jax: {error.value}\n")
@@ -150,14 +153,14 @@ def test_max_new_tokens_must_fit_the_context(new, command):
 @pytest.mark.parametrize(
     "seeds,part",
     [
-        ([1, 2, 3], "3 seeds for 1 prompts"),
-        ([2**40], "32 bits"),
-        ([1.5], "32 bits"),
-        (["a"], "32 bits"),
-        ([True], "32 bits"),
-        (7, "seeds is 7: pass a list"),
-        ("7", "seeds is '7'"),
-        ([[7]], "pass a list"),
+        ([1, 2, 3], "seeds must be one per prompt, got 3 for 1 prompts"),
+        ([2**40], f"32-bit integers, got {2**40}"),
+        ([1.5], "32-bit integers, got 1.5"),
+        (["a"], "32-bit integers, got 'a'"),
+        ([True], "32-bit integers, got True"),
+        (7, "seeds must be a list with one integer per prompt, got 7"),
+        ("7", "seeds must be a list with one integer per prompt, got '7'"),
+        ([[7]], "seeds must be a list with one integer per prompt"),
     ],
 )
 def test_seeds_must_be_a_list_of_32_bit_integers(seeds, part):
@@ -185,25 +188,31 @@ def test_seeds_must_be_a_list_of_32_bit_integers(seeds, part):
     ],
 )
 def test_invalid_sampling_settings_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"Sample\({name}=.* makes no sense"):
+    with pytest.raises(ValueError, match=rf"Sample\.{name} must be .*, got {value!r}"):
         pg.Sample(**{name: value})
 
 
 SAMPLERS = [
-    (lambda: pg.Beam(width=2.5), "width=2.5"),
-    (lambda: pg.Beam(length_penalty=float("nan")), "length_penalty=nan"),
-    (lambda: pg.BestOf(3, pg.Greedy()), "among samples"),
-    (lambda: pg.BestOf("3"), "width='3'"),
+    (lambda: pg.Beam(width=2.5), "Beam.width must be a positive integer, got 2.5"),
+    (
+        lambda: pg.Beam(length_penalty=float("nan")),
+        "Beam.length_penalty must be a finite number, got nan",
+    ),
+    (lambda: pg.BestOf(3, pg.Greedy()), r"BestOf.sampler must be a Sample\(...\), got Greedy"),
+    (lambda: pg.BestOf("3"), "BestOf.width must be a positive integer, got '3'"),
     (
         lambda: predictor().generate(IMAGE, "caption en", 4, "greedy"),
-        r"sampler is 'greedy': pass Greedy\(\)",
+        r"sampler must be Greedy\(\), .*, got 'greedy'",
     ),
     (
         lambda: list(predictor().stream(IMAGE, "caption en", 4, pg.Beam(2))),
-        "what is streamed is final",
+        "for streaming, because text that was streamed cannot change",
     ),
-    (lambda: list(predictor().stream(IMAGE, "caption en", 4, seed="a")), "32 bits"),
-    (lambda: list(predictor().stream(IMAGE, "caption en", 4.5)), "max_new_tokens is 4.5"),
+    (lambda: list(predictor().stream(IMAGE, "caption en", 4, seed="a")), "32-bit integers"),
+    (
+        lambda: list(predictor().stream(IMAGE, "caption en", 4.5)),
+        "max_new_tokens must be an integer of at least 1, got 4.5",
+    ),
 ]
 
 
@@ -228,7 +237,7 @@ def test_handmade_inputs_are_checked():
     ]:
         with pytest.raises(ValueError, match=part):
             predictor().logits(replace(inputs, tokens=tokens))
-    with pytest.raises(ValueError, match="16 image tokens for 2 images of 16 each"):
+    with pytest.raises(ValueError, match=r"2 images need 32 image tokens \(16 each\), got 16"):
         predictor().stages(replace(inputs, images=inputs.images.repeat(2, axis=0)))
 
 
