@@ -50,7 +50,7 @@ def encode_example(example: Example, processor: Processor, length: int | None) -
             than its prompt asks for.
     """
     rows = processor.encode([list(example.images)], [example.prefix], [example.suffix])
-    processor.pad(rows, "right", length)
+    processor.padded_length(rows, length)
     return rows[0]
 
 
@@ -88,8 +88,7 @@ class Batcher:
                     pixels.append(pixel_values(row.images, self.processor.image_size))
             rows.append(row)
         self._check_image_counts(examples, rows, parts)
-        longest = max(len(row.prompt) + len(row.suffix) for row in rows)
-        length = self.length or min(round_up(longest), self.processor.context)
+        length = self.length or min(round_up(max(map(len, rows))), self.processor.context)
         tokens = self.processor.pad(rows, "right", length)
         weights = np.array([example.weight for example in examples] + [0.0] * fill, np.float32)
         if self.features:

@@ -87,8 +87,7 @@ class FinetuneConfig:
     batch_size: int = 8
     """Rows per optimizer step."""
     accumulate: int = 1
-    """Number of parts that each batch is split into to save memory. The gradient is that of the
-    full batch."""
+    """Number of parts to compute each batch in, to save memory. The gradient does not change."""
     learning_rate: float = 2e-5
     """Peak learning rate."""
     vision_rate: float = 1.0

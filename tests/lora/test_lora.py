@@ -1,4 +1,4 @@
-"""LoRA and QLoRA without torch: what wrapping changes and what it does not, and a run of the command from data to answers."""
+"""LoRA and QLoRA without torch: the modules, training, runs of the command, damaged adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.finetuning import losses, weights
+from support.finetuning import losses, read_log, small_config, weights
 from support.logits import logits
 from support.toys import batch
 
@@ -30,6 +30,7 @@ from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.prepare import prepare_model
+from paligemma_jax.training.runs import Run
 from paligemma_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -37,198 +38,270 @@ pytestmark = pytest.mark.usefixtures("quick_to_compile")
 RANKS = {"decoder": 2, "vision": 3}
 
 
-
-
-def learned(model, seed=0):
-    """The model with B no longer 0."""
+def with_random_b(model, seed=0):
+    """The model with random B, which is 0 at first, so that its adapters have an effect."""
     rng = np.random.default_rng(seed)
-    noise = lambda path, value: jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32) if path.endswith("lora_b") else value
-    return with_parameters(model, {path: noise(path, value) for path, value in parameters(model).items()}.__getitem__)
+    values = parameters(model)
+    for path, value in values.items():
+        if path.endswith("lora_b"):
+            values[path] = jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32)
+    return with_parameters(model, values.__getitem__)
 
 
-def test_it_begins_as_nothing_and_merges_into_the_same():
+def test_a_new_adapter_adds_nothing_and_a_merged_model_computes_the_same():
     plain = load_model(TINY)
     model = lora.add_lora(plain, RANKS, 4.0)
     np.testing.assert_array_equal(logits(model), logits(plain))
-    model = learned(model)
+    model = with_random_b(model)
     assert np.abs(logits(model) - logits(plain)).max() > 0.1
     merged = lora.merge_lora(model)
     assert parameters(merged).keys() == parameters(plain).keys()
     np.testing.assert_allclose(logits(merged), logits(model), atol=2e-4)
-    np.testing.assert_allclose(logits(lora.unmerge_lora(merged, lora.lora_factors(model))), logits(plain), atol=2e-4)
+    unmerged = lora.unmerge_lora(merged, lora.lora_factors(model))
+    np.testing.assert_allclose(logits(unmerged), logits(plain), atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
-def test_list_and_stack_are_the_same(kind):
-    model = load_model(TINY) if kind is None else quantize_model(load_model(TINY), kind)
-    listed = learned(lora.add_lora(model, RANKS, 4.0))
-    stack = stack_model(listed, delete=False)
-    np.testing.assert_allclose(logits(stack), logits(listed), atol=1e-4)
-    found, expected = lora.lora_factors(stack), lora.lora_factors(listed)
-    assert found.keys() == expected.keys() and len(found) == 4 * 7 + 4 * 6
-    assert all((found[path].a == expected[path].a).all() and (found[path].b == expected[path].b).all() for path in found)
-    assert parameters(unstack_model(stack)).keys() == parameters(listed).keys()
+def test_lists_and_stacks_of_layers_are_equivalent(kind):
+    model = load_model(TINY)
+    model = quantize_model(model, kind) if kind else model
+    listed = with_random_b(lora.add_lora(model, RANKS, 4.0))
+    stacked = stack_model(listed, delete=False)
+    np.testing.assert_allclose(logits(stacked), logits(listed), atol=1e-4)
+    factors, expected = lora.lora_factors(stacked), lora.lora_factors(listed)
+    assert factors.keys() == expected.keys() and len(factors) == 4 * 7 + 4 * 6
+    for path, adapter in factors.items():
+        np.testing.assert_array_equal(adapter.a, expected[path].a)
+        np.testing.assert_array_equal(adapter.b, expected[path].b)
+    assert parameters(unstack_model(stacked)).keys() == parameters(listed).keys()
 
 
 def test_ranks_scales_and_targets():
     model = load_model(TINY)
-    only = lora.lora_factors(lora.add_lora(model, RANKS, 8.0, rslora=True, target=r".*attention/[qv]"))
-    assert len(only) == 16 and {len(f.a) for path, f in only.items() if path.startswith("vision")} == {3}
-    assert {f.scale for path, f in only.items() if path.startswith("decoder")} == {8 / math.sqrt(2)}
-    assert not any(path.startswith("vision") for path in lora.lora_factors(lora.add_lora(model, {"decoder": 2}, 8.0)))
-    assert "projector" in lora.lora_factors(lora.add_lora(model, RANKS, 8.0, target=r"projector|.*attention/q"))
-    a = only["decoder/layers/0/attention/q"].a
-    assert np.abs(a).max() <= 160**-0.5 and np.abs(a).std() == pytest.approx(160**-0.5 / 12**0.5, rel=0.1)
+
+    def factors(rank, **options):
+        return lora.lora_factors(lora.add_lora(model, rank, 8.0, **options))
+
+    chosen = factors(RANKS, rslora=True, target=r".*attention/[qv]")
+    assert len(chosen) == 16
+    ranks = {path.split("/")[0]: len(adapter.a) for path, adapter in chosen.items()}
+    assert ranks == RANKS
+    scales = {adapter.scale for path, adapter in chosen.items() if path.startswith("decoder")}
+    assert scales == {8 / math.sqrt(2)}
+    assert not any(path.startswith("vision") for path in factors({"decoder": 2}))
+    assert "projector" in factors(RANKS, target=r"projector|.*attention/q")
+    a, bound = chosen["decoder/layers/0/attention/q"].a, 160**-0.5
+    assert np.abs(a).max() <= bound
+    assert np.abs(a).std() == pytest.approx(bound / 12**0.5, rel=0.1)
     with pytest.raises(ValueError, match="nothing to adapt"):
-        lora.add_lora(model, RANKS, 8.0, target="nothing")
+        factors(RANKS, target="nothing")
 
 
 @pytest.mark.parametrize("preset", ["3b-224", "28b-896"])
 def test_an_adapter_is_a_small_part_of_the_model(preset):
-    """At the default rank under 2 % of the model's bytes, though it is held in float32 and the model in bfloat16; with rank 8 in the encoder too."""
+    """At the default rank, and rank 8 in the encoder: less than 2 % of the bytes, although it is
+    float32 and the model bfloat16."""
     config = FinetuneConfig("", "", train="lora", lora_vision_rank=8)
     model = abstract_model_by_name(preset, "bfloat16")
-    held = lambda model, lora: sum(math.prod(v.shape) * v.dtype.itemsize for p, v in parameters(model).items() if ("/lora_" in p) == lora)
-    assert held(jax.eval_shape(lambda model: prepare_model(model, config), model), True) < 0.02 * held(model, False)
+    adapted = jax.eval_shape(lambda model: prepare_model(model, config), model)
+
+    def nbytes(model, suffix):
+        values = parameters(model).items()
+        return sum(v.size * v.dtype.itemsize for path, v in values if re.search(suffix, path))
+
+    assert 0 < nbytes(adapted, "/lora_[ab]$") < 0.02 * nbytes(model, "")
 
 
-def test_dropout_is_of_training_alone_and_other_in_every_layer():
-    model = learned(lora.add_lora(stack_model(load_model(TINY)), {"decoder": 2}, 4.0, dropout=0.5))
+def test_dropout_applies_inside_its_context_and_differs_between_layers():
+    model = lora.add_lora(stack_model(load_model(TINY)), {"decoder": 2}, 4.0, dropout=0.5)
+    model = with_random_b(model)
     plain = logits(model)
     np.testing.assert_array_equal(logits(model), plain)
+    inputs = jax.tree.map(jnp.asarray, batch(model))
 
     @jax.jit
     def dropped(key):
         with lora.lora_dropout(key):
-            inputs = batch(model)
             return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
 
-    one, two = dropped(jax.random.key(0)), dropped(jax.random.key(1))
-    assert np.abs(one - plain).max() > 1e-3 and np.abs(one - two).max() > 1e-3
-    np.testing.assert_array_equal(dropped(jax.random.key(0)), one)
-    seeds = [np.asarray(value) for path, value in parameters(model).items() if path.endswith("/seed")]
-    assert len(set(np.concatenate(seeds))) == 7 * 4
+    first, second = dropped(jax.random.key(0)), dropped(jax.random.key(1))
+    assert np.abs(first - plain).max() > 1e-3 and np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(dropped(jax.random.key(0)), first)
+    values = parameters(model).items()
+    seeds = np.concatenate([value for path, value in values if path.endswith("/seed")])
+    assert len(set(seeds)) == 7 * 4
 
 
 @pytest.mark.parametrize("quantized", [None, "nf4", "int8"])
-def test_only_the_factors_learn(quantized):
-    config = FinetuneConfig("", "", batch_size=2, train="lora", quantize=quantized, lora_rank=2, lora_dropout=0.1, learning_rate=1e-2, remat="full")
+def test_only_the_factors_are_trained(quantized):
+    config = FinetuneConfig(
+        "",
+        "",
+        batch_size=2,
+        train="lora",
+        quantize=quantized,
+        lora_rank=2,
+        lora_dropout=0.1,
+        learning_rate=1e-2,
+        remat="full",
+    )
     trainer = Trainer(prepare_model(load_model(TINY), config), config, 20)
     before = {path: np.array(value) for path, value in trainer.frozen.items()}
     assert all("/lora_" in path for path in trainer.trainable) and len(trainer.trainable) == 14
-    state, found, rows = trainer.start(), [], Batch(batch(load_model(TINY)), np.ones(2, np.float32))
+    state, losses = trainer.start(), []
+    data = Batch(batch(load_model(TINY)), np.ones(2, np.float32))
     for _ in range(20):
-        state, report = trainer.step(state, trainer.frozen, rows, max_targets=8)
-        found.append(float(report["loss"]))
-    assert found[-1] < 0.7 * found[0]
-    assert all((before[path] == np.asarray(value)).all() for path, value in trainer.frozen.items())
+        state, report = trainer.step(state, trainer.frozen, data, max_targets=8)
+        losses.append(float(report["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    for path, value in trainer.frozen.items():
+        np.testing.assert_array_equal(before[path], value, err_msg=path)
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
-    assert sum(m.size for m in moments) == 2 * sum(value.size for value in state.trainable.values())
+    trainable = sum(value.size for value in state.trainable.values())
+    assert sum(m.size for m in moments) == 2 * trainable
 
 
 @pytest.mark.slow
-def test_adapters_reach_what_all_weights_reach(tmp_path, monkeypatch, capsys):
-    """On the sums, after as many steps: LoRA and QLoRA at least what full fine-tuning reaches, but for 2 points."""
+def test_adapters_reach_the_accuracy_of_full_fine_tuning(tmp_path, monkeypatch, capsys):
+    """On sums, after as many steps: LoRA and QLoRA are at most 2 points below it."""
 
-    def right(name, *options):
-        monkeypatch.setattr("sys.argv", ["sums", "--output", str(tmp_path / name), "--steps", "200", *options])
+    def accuracy(name, *options):
+        arguments = ["sums", "--output", str(tmp_path / name), "--steps", "200", *options]
+        monkeypatch.setattr("sys.argv", arguments)
         sums.main()
         return float(re.search(r"after: ([\d.]+)%", capsys.readouterr().out)[1])
 
-    whole, plain, quantized = right("all", "--train", "all", "--learning-rate", "3e-4"), right("lora"), right("qlora", "--quantize", "nf4")
-    assert whole > 10 and min(plain, quantized) >= whole - 2, (whole, plain, quantized)
+    full = accuracy("all", "--train", "all", "--learning-rate", "3e-4")
+    adapters = accuracy("lora"), accuracy("qlora", "--quantize", "nf4")
+    assert full > 10 and min(adapters) >= full - 2, (full, adapters)
 
 
 @pytest.mark.parametrize("options", [[], ["--quantize", "nf4", "--lora-dropout", "0.1"]])
-def test_the_command_leaves_an_adapter_that_answers(command, data, tmp_path, options):
+def test_the_command_trains_and_merges_an_adapter(command, data, tmp_path, options):
     run = tmp_path / "run"
-    wanted = ["--steps", 40, "--batch-size", 12, "--learning-rate", 1e-2, "--train", "lora", "--lora-rank", 4, "--export", "huggingface", *options]
-    code, _, error = command("finetune", "--data", data, "--validation", data, "--output", run, *wanted)
+    train = ["--train", "lora", "--data", data]
+    options = ["--steps", 40, "--batch-size", 12, "--learning-rate", 1e-2, *options]
+    options += ["--lora-rank", 4, "--export", "huggingface", "--validation", data]
+    code, _, error = command("finetune", *train, *options, "--output", run)
     assert code == 0, error
     assert losses(run)[-1] < 0.2 * losses(run)[0]
     assert {file.name for file in (run / "adapter").iterdir()} == {peft.CONFIG, peft.WEIGHTS}
     before, merged = weights(TINY), weights(run / "model")
-    assert all((before[path] == merged[path]).all() != ("decoder/layers" in path and path.endswith("kernel")) for path in before)
+    for path in before:
+        adapted = "decoder/layers" in path and path.endswith("kernel")
+        assert (before[path] == merged[path]).all() != adapted, path
     images = [data.parent / f"{i}.png" for i in range(12)]
-    said = {name: pg.load(run / name).generate(images, ["ocr"] * 12) for name in ("adapter", "model")}
-    assert said["adapter"] == said["model"] and sum(answer == str(i) for i, answer in enumerate(said["adapter"])) >= 8
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+    def answers(name, **options):
+        return pg.load(run / name, **options).generate(images, ["ocr"] * 12)
+
+    def correct(answers):
+        return sum(answer == str(i) for i, answer in enumerate(answers))
+
+    assert answers("adapter") == answers("model") and correct(answers("adapter")) >= 8
+    samples = read_log(run, "samples.jsonl")
     assert len(samples) == 4 and samples[0]["step"] == 40 and samples[0]["suffix"] == "0"
-    if options:
-        assert sum(a == str(i) for i, a in enumerate(pg.load(run / "adapter", quantize="nf4").generate(images, ["ocr"] * 12))) >= 8
-    code, _, error = command("finetune", "--data", data, "--output", tmp_path / "more", "--model", run / "adapter", "--train", "lora")
+    if "nf4" in options:
+        assert correct(answers("adapter", quantize="nf4")) >= 8
+    other = ["--output", tmp_path / "other", "--model", run / "adapter"]
+    code, _, error = command("finetune", *train, *other)
     assert code == 2 and "is a LoRA adapter and cannot get another one" in error
 
 
-def test_lora_and_the_projector(data, tmp_path):
-    """What else learned goes into the merged model, quantized or not."""
-    config = FinetuneConfig(str(data), str(tmp_path / "run"), steps=2, batch_size=4, learning_rate=1e-2, train=r"projector/.*|.*/lora_[ab]", quantize="nf4")
-    assert finetune(config) == tmp_path / "run" / "model"
-    before, after = weights(TINY), weights(tmp_path / "run" / "model")
+def test_lora_and_the_projector_are_trained_together(data, tmp_path):
+    """The result is a merged model, also if the base is quantized."""
+    run = tmp_path / "run"
+    options = dict(train=r"projector/.*|.*/lora_[ab]", quantize="nf4", learning_rate=1e-2)
+    assert finetune(small_config(data, run, steps=2, **options)) == run / "model"
+    before, after = weights(TINY), weights(run / "model")
     changed = {path for path in before if (before[path] != after[path]).any()}
-    assert "projector/kernel" in changed and "decoder/layers/3/mlp/down/kernel" in changed and not any("vision" in path for path in changed)
+    assert {"projector/kernel", "decoder/layers/3/mlp/down/kernel"} <= changed
+    assert not any("vision" in path for path in changed)
 
 
-def test_a_lora_run_resumes_bit_for_bit(data, tmp_path):
-    options = FinetuneConfig(
-        str(data), str(tmp_path / "whole"), steps=6, batch_size=4, train="lora", lora_dropout=0.2, quantize="nf4", save_every=3, keep=1,
-        learning_rate=1e-2, flip=0.5, crop=0.7, color=0.2,
-    )  # fmt: skip
-    finetune(options)
-    part = replace(options, output=str(tmp_path / "part"))
-    stop = lambda self, line, name="log.jsonl": (_ for _ in ()).throw(KeyboardInterrupt) if line["step"] == 5 else log(self, line, name)
-    from paligemma_jax.training.runs import Run
+def test_an_interrupted_lora_run_resumes_bit_for_bit(data, tmp_path, monkeypatch):
+    full, part, log = tmp_path / "full", tmp_path / "part", Run.log
+    config = small_config(
+        data,
+        full,
+        steps=6,
+        train="lora",
+        lora_dropout=0.2,
+        quantize="nf4",
+        save_every=3,
+        keep=1,
+        learning_rate=1e-2,
+        flip=0.5,
+        crop=0.7,
+        color=0.2,
+    )
+    finetune(config)
 
-    log, Run.log = Run.log, stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            finetune(part)
-    finally:
-        Run.log = log
-    finetune(replace(part, resume=True))
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
-    whole, continued = ((tmp_path / name / "adapter" / peft.WEIGHTS).read_bytes() for name in ("whole", "part"))
-    assert whole == continued
+    def interrupt(self, line, name="log.jsonl"):
+        if line["step"] == 5:
+            raise KeyboardInterrupt
+        log(self, line, name)
+
+    config = replace(config, output=str(part))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "log", interrupt)
+        finetune(config)
+    finetune(replace(config, resume=True))
+    assert losses(part) == losses(full)
+    adapters = [(run / "adapter" / peft.WEIGHTS).read_bytes() for run in (full, part)]
+    assert adapters[0] == adapters[1]
 
 
-def adapter(folder, change=lambda about: None, factors=None):
+def save_adapter(folder, edit=lambda settings: None, factors=None):
+    """An adapter of tiny, its adapter_config.json changed by `edit`."""
     model = load_model(TINY)
-    peft.save_adapter(folder, lora.lora_factors(learned(lora.add_lora(model, RANKS, 4.0))) if factors is None else factors, model.config, "tiny")
-    about = json.loads((folder / peft.CONFIG).read_text())
-    change(about)
-    (folder / peft.CONFIG).write_text(json.dumps(about))
+    if factors is None:
+        factors = lora.lora_factors(with_random_b(lora.add_lora(model, RANKS, 4.0)))
+    peft.save_adapter(folder, factors, model.config, "tiny")
+    settings = json.loads((folder / peft.CONFIG).read_text())
+    edit(settings)
+    (folder / peft.CONFIG).write_text(json.dumps(settings))
     return folder
 
 
 @pytest.mark.parametrize(
-    "change,expected",
+    "edit,message",
     [
-        (lambda about: about.update(use_dora=True), "is not a plain LoRA adapter: use_dora True"),
-        (lambda about: about.update(modules_to_save=["lm_head"]), "modules_to_save"),
-        (lambda about: about.update(r=7, rank_pattern={}), "has rank"),
-        (lambda about: about.update(base_model_name_or_path="nowhere"), "cannot find the base checkpoint of the adapter .*: no such checkpoint: nowhere"),
-        (lambda about: about.pop("base_model_name_or_path"), "has no base_model_name_or_path"),
-        (lambda about: about.pop("lora_alpha"), "has an invalid r or lora_alpha"),
+        (
+            lambda settings: settings.update(use_dora=True),
+            "is not a plain LoRA adapter: use_dora True",
+        ),
+        (lambda settings: settings.update(modules_to_save=["lm_head"]), "modules_to_save"),
+        (lambda settings: settings.update(r=7, rank_pattern={}), "has rank"),
+        (
+            lambda settings: settings.update(base_model_name_or_path="nowhere"),
+            "cannot find the base checkpoint of the adapter .*: no such checkpoint: nowhere",
+        ),
+        (
+            lambda settings: settings.pop("base_model_name_or_path"),
+            "has no base_model_name_or_path",
+        ),
+        (lambda settings: settings.pop("lora_alpha"), "has an invalid r or lora_alpha"),
     ],
 )
-def test_adapters_of_another_kind(tmp_path, change, expected):
-    with pytest.raises(ValueError, match=expected):
-        load_model(adapter(tmp_path / "adapter", change))
+def test_unsupported_adapters_are_refused(tmp_path, edit, message):
+    with pytest.raises(ValueError, match=message):
+        load_model(save_adapter(tmp_path / "adapter", edit))
 
 
-def test_adapters_that_do_not_fit(tmp_path):
-    folder = adapter(
-        tmp_path / "one", factors={"decoder/layers/0/attention/q": Factors(np.ones((2, 160), np.float32), np.ones((4, 32, 2), np.float32), 1.0)}
-    )
+def test_adapters_that_do_not_fit_are_refused(tmp_path):
+    a, b = np.ones((2, 160), np.float32), np.ones((4, 32, 2), np.float32)
+    factors = {"decoder/layers/0/attention/q": Factors(a, b, 1.0)}
+    folder = save_adapter(tmp_path / "adapter", factors=factors)
     file = folder / peft.WEIGHTS
-    whole = file.read_bytes()
-    file.write_bytes(whole.replace(b"layers.0.", b"layers.9."))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"layers.0.", b"layers.9."))
     with pytest.raises(ValueError, match=r"unknown key .*layers\.9\."):
         load_model(folder)
-    file.write_bytes(whole.replace(b"q_proj", b"k_proj"))
+    file.write_bytes(content.replace(b"q_proj", b"k_proj"))
     with pytest.raises(ValueError, match="which does not fit decoder/layers/0/attention/k"):
         load_model(folder)
-    file.write_bytes(whole[:-4])
+    file.write_bytes(content[:-4])
     with pytest.raises(ValueError, match="truncated"):
         load_model(folder)
     file.unlink()
@@ -238,10 +311,13 @@ def test_adapters_that_do_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options,expected",
+    "options,message",
     [
         ({"quantize": "nf4"}, "--train lora adapts them"),
-        ({"quantize": "nf4", "train": "projector/.*|decoder/.*/q/kernel"}, "matches decoder/layers/attention/q, which --quantize quantizes"),
+        (
+            {"quantize": "nf4", "train": "projector/.*|decoder/.*/q/kernel"},
+            "matches decoder/layers/attention/q, which --quantize quantizes",
+        ),
         ({"optimizer": "lion"}, "--optimizer must be one of adamw, adafactor, sgd, muon, got lion"),
         ({"reduction": "mean"}, "--reduction must be one of tokens, examples, got mean"),
         ({"export": "onnx"}, "--export must be one of jax, huggingface, big_vision, got onnx"),
@@ -252,6 +328,6 @@ def test_adapters_that_do_not_fit(tmp_path):
         ({"train": "all", "features": "f"}, "frozen image encoder"),
     ],
 )
-def test_choices_that_do_not_go_together(data, tmp_path, options, expected):
-    with pytest.raises(ValueError, match=expected):
-        finetune(FinetuneConfig(str(data), str(tmp_path / "run"), steps=1, **options))
+def test_conflicting_options_are_refused(data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(small_config(data, tmp_path / "run", steps=1, **options))

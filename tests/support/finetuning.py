@@ -10,6 +10,7 @@ from PIL import Image
 
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.model.tree import parameters
+from paligemma_jax.training.config import FinetuneConfig
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,15 @@ def losses(run):
 def weights(folder):
     """The parameters of a saved model as numpy arrays."""
     return {path: np.asarray(value) for path, value in parameters(load_model(folder)).items()}
+
+
+def small_config(data, output, **options):
+    """A run of batches of 4."""
+    return FinetuneConfig(str(data), str(output), **{"batch_size": 4} | options)
+
+
+def assert_equal(first, second):
+    """The same parameters, bit for bit."""
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        np.testing.assert_array_equal(value, second[path], err_msg=path)
