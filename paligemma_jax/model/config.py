@@ -59,9 +59,7 @@ class DecoderConfig:
     def windows(self, numerics: Numerics) -> tuple[int, ...]:
         """For each layer, how many keys (itself included) a causal query attends to. Layers 0, 2,
         4, ... are local."""
-        local = (
-            self.sliding_window if numerics.sliding_window and self.sliding_window else NO_WINDOW
-        )
+        local = (self.sliding_window if numerics.sliding_window else None) or NO_WINDOW
         return tuple(local if i % 2 == 0 else NO_WINDOW for i in range(self.num_hidden_layers))
 
 

@@ -53,8 +53,8 @@ def scatter_tokens(x: Array) -> Array:
 
 def over_all_tokens(sublayer: Sublayer) -> Sublayer:
     """Decorate a method (x, ...) -> y or (y, ...) that needs whole sequences: its input is
-    gathered, its output scattered again, so that norms and residuals run on each device's own tokens
-    (sequence parallelism, arXiv:2205.05198).
+    gathered, its output scattered again, so that norms and residuals run on each device's own
+    tokens (sequence parallelism, arXiv:2205.05198).
     """
 
     @wraps(sublayer)

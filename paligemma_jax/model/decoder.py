@@ -167,18 +167,12 @@ class Decoder(nnx.Module):
             Hidden states, and every layer's keys and values of these tokens (see `KVCache`).
         """
         windows = jnp.array(self.config.windows(self.numerics), jnp.int32)
-        if cache is None:
 
-            def block(layer, x, window):
-                return layer(x, queries, window, None)
+        def block(layer, x, window, *kv):
+            return layer(x, queries, window, (*kv, cache.span, cache.length - 1) if cache else None)
 
-            x, kv = scan_layers(block, x, self.layers, windows)
-        else:
-
-            def block(layer, x, window, k, v):
-                return layer(x, queries, window, (k, v, cache.span, cache.length - 1))
-
-            x, kv = scan_layers(block, x, self.layers, windows, cache.k, cache.v)
+        cached = (cache.k, cache.v) if cache else ()
+        x, kv = scan_layers(block, x, self.layers, windows, *cached)
         k, v = map(list, zip(*kv, strict=True)) if isinstance(kv, list) else kv
         return stage("norm", self.norm(x)), k, v
 

@@ -3,6 +3,8 @@ and a prefix-LM decoder."""
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -16,9 +18,10 @@ from paligemma_jax.model.masks import TokenSpan, token_span
 from paligemma_jax.model.stages import scope, stage
 from paligemma_jax.model.vision import VisionEncoder
 
-Tokens, Flags = Int[Array, "B T"], Bool[Array, "B T"]
-Images = Float[Array, "*images S S 3"]
-Features = Float[Array, "*images P D"]
+Tokens: TypeAlias = Int[Array, "B T"]
+Flags: TypeAlias = Bool[Array, "B T"]
+Images: TypeAlias = Float[Array, "*images S S 3"]
+Features: TypeAlias = Float[Array, "*images P D"]
 
 
 class PaliGemma(nnx.Module):

@@ -48,7 +48,7 @@ class WeightFormat:
 
     def fits(self, shape: tuple[int, ...], looked_up: bool = False) -> bool:
         """Whether a matrix of this shape can have this format: 4-bit codes are packed in pairs
-        along the last axis, and blocks must divide the matrix, or each row if rows are looked up."""
+        along the last axis, and blocks must divide the matrix, or each row if it is looked up."""
         if self.kind == "int8":
             return True
         size = math.prod(shape[1:] if looked_up else shape)
@@ -88,10 +88,10 @@ class Quantization:
                 raise ValueError(f"{text!r}: {name} is given twice; examples: {EXAMPLE}")
             if name == "cache" and value not in ("int8", "none"):
                 raise ValueError(f"{text!r}: cache must be int8 or none, got {value!r}")
-            is_text = name == "cache"
-            parts[name] = (
-                None if value == "none" else value if is_text else WeightFormat.parse(value)
-            )
+            if value == "none" or name == "cache":
+                parts[name] = None if value == "none" else value
+            else:
+                parts[name] = WeightFormat.parse(value)
         return cls(**parts)
 
     def at(self, path: str) -> WeightFormat | None:

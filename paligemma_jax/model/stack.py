@@ -52,7 +52,7 @@ def scan_layers(
                 return constrain("B T", x), y
 
             return jax.lax.scan(step, x, (layers, *per_layer))
-        layers, *per_layer = map(unstack_layers, (layers, *per_layer))
+        layers, per_layer = unstack_layers(layers), tuple(map(unstack_layers, per_layer))
     ys = []
     for i, layer in enumerate(layers):
         with scope(f"layers/{i}"):

@@ -42,9 +42,9 @@ def replace_modules(model: Model, make: Callable[[str, nnx.Module], nnx.Module |
             if replacement is None:
                 visit(child, f"{path}{name}/")
             elif is_list:
-                module[name] = replacement
+                module[name] = replacement  # type: ignore[index]
             else:
-                setattr(module, name, replacement)
+                setattr(module, str(name), replacement)
 
     model = copy_tree(model)
     visit(model, "")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,7 +14,10 @@ from jaxtyping import Bool, Float, Int
 from paligemma_jax.processing.image import ImageSource, pixel_values
 from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 
-AnyArray = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    AnyArray = Any  # either kind: a union would need a conversion wherever one of them is passed
+else:
+    AnyArray = jax.Array | np.ndarray
 ImageInputs = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]
 
 BUCKET = 32  # lengths are padded to multiples of this, so that few programs are compiled

@@ -28,20 +28,18 @@ def quantize_modules(model: Model, formats: Mapping[str, WeightFormat]) -> Model
         format = formats.get(path)
         if format is None:
             return None
-        is_embedder = isinstance(module, Embedder)
-        matrix = module.table[...] if is_embedder else module.kernel[...]  # type: ignore[union-attr]
-        contracted = 1 if is_embedder else module.contracted  # type: ignore[union-attr]
+        if isinstance(module, Embedder):
+            parts = encode(format, module.table[...], 1)
+            return QuantizedEmbedder(format, module.axes, module.shape, 1, parts)
+        assert isinstance(module, Linear)
 
-        def quantize(matrix: Array) -> dict[str, Array]:
-            return encode(format, matrix, contracted)
+        def encode_kernel(kernel: Array) -> dict[str, Array]:
+            return encode(format, kernel, module.contracted)
 
-        encode_stack = quantize
-        for _ in range(matrix.ndim - len(module.shape)):
-            encode_stack = jax.vmap(encode_stack)
-        parts = encode_stack(matrix)
-        if is_embedder:
-            return QuantizedEmbedder(format, module.axes, module.shape, contracted, parts)
-        return QuantizedLinear(format, module.axes, module.shape, contracted, parts, module.bias)
+        parts = (jax.vmap(encode_kernel) if module.lead else encode_kernel)(module.kernel[...])
+        return QuantizedLinear(
+            format, module.axes, module.shape, module.contracted, parts, module.bias
+        )
 
     return replace_modules(model, make)
 
