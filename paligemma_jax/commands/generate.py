@@ -82,8 +82,7 @@ def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
         raise ValueError("--draw supports one image per prompt: a box does not name its image")
     file, paths = Path(draw), list(dict.fromkeys(path for (path,) in groups))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
-        suffix = f"the suffix {file.suffix}" if file.suffix else "no suffix"
-        raise ValueError(f"--draw {draw}: {suffix} is not an image format; use .png or .jpg")
+        raise ValueError(f"--draw must be an image file such as boxes.png or boxes.jpg, got {draw}")
     require_parent("--draw", draw)
     if len(paths) == 1:
         return {paths[0]: file}

@@ -1,4 +1,5 @@
-"""Many prompts at once: order, buckets, images encoded once, errors by row, streaming; on the embedded default."""
+"""Many prompts at once, on the embedded model: order, buckets, images encoded once, errors by
+prompt, streaming."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from PIL import Image
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.inference import batching, generate, pointing, predictor, scoring
+from paligemma_jax.inference import answering, batching, generate, scoring
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
 PHOTO = str(TINY.parent / "digits.jpg")
 TASKS = ["caption en", "ocr", "answer en how many digits?", *(f"detect {d}" for d in range(10))]
+PROGRAMS = (generate.prefill, generate.decode, generate.encode_images)
 
 
 @pytest.fixture(scope="module")
@@ -30,175 +32,232 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def photos():
-    """Forty crops of the photo: forty different images."""
+    """Forty different crops of the photo."""
     photo = Image.open(PHOTO)
     return [photo.crop((i, i // 2, 640 - 2 * i, 480 - i)) for i in range(40)]
 
 
-def test_thousands_keep_their_order(tiny, photos):
-    """1,000 prompts of mixed lengths give what each gives alone, in their order."""
+def spy_on_encoding():
+    return mock.patch.object(batching, "encode_images", side_effect=generate.encode_images)
+
+
+def encoded_images(spy):
+    return sum(len(call.args[1]) for call in spy.call_args_list)
+
+
+def test_a_thousand_answers_keep_the_order_of_their_prompts(tiny, photos):
+    """Prompts of mixed lengths get the answers that each gets alone."""
     images = [photos[i * 7 % 40] for i in range(1000)]
-    prompts = [TASKS[i % 13] + (" " + "and so on" * (i % 5) if i % 3 == 0 else "") for i in range(1000)]
-    found = tiny.generate(images, prompts, 12, batch_size=32)
+    longer = [" " + "and so on" * (i % 5) if i % 3 == 0 else "" for i in range(1000)]
+    prompts = [TASKS[i % 13] + longer[i] for i in range(1000)]
+    answers = tiny.generate(images, prompts, 12, batch_size=32)
     for i in range(0, 1000, 71):
-        assert tiny.generate(images[i], prompts[i], 12) == [found[i]], i
+        assert tiny.generate(images[i], prompts[i], 12) == [answers[i]], i
 
 
 def test_images_are_opened_and_encoded_once(tiny, photos):
     images = [photos[i % 3] for i in range(12)]
-    with mock.patch.object(batching, "encode_images", side_effect=generate.encode_images) as encode, mock.patch.object(
-        batching, "pixel_values", side_effect=batching.pixel_values
-    ) as opened:  # fmt: skip
+    opening = mock.patch.object(batching, "pixel_values", side_effect=batching.pixel_values)
+    with spy_on_encoding() as encode, opening as opened:
         tiny.generate(images, [TASKS[i] for i in range(12)], 4, batch_size=4)
     assert opened.call_count == 3
-    assert sum(len(call.args[1]) for call in encode.call_args_list) in (3, 4)  # filled up to a power of two
+    assert encoded_images(encode) in (3, 4)  # padded to a power of two
 
 
-def test_nothing_is_kept_after_its_last_use(tiny, photos):
-    kept = []
+def test_images_are_dropped_after_their_last_use(tiny, photos):
+    counts = []
 
-    class Watched(batching.ImageCache):
-        def forget(self, images):
-            super().forget(images)
-            kept.append((len(self.encoded), len(self.opened)))
+    class WatchedCache(batching.ImageCache):
+        def release(self, images):
+            super().release(images)
+            counts.append((len(self.encoded), len(self.opened)))
 
-    with mock.patch.object(batching, "ImageCache", Watched):
+    with mock.patch.object(batching, "ImageCache", WatchedCache):
         tiny.generate(photos, ["ocr"] * 40, 4, batch_size=4)
-    assert kept[-1] == (0, 0) and max(encoded for encoded, _ in kept) == 0 and max(opened for _, opened in kept) <= 4 * batching.AHEAD
+    assert counts[-1] == (0, 0)
+    assert max(encoded for encoded, _ in counts) == 0
+    assert max(opened for _, opened in counts) <= 4 * batching.AHEAD
 
 
-def test_a_new_length_within_a_bucket_compiles_nothing(tiny):
+def test_a_new_length_in_the_same_bucket_compiles_nothing(tiny):
     tiny.generate(PHOTO, "ocr", 20)
-    before = [program._cache_size() for program in (generate.prefill, generate.decode, generate.encode_images)]
+    before = [program._cache_size() for program in PROGRAMS]
     for prompt, new in (("caption en", 32), ("answer en how many digits?", 1), ("detect 3", 17)):
         tiny.generate(PHOTO, prompt, new)
-    assert [program._cache_size() for program in (generate.prefill, generate.decode, generate.encode_images)] == before
+    assert [program._cache_size() for program in PROGRAMS] == before
 
 
-def test_several_images_in_one_prompt(tiny, photos):
-    """Batched by their number, beside prompts with one."""
+def test_prompts_with_several_images_are_batched_by_their_number(tiny, photos):
     images = [[photos[0], photos[1]], [photos[2]], [photos[3], photos[4]], [photos[5]]]
-    found = tiny.generate(images, ["ocr"] * 4, 8)
-    assert [tiny.generate([group], ["ocr"], 8)[0] for group in images] == found
+    answers = tiny.generate(images, ["ocr"] * 4, 8)
+    assert [tiny.generate([group], ["ocr"], 8)[0] for group in images] == answers
 
 
-def test_an_image_that_fails_is_told_and_the_others_finish(tiny, photos, tmp_path):
+def test_an_unreadable_image_fails_alone(tiny, photos, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(Path(PHOTO).read_bytes()[:5000])
     images = [photos[i % 40] for i in range(1000)]
     images[500] = broken
     answers = tiny.answers(images, ["ocr"] * 1000, 8, batch_size=64)
-    assert [i for i, answer in enumerate(answers) if answer.error] == [500] and "broken.jpg" in answers[500].error
-    assert answers[460].text == answers[540].text == tiny.generate(photos[20], "ocr", 8)[0]
+    assert [i for i, answer in enumerate(answers) if answer.error] == [500]
+    assert "broken.jpg" in answers[500].error
+    alone = tiny.generate(photos[20], "ocr", 8)[0]
+    assert answers[460].text == answers[540].text == alone
     with pytest.raises(ValueError, match=r"prompt 1: .*broken.jpg.*1 of 2 failed"):
         tiny.generate([photos[0], broken], ["ocr"] * 2, 8)
 
 
-def test_a_batch_of_nothing_but_failures(tiny):
+def test_a_batch_may_consist_of_failures(tiny):
     assert all(answer.error for answer in tiny.answers(["no.jpg", "none.jpg"], ["ocr"] * 2, 8))
 
 
 @pytest.mark.parametrize("prompt", ["caption en", "detect 3", "ocr"])
-@pytest.mark.parametrize("sampler", [pg.Greedy(), Sample(temperature=3.0)], ids=["greedy", "sample"])
-def test_a_stream_is_the_same_text(tiny, prompt, sampler):
-    """Hot sampling says bytes that are no UTF-8 and pieces of words: the parts joined are the whole all the same."""
+@pytest.mark.parametrize("sampler", [Greedy(), Sample(temperature=3.0)], ids=["greedy", "sample"])
+def test_streamed_pieces_join_to_the_answer(tiny, prompt, sampler):
+    """Also at a temperature that produces invalid UTF-8 and parts of words."""
     for seed in range(3):
-        parts = list(tiny.stream(PHOTO, prompt, 40, sampler, seed=seed))
-        assert "".join(parts) == tiny.generate(PHOTO, prompt, 40, sampler, seeds=[seed])[0]
-        assert all(parts)
+        pieces = list(tiny.stream(PHOTO, prompt, 40, sampler, seed=seed))
+        assert "".join(pieces) == tiny.generate(PHOTO, prompt, 40, sampler, seeds=[seed])[0]
+        assert all(pieces)
 
 
-def test_a_stream_is_asked_as_the_others(tiny):
-    """And says several tokens a dispatch: the first with the prompt, then eight at a time."""
+def test_stream_takes_the_options_of_generate(tiny):
+    """And decodes several tokens per dispatch: the first one at prefill, then eight at a time."""
     allowed = np.zeros(tiny.config.decoder.vocab_size, bool)
     allowed[tiny.processor.tokenizer.encode("0 1 2 3")] = True
-    for options in (dict(min_new_tokens=40), dict(allowed=allowed), dict(allowed=allowed[None], stop=None)):
+    for options in (
+        dict(min_new_tokens=40),
+        dict(allowed=allowed),
+        dict(allowed=allowed[None], stop=None),
+        dict(options=pg.DecodingOptions(9, min_new_tokens=9)),
+    ):
         with mock.patch.object(generate, "decode", side_effect=generate.decode) as decode:
-            parts = "".join(tiny.stream(PHOTO, "ocr", 40, **options))
-        assert decode.call_count == -(-39 // predictor.STREAM)
-        assert [parts] == tiny.generate(PHOTO, "ocr", 40, **options) and len(parts) > 30
-    with pytest.raises(ValueError, match="min_new_tokens is 5"):
+            text = "".join(tiny.stream(PHOTO, "ocr", 40, **options))
+        assert decode.call_count == -(-39 // answering.STREAM) or "options" in options
+        assert [text] == tiny.generate(PHOTO, "ocr", 40, **options) and len(text) > 30
+    with pytest.raises(ValueError, match=r"min_new_tokens must be .* got 5"):
         next(tiny.stream(PHOTO, "ocr", 4, min_new_tokens=5))
 
 
-def test_a_stream_never_cuts_a_character(tiny):
-    """Pieces of a multi-byte character, one token at a time."""
+def test_options_are_keywords_or_one_value(tiny):
+    """Keywords take precedence over `options`."""
+    options = pg.DecodingOptions(12, Beam(2), min_new_tokens=3, stop="9")
+    expected = tiny.generate(PHOTO, "ocr", 12, Beam(2), min_new_tokens=3, stop=["9"])
+    assert tiny.generate(PHOTO, "ocr", options=options) == expected
+    shorter = tiny.generate(PHOTO, "ocr", max_new_tokens=3, options=options)
+    assert shorter == tiny.generate(PHOTO, "ocr", 3, Beam(2), min_new_tokens=3) != expected
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temperature'"):
+        tiny.generate(PHOTO, "ocr", temperature=2.0)
+
+
+def test_stacked_layers_give_the_same_answers(tiny):
+    stacked = pg.load("tiny", layers="stack")
+    assert stacked.generate([PHOTO] * 3, TASKS[:3], 20) == tiny.generate([PHOTO] * 3, TASKS[:3], 20)
+    assert len(jax.tree.leaves(stacked.model)) < len(jax.tree.leaves(tiny.model))
+    with pytest.raises(ValueError, match="layers must be 'list' or 'stack', got 'fold'"):
+        pg.load("tiny", layers="fold")
+
+
+def test_a_stream_never_splits_a_character(tiny):
+    """Characters of several tokens, one token at a time."""
     tokenizer, text = tiny.processor.tokenizer, "3 ☃ 5 日本 ok"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
-    shown = [tokenizer.decode(ids[: tokenizer.settled(ids[:n])]) for n in range(len(ids) + 1)]
+    prefixes = [ids[:n] for n in range(len(ids) + 1)]
+    shown = [tokenizer.decode(ids[: tokenizer.stable_length(prefix)]) for prefix in prefixes]
     assert all(text.startswith(part) for part in shown) and shown[-1] == text
 
 
 @pytest.mark.parametrize("stop", ["3,", ["and", "digits: 9"], "four", ["never said"]])
-def test_stop(tiny, stop):
-    """The answer ends before the first of them, streamed or not; with beams too."""
-    whole = tiny.generate(PHOTO, "caption en")[0]
+def test_an_answer_ends_before_the_first_stop_text(tiny, stop):
+    """In batches, streams and beam search."""
+    full = tiny.generate(PHOTO, "caption en")[0]
     stops = [stop] if isinstance(stop, str) else stop
-    expected = whole[: min([whole.find(s) for s in stops if s in whole], default=len(whole))]
+    expected = full[: min([full.find(s) for s in stops if s in full], default=len(full))]
     assert tiny.generate(PHOTO, "caption en", stop=stop) == [expected]
     assert "".join(tiny.stream(PHOTO, "caption en", stop=stop)) == expected
     assert tiny.generate(PHOTO, "caption en", sampler=Beam(2), stop=stop) == [expected]
 
 
 @pytest.mark.parametrize("sampler", [Greedy(), Beam(2, 0.5)], ids=["greedy", "beam"])
-def test_what_a_stop_cuts_off_counts_for_nothing(tiny, sampler):
-    """Tokens, their log-probabilities and the score go on to where a stop text is complete, and no pads follow."""
-    (whole,) = tiny.answers(PHOTO, "ocr", 24, sampler)
+def test_tokens_after_a_stop_text_do_not_count(tiny, sampler):
+    """Tokens, log-probabilities and score end where a stop text is complete, without pads."""
+    (full,) = tiny.answers(PHOTO, "ocr", 24, sampler)
     (cut,) = tiny.answers(PHOTO, "ocr", 24, sampler, stop=["<", " 3"])
-    assert (whole.text, cut.text, cut.tokens) == ("4 3 2 3", "4", whole.tokens[:3])
-    assert cut.log_probabilities == pytest.approx(whole.log_probabilities[:3], abs=1e-5)
-    assert [text for text, _ in pointing.pieces(tiny.processor.tokenizer, cut)] == ["4", "", ""]
-    assert cut.score == pytest.approx(sum(cut.log_probabilities) / 3 ** getattr(sampler, "length_penalty", 0))
+    assert (full.text, cut.text, cut.tokens) == ("4 3 2 3", "4", full.tokens[:3])
+    assert cut.log_probabilities == pytest.approx(full.log_probabilities[:3], abs=1e-5)
+    assert [text for text, _ in cut.pieces(tiny.processor.tokenizer)] == ["4", "", ""]
+    penalty = getattr(sampler, "length_penalty", 0)
+    assert cut.score == pytest.approx(sum(cut.log_probabilities) / 3**penalty)
 
 
-def test_best_of_chooses_by_what_is_kept(tiny):
-    """Of four samples another one is the best up to the stop text than to its end."""
-    samples, fixed = [], generate._fixed
-    with mock.patch.object(generate, "_fixed", side_effect=lambda *args: samples.append(fixed(*args)) or samples[-1]):
-        whole, cut = (tiny.answers(PHOTO, "ocr", 12, BestOf(4, Sample(3.0)), stop=stop)[0] for stop in (None, "1"))
+def test_best_of_ranks_by_the_text_before_the_stop(tiny):
+    """The best of four samples up to the stop text is another one than the best to the end."""
+    samples, join, sampler = [], generate._join, BestOf(4, Sample(3.0))
+
+    def spy(*args):
+        samples.append(join(*args))
+        return samples[-1]
+
+    with mock.patch.object(generate, "_join", side_effect=spy):
+        (full,) = tiny.answers(PHOTO, "ocr", 12, sampler)
+        (cut,) = tiny.answers(PHOTO, "ocr", 12, sampler, stop="1")
     tokens, log_probabilities = samples[0]
-    ends = [next(n for n in range(1, 13) if n == 12 or "1" in tiny.processor.decode(row[:n])) for row in tokens.tolist()]
-    scores = [row[:n].sum() for row, n in zip(log_probabilities, ends)]
+    ends = [
+        next(n for n in range(1, 13) if n == 12 or "1" in tiny.processor.decode(row[:n]))
+        for row in tokens.tolist()
+    ]
+    scores = [row[:n].sum() for row, n in zip(log_probabilities, ends, strict=True)]
     best = int(np.argmax(scores))
-    assert cut.tokens == tokens[best, : ends[best]].tolist() and cut.tokens != whole.tokens[: len(cut.tokens)]
+    assert cut.tokens == tokens[best, : ends[best]].tolist()
+    assert cut.tokens != full.tokens[: len(cut.tokens)]
     assert cut.score == pytest.approx(scores[best], abs=1e-4)
 
 
-def test_allowed_only_locations(tiny):
-    """The mask of the issue: nothing but `<locNNNN>` and `;` (and eos)."""
+def test_only_locations_are_allowed(tiny):
+    """A mask of `<locNNNN>`, `;`, space and eos."""
     tokenizer = tiny.processor.tokenizer
     allowed = np.zeros(tiny.config.decoder.vocab_size, bool)
-    allowed[[tokenizer.eos_id, *tokenizer.encode(" ;"), *(tokenizer.loc(n) for n in range(1024))]] = True
-    text = tiny.generate(PHOTO, "detect 4", 8, allowed=allowed, min_new_tokens=4)[0]
-    assert text.startswith("<loc06") and not text.replace("<loc", "").replace(">", "").replace(";", "").replace(" ", "").strip("0123456789")
+    locations = [tokenizer.loc(n) for n in range(1024)]
+    allowed[[tokenizer.eos_id, *tokenizer.encode(" ;"), *locations]] = True
+    (text,) = tiny.generate(PHOTO, "detect 4", 8, allowed=allowed, min_new_tokens=4)
+    assert text.startswith("<loc06")
+    for part in ("<loc", ">", ";", " "):
+        text = text.replace(part, "")
+    assert not text.strip("0123456789")
 
 
-def test_wrong_requests(tiny):
-    for message, options in [
-        ("max_new_tokens is 0", dict(max_new_tokens=0)),
-        ("max_new_tokens is 9000", dict(max_new_tokens=9000)),
-        ("min_new_tokens is 5", dict(max_new_tokens=4, min_new_tokens=5)),
-        ("batch_size is 0", dict(batch_size=0)),
-        ("pass bool", dict(allowed=np.ones(7, bool))),
-        ("allows no token", dict(allowed=np.arange(1664) >= 1601)),
-        ("2 seeds for 1", dict(seeds=[1, 2])),
-        ("stop is ''", dict(stop="")),
-        ("stop is .'3', 4", dict(stop=["3", 4])),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            tiny.generate(PHOTO, "ocr", **options)
+INVALID_OPTIONS = [
+    ("max_new_tokens must be .* got 0", dict(max_new_tokens=0)),
+    ("max_new_tokens must be .* got 9000", dict(max_new_tokens=9000)),
+    ("min_new_tokens must be .* got 5", dict(max_new_tokens=4, min_new_tokens=5)),
+    ("batch_size must be .* got 0", dict(batch_size=0)),
+    (r"allowed must be bool\[1664\]", dict(allowed=np.ones(7, bool))),
+    ("permit at least one token of text", dict(allowed=np.arange(1664) >= 1601)),
+    ("one per prompt, got 2 for 1 prompts", dict(seeds=[1, 2])),
+    ("stop must be .* got ''", dict(stop="")),
+    (r"stop must be .* got \['3', 4\]", dict(stop=["3", 4])),
+]
+
+
+@pytest.mark.parametrize("message,options", INVALID_OPTIONS)
+def test_invalid_options_are_refused(tiny, message, options):
+    with pytest.raises(ValueError, match=message):
+        tiny.generate(PHOTO, "ocr", **options)
 
 
 def test_scores_are_batched(tiny, photos):
-    """As alone, in their order; a new length within a bucket compiles nothing, an image given twice is encoded once, one that fails is told."""
+    """The same as alone, in order. A new length in a bucket compiles nothing, an image that is
+    given twice is encoded once, and an unreadable one raises."""
     suffixes = ["4 3 2 3", "4", "four digits", "3 " * 10, "", "4 3 2 8"]
     images = [photos[0], photos[1], photos[0], photos[0], photos[1], photos[0]]
-    with mock.patch.object(batching, "encode_images", side_effect=generate.encode_images) as encode:
-        found = tiny.score(images, ["ocr"] * 6, suffixes, batch_size=2)
-    assert found.dtype == np.float32 and sum(len(call.args[1]) for call in encode.call_args_list) == 2
-    alone = [scoring.score(tiny.model, tiny.processor(images[i], "ocr", suffixes[i]))[0] for i in (0, 3)]
-    np.testing.assert_allclose(found[[0, 3]], alone, rtol=1e-5, atol=1e-5)
+    with spy_on_encoding() as encode:
+        scores = tiny.score(images, ["ocr"] * 6, suffixes, batch_size=2)
+    assert scores.dtype == np.float32 and encoded_images(encode) == 2
+    alone = [
+        scoring.score(tiny.model, tiny.processor(images[i], "ocr", suffixes[i]))[0] for i in (0, 3)
+    ]
+    np.testing.assert_allclose(scores[[0, 3]], alone, rtol=1e-5, atol=1e-5)
     before = scoring._score._cache_size()
     for suffix, prompt in (("4 3", "ocr"), ("9 9 9 9 9", "caption en"), ("two digits", "detect 3")):
         tiny.score([photos[0], photos[2]], [prompt, "ocr"], [suffix, "4"], batch_size=2)
@@ -209,39 +268,51 @@ def test_scores_are_batched(tiny, photos):
 
 @pytest.mark.slow
 def test_memory_stays_flat(tiny, photos):
-    """1,000 calls: after the first hundred no growth beyond 20 MB, and not one array more on the device."""
-    held = lambda: (int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), len(jax.live_arrays()))
+    """1,000 calls: after the first hundred less than 20 MB of growth, and no new device array."""
+
+    def usage():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize(), len(jax.live_arrays())
+
     for i in range(1000):
         tiny.generate(photos[i % 40], TASKS[i % 13], 4)
         if i == 100:
-            before = held()
-    after = held()
+            before = usage()
+    after = usage()
     assert after[0] - before[0] < 20e6 and after[1] <= before[1]
 
 
-SCRIPT = """
+COUNT_CACHE_EVENTS = """
 import sys, jax, paligemma_jax as pg
-told = []
-jax.monitoring.register_event_listener(lambda event, **_: told.append(event.rpartition("/")[2]))
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event.rpartition("/")[2]))
 assert "3" in "".join(pg.load("tiny").stream(sys.argv[1], "ocr"))
-print(told.count("cache_misses"), told.count("cache_hits"))
+print(events.count("cache_misses"), events.count("cache_hits"))
 """
 
 
-def test_programs_are_kept_for_the_next_process(tmp_path):
-    """The second process compiles nothing and takes each from there; PALIGEMMA_JAX_CACHE=off keeps none."""
-    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+def test_compiled_programs_are_cached_for_the_next_process(tmp_path):
+    """The second process compiles nothing. PALIGEMMA_JAX_CACHE=off disables the cache."""
+    environment = dict(os.environ)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
-    def run(place):
-        """How many programs were compiled to be kept, and how many were there."""
-        done = subprocess.run([sys.executable, "-c", SCRIPT, PHOTO], capture_output=True, text=True, env=environment | {"PALIGEMMA_JAX_CACHE": place})
+    def run(cache):
+        """Number of cache misses and hits."""
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT_CACHE_EVENTS, PHOTO],
+            capture_output=True,
+            text=True,
+            env=environment | {"PALIGEMMA_JAX_CACHE": cache},
+        )
         assert done.returncode == 0, done.stderr
         return tuple(map(int, done.stdout.split()))
 
-    compiled, there = run(str(tmp_path / "cache"))
-    kept = {file.name for file in (tmp_path / "cache").iterdir()}
-    assert there == 0 and all(any(name in file for file in kept) for name in ("prefill", "decode"))
-    assert run(str(tmp_path / "cache")) == (0, compiled)
-    assert {file.name for file in (tmp_path / "cache").iterdir()} == kept
+    cache = tmp_path / "cache"
+    misses, hits = run(str(cache))
+    files = {file.name for file in cache.iterdir()}
+    assert hits == 0
+    assert all(any(name in file for file in files) for name in ("prefill", "decode"))
+    assert run(str(cache)) == (0, misses)
+    assert {file.name for file in cache.iterdir()} == files
     assert run("off") == (0, 0)
     assert {file.name for file in tmp_path.iterdir()} == {"cache"}

@@ -1,4 +1,4 @@
-"""Beam search, best-of-n, and what a request may ask for, against transformers or plain arithmetic."""
+"""Beam search, best-of-n and the other decoding options, against transformers or arithmetic."""
 
 from __future__ import annotations
 
@@ -7,154 +7,197 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support.decoding import tokens_of
 from support.hf_models import hf_inputs, random_inputs
 from support.rows import replace_config
 from transformers import GenerationConfig
 
 from paligemma_jax.inference import generate, scoring
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
 ROWS = [(1 + i % 2, 1 + i, 0) for i in range(10)]
+EOS = tuple(range(7, 450, 9))  # so many that answers of random models end, at different lengths
+BEAMS = [Beam(2), Beam(4, 0.5), Beam(3, 2.0, True), Beam(4, -1.0), Beam(3, 1.0, "never"), Beam(1)]
 
 
-@pytest.mark.parametrize(
-    "beam", [Beam(2), Beam(4, 0.5), Beam(3, 2.0, True), Beam(4, -1.0), Beam(3, 1.0, "never"), Beam(1)], ids=lambda beam: str(beam)[5:-1]
-)
-def test_beam_gives_the_sequences_and_scores_of_transformers(random_checkpoint, beam):
-    """Ten prompts a setting, several eos ids so that answers end at different lengths."""
+def decode(model, inputs, max_new_tokens, sampler, **options):
+    seeds = options.pop("seeds", None)
+    options = DecodingOptions(max_new_tokens, sampler, **options)
+    return generate.generate(model, inputs, options, seeds=seeds)
+
+
+@pytest.mark.parametrize("beam", BEAMS, ids=lambda beam: str(beam)[5:-1])
+def test_beam_search_gives_the_sequences_and_scores_of_transformers(random_checkpoint, beam):
+    """Ten prompts per setting, whose answers end at different lengths."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS, 3, order="mixed")
     model = replace_config(model, eos_token_ids=EOS)
-    found = generate.generate(model, inputs, 12, sampler=beam)
-    options = dict(num_beams=beam.width, length_penalty=beam.length_penalty, early_stopping=beam.early_stopping, eos_token_id=list(EOS))
+    result = decode(model, inputs, 12, beam)
     out = reference.generate(
-        **hf_inputs(inputs), max_new_tokens=12, do_sample=False, return_dict_in_generate=True, output_scores=True, pad_token_id=0, **options
+        **hf_inputs(inputs),
+        max_new_tokens=12,
+        do_sample=False,
+        num_beams=beam.width,
+        length_penalty=beam.length_penalty,
+        early_stopping=beam.early_stopping,
+        eos_token_id=list(EOS),
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
+    sequences = out.sequences[:, inputs.tokens.shape[1] :].numpy()
     ends = set()
-    for row, wanted in zip(found.tokens, out.sequences[:, inputs.tokens.shape[1] :].numpy()):
-        end = next((i + 1 for i, token in enumerate(wanted) if token in EOS), len(wanted))
+    for row, expected in zip(result.tokens, sequences, strict=True):
+        end = next((i + 1 for i, token in enumerate(expected) if token in EOS), len(expected))
         ends.add(end)
-        np.testing.assert_array_equal(row[:end], wanted[:end])
-        assert not row[end:].any()  # transformers fills up with `pad_token_id or eos_token_id`, which is eos where pad is 0
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        # transformers pads with `pad_token_id or eos_token_id`, which is eos because pad is 0.
+        assert not row[end:].any()
     assert len(ends) > 1
     if beam.width > 1:
-        np.testing.assert_allclose(found.scores, out.sequences_scores.numpy(), rtol=2e-5, atol=1e-5)
-
-
-EOS = tuple(range(7, 450, 9))  # so many that answers of random models end, and at different lengths
+        scores = out.sequences_scores.numpy()
+        np.testing.assert_allclose(result.scores, scores, rtol=2e-5, atol=1e-5)
 
 
 def test_log_probabilities_are_those_of_a_teacher_forced_pass(random_checkpoint):
-    """Of every token, whatever filter chose it; beams and samples alike."""
+    """For every token, whatever filter or strategy chose it."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:3], 3)
     for sampler in (Sample(temperature=0.7, top_k=9), Beam(3), BestOf(3)):
-        found = generate.generate(model, inputs, 8, sampler=sampler)
-        whole = answered(inputs, found.tokens)
-        logp = np.asarray(jax.nn.log_softmax(scoring.forward(model, whole)))[:, inputs.tokens.shape[1] - 1 : -1]
-        expected = np.take_along_axis(logp, found.tokens[..., None], axis=2)[..., 0] * (found.tokens != 0)
-        np.testing.assert_allclose(found.log_probabilities, expected, atol=2e-4)
+        result = decode(model, inputs, 8, sampler)
+        logits = scoring.forward(model, with_answer(inputs, result.tokens))
+        log_p = np.asarray(jax.nn.log_softmax(logits))[:, inputs.tokens.shape[1] - 1 : -1]
+        expected = np.take_along_axis(log_p, result.tokens[..., None], axis=2)[..., 0]
+        expected = expected * (result.tokens != 0)
+        np.testing.assert_allclose(result.log_probabilities, expected, atol=2e-4)
         if not isinstance(sampler, Beam):
-            np.testing.assert_allclose(found.scores, found.log_probabilities.sum(1), rtol=1e-6)
+            sums = result.log_probabilities.sum(1)
+            np.testing.assert_allclose(result.scores, sums, rtol=1e-6)
 
 
-def answered(inputs, tokens):
-    join = lambda name, more: np.concatenate([getattr(inputs, name), more], axis=1)
+def with_answer(inputs, tokens):
     yes = np.ones_like(tokens, bool)
-    fields = dict(tokens=join("tokens", tokens), valid=join("valid", yes), prefix=join("prefix", ~yes), targets=join("targets", yes))
+    answer = dict(tokens=tokens, valid=yes, prefix=~yes, targets=yes)
+    fields = {
+        name: np.concatenate([getattr(inputs, name), values], axis=1)
+        for name, values in answer.items()
+    }
     return type(inputs)(images=inputs.images, **fields)
 
 
 def test_best_of_is_the_best_of_its_samples(random_checkpoint):
-    """And no row's choice depends on the others."""
+    """And the choice in a row does not depend on other rows."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:2], 3)
-    sampler = Sample(temperature=1.5)
-    best = generate.generate(model, inputs, 6, sampler=BestOf(8, sampler), seeds=np.array([6, 7]))
-    one = generate.generate(model, inputs, 6, sampler=BestOf(1, sampler), seeds=np.array([6, 7]))
-    assert (best.scores >= one.scores).all() and (best.scores > one.scores).any()
-    again = generate.generate(model, random_inputs(reference, ROWS[:2], 3), 6, sampler=BestOf(8, sampler), seeds=np.array([6, 9]))
+    sampler, seeds = Sample(temperature=1.5), np.array([6, 7])
+    best = decode(model, inputs, 6, BestOf(8, sampler), seeds=seeds)
+    first = decode(model, inputs, 6, BestOf(1, sampler), seeds=seeds)
+    assert (best.scores >= first.scores).all() and (best.scores > first.scores).any()
+    again = decode(model, inputs, 6, BestOf(8, sampler), seeds=np.array([6, 9]))
     np.testing.assert_array_equal(again.tokens[0], best.tokens[0])
 
 
 @pytest.mark.parametrize("sampler", [Greedy(), Beam(3)], ids=["greedy", "beam"])
-def test_min_new_tokens(random_checkpoint, sampler):
-    """As transformers: no eos before."""
+def test_no_eos_comes_before_min_new_tokens_as_in_transformers(random_checkpoint, sampler):
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS, 3, order="mixed")
-    found = generate.generate(replace_config(model, eos_token_ids=EOS), inputs, 12, sampler=sampler, min_new_tokens=6).tokens
-    options = dict(
-        max_new_tokens=12, min_new_tokens=6, do_sample=False, num_beams=getattr(sampler, "width", 1), eos_token_id=list(EOS), pad_token_id=0
-    )
-    expected = reference.generate(**hf_inputs(inputs), **options)
-    expected = expected[:, inputs.tokens.shape[1] :].numpy()
-    ends = np.isin(expected, EOS)
-    np.testing.assert_array_equal(found[:, : expected.shape[1]], np.where(np.cumsum(ends, axis=1) > ends, 0, expected))  # pads as above
-    assert not np.isin(found[:, :6], EOS).any()
+    model = replace_config(model, eos_token_ids=EOS)
+    tokens = decode(model, inputs, 12, sampler, min_new_tokens=6).tokens
+    expected = reference.generate(
+        **hf_inputs(inputs),
+        max_new_tokens=12,
+        min_new_tokens=6,
+        do_sample=False,
+        num_beams=getattr(sampler, "width", 1),
+        eos_token_id=list(EOS),
+        pad_token_id=0,
+    )[:, inputs.tokens.shape[1] :].numpy()
+    is_eos = np.isin(expected, EOS)
+    after_first = np.cumsum(is_eos, axis=1) > is_eos  # where transformers pads with eos
+    expected = np.where(after_first, 0, expected)
+    np.testing.assert_array_equal(tokens[:, : expected.shape[1]], expected)
+    assert not np.isin(tokens[:, :6], EOS).any()
 
 
-@pytest.mark.parametrize("sampler", [Sample(), Beam(2), BestOf(2)], ids=["sample", "beam", "best of"])
-def test_allowed(random_checkpoint, sampler):
-    """A mask for all rows, or one for each."""
+@pytest.mark.parametrize(
+    "sampler", [Sample(), Beam(2), BestOf(2)], ids=["sample", "beam", "best of"]
+)
+def test_allowed_is_a_mask_for_all_rows_or_one_per_row(random_checkpoint, sampler):
+    reference, _, model = random_checkpoint("pg2", 5)
+    inputs = random_inputs(reference, ROWS[:2], 3)
+    low = np.arange(model.config.decoder.vocab_size) < 100
+    first, second = tokens_of(model, inputs, 8, sampler=sampler, allowed=np.stack([low, ~low]))
+    assert (first < 100).all() and (second[second != 0] >= 100).all()
+    assert (tokens_of(model, inputs, 8, sampler=sampler, allowed=low) < 100).all()
+
+
+def test_contradictory_options_are_refused(random_checkpoint):
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:2], 3)
     V = model.config.decoder.vocab_size
-    low = np.arange(V) < 100
-    each = generate.generate(model, inputs, 8, sampler=sampler, allowed=np.stack([low, ~low])).tokens
-    assert (each[0] < 100).all() and (each[1][each[1] != 0] >= 100).all()
-    assert (generate.generate(model, inputs, 8, sampler=sampler, allowed=low).tokens < 100).all()
-
-
-def test_contradictions(random_checkpoint):
-    reference, _, model = random_checkpoint("pg2", 5)
-    inputs = random_inputs(reference, ROWS[:2], 3)
-    V = model.config.decoder.vocab_size
-    for wrong, message in [
-        (dict(allowed=np.zeros(V, bool)), "allows no token"),
-        (dict(allowed=np.stack([np.ones(V, bool), np.zeros(V, bool)])), "allows no token"),
-        (dict(allowed=np.arange(V) == 1, min_new_tokens=1), "min_new_tokens forbids"),
-        (dict(min_new_tokens=9), "min_new_tokens is 9"),
+    nothing_in_one_row = np.stack([np.ones(V, bool), np.zeros(V, bool)])
+    for options, message in [
+        (dict(allowed=np.zeros(V, bool)), "allowed must permit at least one token"),
+        (dict(allowed=nothing_in_one_row), "allowed must permit at least one token"),
+        (dict(allowed=np.arange(V) == 1, min_new_tokens=1), "permit a token besides eos"),
+        (dict(min_new_tokens=9), r"min_new_tokens must be an integer from 0 .*\(8\), got 9"),
     ]:
         with pytest.raises(ValueError, match=message):
-            generate.generate(model, inputs, 8, **wrong)
-    stopping = [lambda early=early: Beam(early_stopping=early) for early in ("always", 1, np.True_)]  # type: ignore[arg-type]
-    for wrong in (lambda: Beam(0), lambda: BestOf(0), *stopping):
-        with pytest.raises(ValueError, match="makes no sense"):
-            wrong()
+            tokens_of(model, inputs, 8, **options)
+    for make in (Beam, lambda width: BestOf(width)):
+        with pytest.raises(ValueError, match="width must be a positive integer, got 0"):
+            make(0)
+    for early in ("always", 1, np.True_):
+        with pytest.raises(ValueError, match=r"Beam.early_stopping must be True, False or 'never'"):
+            Beam(early_stopping=early)  # type: ignore[arg-type]
 
 
-def test_score_never_makes_the_logits(random_checkpoint):
-    """In chunks of the vocabulary or at once: the same; the chunks need not divide it."""
+def test_log_probabilities_in_chunks_equal_those_of_all_logits(random_checkpoint):
+    """Values and gradients, whether or not the chunk size divides the vocabulary."""
     model = random_checkpoint("pg2", 5)[2]
+    decoder = model.decoder
     x = jax.random.normal(jax.random.key(0), (2, 3, model.config.decoder.hidden_size))
     tokens = jnp.array([[0, 499, 255], [256, 7, 499]])
-    logits = model.decoder.logits(x, True)
-    expected = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+
+    def direct(x):
+        log_p = jax.nn.log_softmax(decoder.logits(x, True))
+        return jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
     for chunk in (499, 500, 128, 7):
-        np.testing.assert_allclose(model.decoder.log_probabilities(x, tokens, True, chunk), expected, rtol=1e-5)
+        chunked = decoder.log_probabilities(x, tokens, True, chunk)
+        np.testing.assert_allclose(chunked, direct(x), rtol=1e-5)
     wide, narrow = (
-        jax.grad(lambda x, chunk=chunk: model.decoder.log_probabilities(x, tokens, True, chunk).sum())(x) for chunk in (500, 128)
-    )  # fmt: skip
+        jax.grad(lambda x, n=chunk: decoder.log_probabilities(x, tokens, True, n).sum())(x)
+        for chunk in (500, 128)
+    )
     np.testing.assert_allclose(narrow, wide, atol=1e-5)
-    exact = jax.grad(lambda x: jnp.take_along_axis(jax.nn.log_softmax(model.decoder.logits(x, True)), tokens[..., None], -1).sum())(x)
+    exact = jax.grad(lambda x: direct(x).sum())(x)
     np.testing.assert_allclose(narrow, exact, atol=1e-5)
 
 
-def test_fifty_random_filters(random_checkpoint):
-    """Random settings, random logits of random sharpness, random prompts: the filtered logits of transformers' chain of processors."""
+def test_filters_equal_the_logits_processors_of_transformers(random_checkpoint):
+    """Fifty random settings, with random logits of random sharpness, and random prompts."""
     reference, _, model = random_checkpoint("pg2", 5)
     rng = np.random.default_rng(0)
     for case in range(50):
-        chances = {
-            "temperature": float(rng.uniform(0.2, 2)), "top_k": int(rng.integers(1, 60)), "top_p": float(rng.uniform(0.05, 0.99)),
-            "min_p": float(rng.uniform(0.001, 0.3)), "repetition_penalty": float(rng.uniform(0.8, 2)),
-        }  # fmt: skip
-        settings = {name: value for name, value in chances.items() if rng.random() < 0.6}
-        logits = (rng.normal(size=(1, model.config.decoder.vocab_size)) * rng.uniform(1, 6)).astype(np.float32)
+        values = {
+            "temperature": float(rng.uniform(0.2, 2)),
+            "top_k": int(rng.integers(1, 60)),
+            "top_p": float(rng.uniform(0.05, 0.99)),
+            "min_p": float(rng.uniform(0.001, 0.3)),
+            "repetition_penalty": float(rng.uniform(0.8, 2)),
+        }
+        settings = {name: value for name, value in values.items() if rng.random() < 0.6}
+        logits = rng.normal(size=(1, model.config.decoder.vocab_size)) * rng.uniform(1, 6)
+        logits = logits.astype(np.float32)
         inputs = random_inputs(reference, ((1, int(rng.integers(1, 20)), 0),), case)
         config = GenerationConfig(do_sample=True, **{"top_k": None} | settings)
-        processors = reference._get_logits_processor(config, input_ids_seq_length=inputs.tokens.shape[1])
-        expected = processors(torch.tensor(inputs.tokens).long(), torch.tensor(logits)).numpy()
-        found = np.asarray(Sample(**settings).filter(jnp.asarray(logits), generate.seen_ids(model, inputs)))
-        np.testing.assert_array_equal(np.isinf(found), np.isinf(expected), err_msg=str(settings))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=str(settings))
+        length = inputs.tokens.shape[1]
+        processors = reference._get_logits_processor(config, input_ids_seq_length=length)
+        ids = torch.tensor(inputs.tokens).long()
+        expected = processors(ids, torch.tensor(logits)).numpy()
+        seen = generate.seen_ids(model, inputs)
+        filtered = np.asarray(Sample(**settings).filter(jnp.asarray(logits), seen))
+        np.testing.assert_array_equal(np.isinf(filtered), np.isinf(expected), err_msg=str(settings))
+        np.testing.assert_allclose(filtered, expected, rtol=1e-5, err_msg=str(settings))

@@ -1,4 +1,6 @@
-"""Pixels against transformers' SiglipImageProcessorPil, bit for bit, for every way to hand over an image; and the errors."""
+"""Pixels against transformers' SiglipImageProcessorPil, bit by bit, for every kind of source."""
+
+from __future__ import annotations
 
 from pathlib import Path
 
@@ -14,7 +16,7 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def assert_as_transformers(source, size=28):
+def assert_equals_transformers(source, size=28):
     processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     theirs = processor(str(source) if isinstance(source, Path) else source, return_tensors="np")
     ours = pixel_values([source], size)
@@ -23,93 +25,121 @@ def assert_as_transformers(source, size=28):
 
 
 def in_mode(mode):
-    rgba = Image.fromarray(noise(40, 30, 4))
-    return rgba.convert("RGB").convert(mode) if mode in ("HSV", "LAB", "YCbCr") else rgba.convert(mode)
+    image = Image.fromarray(noise(40, 30, 4))
+    if mode in ("HSV", "LAB", "YCbCr"):
+        image = image.convert("RGB")
+    return image.convert(mode)
 
 
-@pytest.mark.parametrize(
-    "shape, size",
-    [((100, 70, 4), 224), ((100, 70), 224), ((70, 100, 3), 224), ((480, 640, 3), 224), ((224, 224, 3), 224), ((1, 1, 3), 28), ((900, 7, 4), 448)],
-)
-def test_pixels_bit_equal(shape, size, tmp_path):
+SHAPES = [
+    ((100, 70, 4), 224),
+    ((100, 70), 224),
+    ((70, 100, 3), 224),
+    ((480, 640, 3), 224),
+    ((224, 224, 3), 224),
+    ((1, 1, 3), 28),
+    ((900, 7, 4), 448),
+]
+
+
+@pytest.mark.parametrize("shape, size", SHAPES)
+def test_pixels_are_equal_bit_by_bit(shape, size, tmp_path):
     image = Image.fromarray(noise(*shape))
-    assert_as_transformers(image, size)
+    assert_equals_transformers(image, size)
     image.save(tmp_path / "image.png")
-    assert_as_transformers(tmp_path / "image.png", size)
+    assert_equals_transformers(tmp_path / "image.png", size)
     image.convert("RGB").save(tmp_path / "image.jpg")
-    assert_as_transformers(tmp_path / "image.jpg", size)
-    assert_as_transformers(Image.open(tmp_path / "image.jpg"), size)
+    assert_equals_transformers(tmp_path / "image.jpg", size)
+    assert_equals_transformers(Image.open(tmp_path / "image.jpg"), size)
 
 
-def test_smooth_images_bit_equal():
+def test_smooth_images_are_equal_bit_by_bit():
     x, y = np.meshgrid(np.linspace(0, 255, 321), np.linspace(0, 255, 123))
     for size in (28, 224, 896):
-        assert_as_transformers(np.stack([x, y, 255 - x], -1).astype(np.uint8), size)
+        assert_equals_transformers(np.stack([x, y, 255 - x], -1).astype(np.uint8), size)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa"])
+MODES = ["RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "RGBa"]
+FILES = ["L.png", "LA.png", "P.gif", "1.png", "RGBA.png", "RGBA.webp", "CMYK.jpg", "LAB.tiff"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_modes(mode):
-    assert_as_transformers(in_mode(mode))
+    assert_equals_transformers(in_mode(mode))
 
 
-@pytest.mark.parametrize("file", ["L.png", "LA.png", "P.gif", "1.png", "RGBA.png", "RGBA.webp", "CMYK.jpg", "LAB.tiff"])
+@pytest.mark.parametrize("file", FILES)
 def test_modes_in_files(file, tmp_path):
-    in_mode(file.split(".")[0]).save(path := tmp_path / file)
-    assert_as_transformers(path)
-    assert_as_transformers(Image.open(path))
+    path = tmp_path / file
+    in_mode(path.stem).save(path)
+    assert_equals_transformers(path)
+    assert_equals_transformers(Image.open(path))
     np.testing.assert_array_equal(load_image(path), load_image(str(path)))
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
-def test_transparency_of_a_palette_and_of_grey(tmp_path):
-    """The `transparency` entry of a PNG without alpha channel; the palette's is composited on white only when the image is open."""
-    Image.fromarray(noise(40, 30) // 16).save(grey := tmp_path / "grey.png", transparency=3)
-    Image.fromarray(noise(40, 30, 3)).quantize(16).save(palette := tmp_path / "palette.png", transparency=bytes(range(0, 256, 16)))
-    for path in (grey, palette):
+def test_transparency_of_a_palette_and_of_gray(tmp_path):
+    """The `transparency` entry of a PNG without alpha channel. That of a palette is composited on
+    white only for an opened image."""
+    gray, palette = tmp_path / "gray.png", tmp_path / "palette.png"
+    Image.fromarray(noise(40, 30) // 16).save(gray, transparency=3)
+    quantized = Image.fromarray(noise(40, 30, 3)).quantize(16)
+    quantized.save(palette, transparency=bytes(range(0, 256, 16)))
+    for path in (gray, palette):
         assert Image.open(path).info.get("transparency") is not None
-        assert_as_transformers(path)
-        assert_as_transformers(Image.open(path))
+        assert_equals_transformers(path)
+        assert_equals_transformers(Image.open(path))
     assert not np.array_equal(load_image(palette), load_image(Image.open(palette)))
 
 
-def test_alpha_on_white():
-    for array in (noise(9, 9, 4), np.stack(np.meshgrid(*[np.arange(256, dtype=np.uint8)] * 2), -1)[..., [0, 0, 0, 1]]):  # every value at every alpha
-        assert_as_transformers(array)
-        assert_as_transformers(Image.fromarray(array))
-    assert load_image(np.full((1, 1, 4), [200, 200, 200, 60], np.uint8)).getpixel((0, 0)) == (242, 242, 242)
+def test_alpha_is_composited_on_white():
+    values = np.arange(256, dtype=np.uint8)
+    every_value_at_every_alpha = np.stack(np.meshgrid(values, values), -1)[..., [0, 0, 0, 1]]
+    for array in (noise(9, 9, 4), every_value_at_every_alpha):
+        assert_equals_transformers(array)
+        assert_equals_transformers(Image.fromarray(array))
+    pixel = np.full((1, 1, 4), [200, 200, 200, 60], np.uint8)
+    assert load_image(pixel).getpixel((0, 0)) == (242, 242, 242)
 
 
-def test_sixteen_bits(tmp_path):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 600, (40, 30)).astype(np.uint16))
+def test_16_bit_images(tmp_path):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 600, (40, 30)).astype(np.uint16))
     image.save(tmp_path / "image.png")
     for source in (image, image.convert("I"), image.convert("F"), tmp_path / "image.png"):
-        assert_as_transformers(source)
+        assert_equals_transformers(source)
 
 
 def test_arrays():
     for shape in [(40, 30, 1), (40, 30, 3), (40, 30, 4)]:
-        assert_as_transformers(noise(*shape))
-    np.testing.assert_array_equal(load_image(noise(40, 30)), load_image(noise(40, 30)[..., None]))  # transformers refuses [H, W]
-    np.testing.assert_array_equal(load_image(noise(40, 30, 3)[::-1, ::2]), noise(40, 30, 3)[::-1, ::2])
+        assert_equals_transformers(noise(*shape))
+    gray, strided = noise(40, 30), noise(40, 30, 3)[::-1, ::2]
+    # transformers refuses [H, W].
+    np.testing.assert_array_equal(load_image(gray), load_image(gray[..., None]))
+    np.testing.assert_array_equal(load_image(strided), strided)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation, tmp_path):
-    """A path is turned upright, an open image is taken as it lies, as in transformers."""
+    """A file is rotated, an opened image is not, as in transformers."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(noise(40, 30, 3)).save(path := tmp_path / "image.png", exif=exif)
-    assert_as_transformers(path)
-    assert_as_transformers(Image.open(path))
+    path = tmp_path / "image.png"
+    Image.fromarray(noise(40, 30, 3)).save(path, exif=exif)
+    assert_equals_transformers(path)
+    assert_equals_transformers(Image.open(path))
     np.testing.assert_array_equal(load_image(path), ImageOps.exif_transpose(Image.open(path)))
     np.testing.assert_array_equal(load_image(Image.open(path)), noise(40, 30, 3))
 
 
-def test_many():
+def test_several_images_are_stacked():
     images = [noise(20, 30, 3), noise(50, 10, 4, seed=1), Image.fromarray(noise(8, 8))]
-    np.testing.assert_array_equal(pixel_values(images, 14), np.concatenate([pixel_values([image], 14) for image in images]))
-    assert pixel_values(images, 14).min() >= -1 and pixel_values(images, 14).max() <= 1
-    assert pixel_values([np.array([[0, 255]], np.uint8).repeat(2, 0)], 2)[0, 0, :, 0].tolist() == [-1, 1]
+    pixels = pixel_values(images, 14)
+    one_by_one = np.concatenate([pixel_values([image], 14) for image in images])
+    np.testing.assert_array_equal(pixels, one_by_one)
+    assert pixels.min() >= -1 and pixels.max() <= 1
+    black_and_white = np.array([[0, 255]], np.uint8).repeat(2, 0)
+    assert pixel_values([black_and_white], 2)[0, 0, :, 0].tolist() == [-1, 1]
 
 
 def assert_error(source, *parts):
@@ -120,11 +150,12 @@ def assert_error(source, *parts):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
-def test_truncated_file(suffix, tmp_path):
-    Image.fromarray(noise(64, 64, 3)).save(path := tmp_path / f"image.{suffix}")
-    whole = path.read_bytes()
-    for part in (0.1, 0.5, 0.9):
-        path.write_bytes(whole[: int(len(whole) * part)])
+def test_a_truncated_file_is_refused(suffix, tmp_path):
+    path = tmp_path / f"image.{suffix}"
+    Image.fromarray(noise(64, 64, 3)).save(path)
+    complete = path.read_bytes()
+    for fraction in (0.1, 0.5, 0.9):
+        path.write_bytes(complete[: int(len(complete) * fraction)])
         assert_error(path, path.name)
         try:
             image = Image.open(path)  # reads the header only
@@ -133,38 +164,43 @@ def test_truncated_file(suffix, tmp_path):
         assert_error(image)
 
 
-def test_broken_png(tmp_path):
-    Image.fromarray(noise(64, 64, 3)).save(path := tmp_path / "image.png")
+def test_a_corrupted_png_is_refused(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(noise(64, 64, 3)).save(path)
     data = bytearray(path.read_bytes())
     data[200] ^= 255
     path.write_bytes(data)
     assert_error(path, path.name)
 
 
-def test_not_an_image(tmp_path):
+def test_sources_that_are_not_images_are_refused(tmp_path):
     (tmp_path / "image.png").write_text("<html>404</html>")
     (tmp_path / "empty.png").write_bytes(b"")
-    assert_error(tmp_path / "image.png", "image.png", "no image that PIL can read")
+    assert_error(tmp_path / "image.png", "image.png", "not an image")
     assert_error(tmp_path / "empty.png", "empty.png")
     assert_error(tmp_path / "absent.png", "no image file", "absent.png")
     assert_error(str(tmp_path), "no image file")
-    assert_error("https://example.com/cat.png", "URL", "downloaded")
+    assert_error("https://example.com/cat.png", "download the URL")
     assert_error(None, "NoneType")
     assert_error([noise(4, 4)], "list")
     assert_error(Image.new("RGB", (0, 5)), "0x5")
 
 
-def test_decompression_bomb(tmp_path, monkeypatch):
-    Image.fromarray(noise(64, 64, 3)).save(path := tmp_path / "image.png")
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    Image.fromarray(noise(64, 64, 3)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64 // 3)
     assert_error(path, "image.png", "too large", "MAX_IMAGE_PIXELS")
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 5, 2), (5, 5, 5), (3, 20, 20), (2, 5, 5, 3), (0, 5, 3), (5, 0), ()])
-def test_array_of_another_shape(shape):
+BAD_SHAPES = [(5,), (5, 5, 2), (5, 5, 5), (3, 20, 20), (2, 5, 5, 3), (0, 5, 3), (5, 0), ()]
+
+
+@pytest.mark.parametrize("shape", BAD_SHAPES)
+def test_an_array_of_another_shape_is_refused(shape):
     assert_error(np.zeros(shape, np.uint8), "[H, W, 3]", str(list(shape)))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16, bool])
-def test_array_of_another_dtype(dtype):
+def test_an_array_of_another_dtype_is_refused(dtype):
     assert_error(np.zeros((5, 5, 3), dtype), "uint8", np.dtype(dtype).name)

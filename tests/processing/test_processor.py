@@ -1,4 +1,6 @@
-"""Inputs against transformers' PaliGemmaProcessor, array for array; and every way to be refused."""
+"""Inputs against transformers' PaliGemmaProcessor, array by array, and every error."""
+
+from __future__ import annotations
 
 import random
 
@@ -16,7 +18,9 @@ SIZE, PATCH, TOKENS = 28, 14, 4
 
 @pytest.fixture(scope="module", params=["inside", "outside"])
 def directory(request, tmp_path_factory):
-    return train_tokenizer(tmp_path_factory.mktemp(request.param) / "tokenizer.model", added=request.param == "inside").parent
+    """With the `<loc>` and `<seg>` pieces inside the sentencepiece model or not."""
+    file = tmp_path_factory.mktemp(request.param) / "tokenizer.model"
+    return train_tokenizer(file, added=request.param == "inside").parent
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +34,24 @@ def theirs(directory):
 
 
 def image(seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30 + seed, 40, 3), dtype=np.uint8))
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (30 + seed, 40, 3), dtype=np.uint8))
 
 
 A, B, C = image(0), image(1), image(2)
 
 
 def assert_same(inputs: Inputs, hf):
-    """The five arrays of Inputs say what the five of transformers say."""
+    """The five arrays of Inputs equal those of transformers."""
     hf = {name: np.asarray(value) for name, value in hf.items()}
+    valid, targets = hf["attention_mask"] == 1, hf["token_type_ids"] == 1
     assert [a.dtype for a in jax.tree.leaves(inputs)] == [np.int32, np.float32, bool, bool, bool]
     np.testing.assert_array_equal(inputs.tokens, hf["input_ids"])
-    np.testing.assert_array_equal(inputs.valid, hf["attention_mask"] == 1)
-    np.testing.assert_array_equal(inputs.targets, hf["token_type_ids"] == 1)
-    np.testing.assert_array_equal(inputs.prefix, (hf["attention_mask"] == 1) & (hf["token_type_ids"] == 0))
-    np.testing.assert_array_equal(np.where(inputs.targets, inputs.tokens, -100), hf["labels"])
+    np.testing.assert_array_equal(inputs.valid, valid)
+    np.testing.assert_array_equal(inputs.targets, targets)
+    np.testing.assert_array_equal(inputs.prefix, valid & ~targets)
+    labels = np.where(inputs.targets, inputs.tokens, -100)
+    np.testing.assert_array_equal(labels, hf["labels"])
     np.testing.assert_array_equal(inputs.images, hf["pixel_values"].transpose(0, 2, 3, 1))
 
 
@@ -55,8 +62,8 @@ CASES = {
     "space after": (A, "<image> caption en"),
     "at the end": (A, "caption en<image>"),
     "newlines at the end": (A, "caption en\n\n"),
-    "bos given": (A, "<image><bos>caption en"),
-    "special tokens in the words": (A, "a<eos>b <loc0003><pad>cat<unk>"),
+    "literal bos": (A, "<image><bos>caption en"),
+    "literal special tokens": (A, "a<eos>b <loc0003><pad>cat<unk>"),
     "empty": (A, ""),
     "spaces, tabs, emoji": (A, "  the\tcat  😀日本語 "),
     "two images": ([[A, B]], "the cat and the dog"),
@@ -74,38 +81,60 @@ SUFFIXES = ["<loc0003><loc0100><loc1023><loc0007> cat", "", "a red  car\n<seg001
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("suffix", [False, True], ids=["prompt", "suffix"])
 @pytest.mark.parametrize("case", CASES)
-def test_processor_strings(case, suffix, side, ours, theirs):
+def test_inputs_equal_those_of_transformers(case, suffix, side, ours, theirs):
     images, prompts = CASES[case]
-    suffixes = None if not suffix else SUFFIXES[0] if isinstance(prompts, str) else SUFFIXES[: len(prompts)]
-    hf = theirs(images=images, text=prompts, suffix=suffixes, padding="longest", padding_side=side, return_tensors="np")
+    suffixes = None
+    if suffix:
+        suffixes = SUFFIXES[0] if isinstance(prompts, str) else SUFFIXES[: len(prompts)]
+    hf = theirs(
+        images=images,
+        text=prompts,
+        suffix=suffixes,
+        padding="longest",
+        padding_side=side,
+        return_tensors="np",
+    )
     inputs = ours(images, prompts, suffixes, padding_side=side)
     assert_same(inputs, hf)
     for row in inputs.tokens:
         assert ours.decode(row) == theirs.decode(row, skip_special_tokens=True)
 
 
-def test_random_prompts(ours, theirs):
+def test_random_prompts_equal_those_of_transformers(ours, theirs):
     rng = random.Random(0)
-    bits = ["<image>", "<image>", "cat", " dog", " ", "\n", "\n\n", "<bos>", "<eos>", "<loc0003>", "<", "image>", "😀", "\t", "▁"]
+    parts = ["<image>", "<image>", "cat", " dog", " ", "\n", "\n\n", "<bos>", "<eos>", "<loc0003>"]
+    parts += ["<", "image>", "😀", "\t", "▁"]
     for _ in range(150):
-        prompts = ["<image>" + "".join(rng.choices(bits, k=rng.randint(0, 8))) for _ in range(rng.randint(1, 3))]
+        prompts = [
+            "<image>" + "".join(rng.choices(parts, k=rng.randint(0, 8)))
+            for _ in range(rng.randint(1, 3))
+        ]
         images = rng.choices([A, B, C], k=sum(prompt.count("<image>") for prompt in prompts))
         suffixes = rng.choice([None, [rng.choice(SUFFIXES) for _ in prompts]])
-        assert_same(ours(images, prompts, suffixes), theirs(images=images, text=prompts, suffix=suffixes, padding=True, return_tensors="np"))
+        hf = theirs(images=images, text=prompts, suffix=suffixes, padding=True, return_tensors="np")
+        assert_same(ours(images, prompts, suffixes), hf)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_length(side, ours, theirs):
+def test_rows_are_padded_to_a_length(side, ours, theirs):
     images, prompts, suffixes = [A, B], ["caption en", "detect cat"], ["cat", "<loc0003>"]
-    hf = theirs(images=images, text=prompts, suffix=suffixes, padding="max_length", max_length=32, padding_side=side, return_tensors="np")
+    hf = theirs(
+        images=images,
+        text=prompts,
+        suffix=suffixes,
+        padding="max_length",
+        max_length=32,
+        padding_side=side,
+        return_tensors="np",
+    )
     assert_same(ours(images, prompts, suffixes, padding_side=side, length=32), hf)
     longest = ours(images, prompts, suffixes).tokens.shape[1]
     assert ours(images, prompts, suffixes, length=longest).tokens.shape == (2, longest)
 
 
-def test_sources(ours, tmp_path):
-    """A path, a str, an array and a PIL image of the same picture are the same."""
-    A.save(path := tmp_path / "image.png")
+def test_paths_arrays_and_images_give_the_same_pixels(ours, tmp_path):
+    path = tmp_path / "image.png"
+    A.save(path)
     expected = ours(A, "caption en").images
     for source in (path, str(path), np.asarray(A), [path], (A,), [[str(path)]], [(np.asarray(A),)]):
         np.testing.assert_array_equal(ours(source, "caption en").images, expected)
@@ -130,7 +159,7 @@ ERRORS = {
     "two images, one prompt": (([A, B], "a"), "2 prompts", "1 prompts", "list of images"),
     "too few placeholders": (([A, B], "<image>a"), "2 images", "[1]"),
     "too many placeholders": ((A, "<image>a<image>"), "1 images", "[2]"),
-    "nested otherwise": (([[A], [B, C]], ["<image>a<image>", "<image>b"]), "[1, 2]", "[2, 1]"),
+    "different nesting": (([[A], [B, C]], ["<image>a<image>", "<image>b"]), "[1, 2]", "[2, 1]"),
     "mixed batch": (([A, B], ["<image>a", "caption en"]), "prompt 1", "every prompt or"),
     "not a str": ((A, 7), "prompt 0", "int"),
     "not a str in a list": (([A, B], ["a", None]), "prompt 1", "NoneType"),
@@ -139,9 +168,19 @@ ERRORS = {
     "no suffix": ((A, "a", []), "no suffix"),
     "image in suffix": ((A, "a", "<image>"), "suffix", "<image>"),
     "padding side": ((A, "a", None, "top"), "'top'", "'left' or 'right'"),
-    "over the length": ((A, "caption en", "cat", "left", 6), "prompt 0", "length is 6", "larger length"),
-    "length of nothing": ((A, "caption en", None, "left", 0), "length is 0"),
-    "over the context": (([A, B], ["a", "cat " * 9000]), "prompt 1", "4 of them for images", "context is 8192"),
+    "over the length": (
+        (A, "caption en", "cat", "left", 6),
+        "prompt 0",
+        "length is 6",
+        "larger length",
+    ),
+    "length of zero": ((A, "caption en", None, "left", 0), "length is 0"),
+    "over the context": (
+        ([A, B], ["a", "cat " * 9000]),
+        "prompt 1",
+        "4 of them for images",
+        "context is 8192",
+    ),
     "suffix over the context": ((A, "a", "cat " * 9000), "prompt 0", "context is 8192"),
     "context before length": ((A, "cat " * 9000, None, "left", 99999), "context is 8192"),
     "not an image": ((7, "a"), "int"),
@@ -150,7 +189,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors(case, ours):
+def test_invalid_inputs_are_refused(case, ours):
     arguments, *parts = ERRORS[case]
     with pytest.raises(ValueError) as error:
         ours(*arguments)
@@ -158,10 +197,16 @@ def test_errors(case, ours):
     assert "\n" not in text and len(text) < 300 and all(part in text for part in parts), text
 
 
-def test_what_transformers_refuses_too(theirs):
-    """These are errors there as well; a mixed batch and a truncated prompt are not, and are refused here all the same."""
-    for images, prompts in [(None, "a"), (A, ["a", "b"]), ([A, B], "a"), ([A, B], "<image>a"), (A, "<image>a<image>")]:
+def test_transformers_refuses_them_too(theirs):
+    """Except for a mixed batch, where it writes bos into a word."""
+    for images, prompts in [
+        (None, "a"),
+        (A, ["a", "b"]),
+        ([A, B], "a"),
+        ([A, B], "<image>a"),
+        (A, "<image>a<image>"),
+    ]:
         with pytest.raises(ValueError):
             theirs(images=images, text=prompts)
-    mended = theirs(images=[A], text=["<image>a", "caption en"], padding=True)["input_ids"][1]
-    assert theirs.decode(mended, skip_special_tokens=False).endswith("captio<bos>n en\n")
+    mixed = theirs(images=[A], text=["<image>a", "caption en"], padding=True)["input_ids"][1]
+    assert theirs.decode(mixed, skip_special_tokens=False).endswith("captio<bos>n en\n")

@@ -1,4 +1,6 @@
-"""The tokenizer against transformers' GemmaTokenizer, token for token, and its errors."""
+"""The tokenizer against transformers' GemmaTokenizer, token by token, and its errors."""
+
+from __future__ import annotations
 
 import json
 import random
@@ -11,13 +13,58 @@ from transformers import AutoProcessor
 
 from paligemma_jax.processing.tokenizer import Tokenizer
 
-KINDS = {"inside": {"added": True}, "outside": {"added": False}, "spaces": {"added": True, "spaces": True}}
-BITS = [
-    "cat", " dog", "detect", "<", "12345", "A.B,c", "\n", "\n\n", "\n" * 7, "\r\n", "\t", "\t\t", "\0", " ", "  ", "   ", "▁", "▁▁",
-    "😀", "👩‍👩‍👧", "日本語", "é", "e\u0301", "ﬁ", "\u00a0", "\u3000", "\ufeff", "١٢",
-    "<bos>", "<eos>", "<pad>", "<unk>", "<mask>", "<image>", "<loc0003>", "<loc1023>", "<seg127>",
-    "<loc1024>", "<seg128>", "<loc12>", "loc0003>", "<0x41>", "<<bos>>", "<bo", "s>",
-]  # fmt: skip
+KINDS = {
+    "inside": {"added": True},
+    "outside": {"added": False},
+    "spaces": {"added": True, "spaces": True},
+}
+PARTS = [
+    "cat",
+    " dog",
+    "detect",
+    "<",
+    "12345",
+    "A.B,c",
+    "\n",
+    "\n\n",
+    "\n" * 7,
+    "\r\n",
+    "\t",
+    "\t\t",
+    "\0",
+    " ",
+    "  ",
+    "   ",
+    "▁",
+    "▁▁",
+    "😀",
+    "👩‍👩‍👧",
+    "日本語",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "\u00a0",
+    "\u3000",
+    "\ufeff",
+    "١٢",
+    "<bos>",
+    "<eos>",
+    "<pad>",
+    "<unk>",
+    "<mask>",
+    "<image>",
+    "<loc0003>",
+    "<loc1023>",
+    "<seg127>",
+    "<loc1024>",
+    "<seg128>",
+    "<loc12>",
+    "loc0003>",
+    "<0x41>",
+    "<<bos>>",
+    "<bo",
+    "s>",
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -34,44 +81,56 @@ def ours(directory):
 
 @pytest.fixture(scope="module", params=["tokenizer.model", "tokenizer.json"])
 def theirs(request, directory):
-    return (hf_processor(directory, 28, 14) if request.param == "tokenizer.model" else AutoProcessor.from_pretrained(directory)).tokenizer
+    if request.param == "tokenizer.model":
+        return hf_processor(directory, 28, 14).tokenizer
+    return AutoProcessor.from_pretrained(directory).tokenizer
 
 
-def test_ids(ours, theirs):
+def test_ids_of_special_tokens_equal_those_of_transformers(ours, theirs):
     for token in [*ADDED, "<image>", "<bos>", "\n"]:
         assert ours.encode(token) == [theirs.convert_tokens_to_ids(token)]
-    assert (ours.pad_id, ours.eos_id, ours.bos_id) == (theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id) == (0, 1, 2)
-    assert (ours.loc(7), ours.seg(9), ours.image_id) == tuple(theirs.convert_tokens_to_ids(["<loc0007>", "<seg009>", "<image>"]))
-    assert ours.image_id == ours.seg(127) + 1 == ours.loc(1023) + 129 == ours.vocab_size - 1 == len(theirs) - 1
+    special = theirs.pad_token_id, theirs.eos_token_id, theirs.bos_token_id
+    assert (ours.pad_id, ours.eos_id, ours.bos_id) == special == (0, 1, 2)
+    ids = theirs.convert_tokens_to_ids(["<loc0007>", "<seg009>", "<image>"])
+    assert [ours.loc(7), ours.seg(9), ours.image_id] == ids
+    assert ours.image_id == ours.seg(127) + 1 == ours.loc(1023) + 129
+    assert ours.image_id == ours.vocab_size - 1 == len(theirs) - 1
 
 
 def test_encode_equals_transformers(ours, theirs):
     rng = random.Random(0)
     for _ in range(2000):
-        text = "".join(rng.choices(BITS, k=rng.randint(0, 8)))
+        text = "".join(rng.choices(PARTS, k=rng.randint(0, 8)))
         if not re.search("▁ | ▁| {8}", text):  # see test_long_runs_of_spaces
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), repr(text)
 
 
 def test_decode_equals_transformers(ours, theirs):
     rng = random.Random(0)
-    for _ in range(2000):  # half of the ids are bytes, mostly not UTF-8; some lie beyond the vocabulary
-        ids = [rng.choice([rng.randrange(ours.vocab_size + 20), rng.randrange(10, 270)]) for _ in range(rng.randint(0, 9))]
+    for _ in range(
+        2000
+    ):  # half of the ids are bytes, mostly invalid UTF-8; some exceed the vocabulary
+        ids = [
+            rng.choice([rng.randrange(ours.vocab_size + 20), rng.randrange(10, 270)])
+            for _ in range(rng.randint(0, 9))
+        ]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
 
 
-def test_decode_returns_what_was_encoded(ours):
+def test_decode_inverts_encode(ours):
     text = "segment  cat\n\n\n\t<loc0003><seg001> 😀 日本語"
     assert ours.decode(ours.encode(f"<image><bos>{text}<eos><pad>")) == text
     assert ours.decode(iter([])) == ""
 
 
 def test_long_runs_of_spaces(tmp_path):
-    """The one known difference: runs longer than the longest space piece (7 here) are cut greedily; transformers' merges cut elsewhere."""
+    """The one known difference: runs longer than the longest space piece (7 here) are split
+    greedily; transformers' merges split them elsewhere."""
     train_tokenizer(tmp_path / "tokenizer.model", spaces=True)
     ours, theirs = Tokenizer(tmp_path / "tokenizer.model"), hf_processor(tmp_path, 28, 14).tokenizer
     for n in range(1, 8):
-        assert ours.encode("a" + " " * n + "cat") == theirs.encode("a" + " " * n + "cat", add_special_tokens=False)
+        text = "a" + " " * n + "cat"
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False)
     assert ours.encode(" " * 8) != theirs.encode(" " * 8, add_special_tokens=False)
     assert ours.decode(ours.encode(" " * 40)) == " " * 40
 
@@ -82,11 +141,13 @@ def released_like(directory, file, content):
     return directory / "tokenizer.model"
 
 
-def test_stated_ids_are_honoured(tmp_path):
-    path = released_like(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": {"2000": {"content": "<image>"}, "1": {"content": "<eos>"}}})
+def test_ids_of_added_tokens_come_from_the_files_beside_the_model(tmp_path):
+    added = {"2000": {"content": "<image>"}, "1": {"content": "<eos>"}}
+    path = released_like(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": added})
     assert Tokenizer(path, image_token_id=2000).encode("<eos><image>") == [1, 2000]
-    stated = {"<image>": 400, "<m": 2999, "<mine>": 3000} | {token: 401 + i for i, token in enumerate(ADDED)}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(stated))
+    ids = {"<image>": 400, "<m": 2999, "<mine>": 3000}
+    ids |= {token: 401 + i for i, token in enumerate(ADDED)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(ids))
     tokenizer = Tokenizer(path)
     assert tokenizer.encode("<image><loc0000><seg127><mine>") == [400, 401, 1552, 3000]
     assert tokenizer.vocab_size == 3001
@@ -98,48 +159,62 @@ def one_line(error) -> str:
     return text
 
 
-def test_other_image_token(tmp_path):
+def test_the_image_token_must_match_the_config(tmp_path):
     path = train_tokenizer(tmp_path / "tokenizer.model", vocabulary=400)
     with pytest.raises(ValueError) as error:
         Tokenizer(path, image_token_id=257152)
-    assert all(part in one_line(error) for part in ("1552", "257152", "added_tokens.json"))
+    message = one_line(error)
+    assert all(part in message for part in ("1552", "257152", "added_tokens.json"))
     assert Tokenizer(path, image_token_id=1552).image_id == 1552
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\nsize 4241003\n", b"\x00" * 99, "half", "no bos"])
-def test_not_a_tokenizer(tmp_path, content):
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\nsize 4241003\n"
+
+
+@pytest.mark.parametrize("content", [b"", LFS_POINTER, b"\x00" * 99, "half", "no bos"])
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, content):
     path = train_tokenizer(tmp_path / "tokenizer.model", vocabulary=400)
+    complete = path.read_bytes()
+    if content == "half":
+        content = complete[: len(complete) // 2]
     if content == "no bos":
-        content = path.read_bytes().replace(b"<bos>", b"<xos>", 1)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
+        content = complete.replace(b"<bos>", b"<xos>", 1)
+    path.write_bytes(content)
     with pytest.raises(ValueError) as error:
         Tokenizer(path)
     assert "tokenizer.model" in one_line(error)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"<image>": "x"}', '{"<image>": 5}'])
-def test_bad_added_tokens(tmp_path, content):
+def test_invalid_added_tokens_are_refused(tmp_path, content):
     with pytest.raises(ValueError) as error:
         Tokenizer(released_like(tmp_path, "added_tokens.json", content))
     assert "added_tokens.json" in one_line(error)
 
 
-def test_no_tokenizer(tmp_path):
+def test_a_missing_tokenizer_is_refused(tmp_path):
     for path in (tmp_path / "tokenizer.model", tmp_path):
         with pytest.raises(ValueError, match="no tokenizer at"):
             Tokenizer(path)
 
 
-def test_outside(ours):
-    for call in (lambda: ours.loc(1024), lambda: ours.seg(-1), lambda: ours.decode([5, -100]), lambda: ours.encode("\ud800")):
+def test_values_out_of_range_are_refused(ours):
+    for method, value in (
+        (ours.loc, 1024),
+        (ours.seg, -1),
+        (ours.decode, [5, -100]),
+        (ours.encode, "\ud800"),
+    ):
         with pytest.raises(ValueError) as error:
-            call()
+            method(value)
         one_line(error)
 
 
-def test_moved_directory_loads_offline(directory, tmp_path):
-    """What save_processor writes states no path, and transformers needs nothing else."""
+def test_a_moved_directory_loads_offline(directory, tmp_path):
+    """The files of save_processor contain no path, and transformers needs no others."""
+    ours = Tokenizer(directory / "tokenizer.model")
     moved = shutil.copytree(directory, tmp_path / "moved")
     (moved / "tokenizer.model").unlink()
     assert str(directory) not in (moved / "tokenizer_config.json").read_text()
-    assert AutoProcessor.from_pretrained(moved).tokenizer.encode("<loc0003>cat") == Tokenizer(directory / "tokenizer.model").encode("<loc0003>cat")
+    theirs = AutoProcessor.from_pretrained(moved).tokenizer
+    assert theirs.encode("<loc0003>cat") == ours.encode("<loc0003>cat")

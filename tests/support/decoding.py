@@ -7,11 +7,13 @@ from functools import partial
 import jax
 
 from paligemma_jax.inference import generate
+from paligemma_jax.inference.options import DecodingOptions
 
 
-def tokens_of(*args, **options):
-    """int32[B, N]: the tokens that `generate.generate` gives."""
-    return generate.generate(*args, **options).tokens
+def tokens_of(model, inputs, max_new_tokens, *, seeds=None, slots=0, **fields):
+    """Generate tokens int32[B, N]. `fields` are those of `DecodingOptions`."""
+    options = DecodingOptions(max_new_tokens, **fields)
+    return generate.generate(model, inputs, options, seeds=seeds, slots=slots).tokens
 
 
 def prefill(model, inputs, slots):

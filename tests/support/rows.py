@@ -1,4 +1,4 @@
-"""."""
+"""Parts of a batch, and models under another config."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import jax
 
+FIELDS = ("tokens", "valid", "prefix", "targets")
+
 
 def one_row(inputs, row, images):
-    """Row `row` alone, without its pads, with the images that are its own."""
+    """Row `row` alone, without its pads, with its images (an index into all images)."""
     keep = inputs.valid[row]
-    return replace(
-        inputs, images=inputs.images[images], **{f: getattr(inputs, f)[row : row + 1, keep] for f in ("tokens", "valid", "prefix", "targets")}
-    )
+    arrays = {name: getattr(inputs, name)[row : row + 1, keep] for name in FIELDS}
+    return replace(inputs, images=inputs.images[images], **arrays)
 
 
 def replace_config(model, **changes):
-    """The same weights under a changed config."""
+    """The same weights with a changed config."""
     copy = jax.tree.map(lambda a: a, model)
     copy.config = replace(model.config, **changes)
     return copy
