@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jaxtyping import PyTree
 
 from convert.peft import Factors
 from paligemma_jax.model.layers import Linear, product
@@ -182,7 +183,7 @@ def attach_lora(model: Model, factors: Mapping[str, Factors]) -> Model:
     return replace_modules(model, wrap)
 
 
-def lora_factors(model: Model) -> dict[str, Factors]:
+def lora_factors(model: PyTree) -> dict[str, Factors]:
     """The adapter of a model, stacked or not: factors by the path of each layer."""
     factors: dict[str, Factors] = {}
     for path, module in modules(model, LoRALinear).items():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from numbers import Number
+from collections.abc import Iterable, Iterator, Sized
 from typing import Self
 
 import jax
@@ -45,8 +44,8 @@ def progress_bar(
         # jax.process_index alone would start the backend, and take a GPU's memory.
         show = not jax.distributed.is_initialized() or jax.process_index() == 0
     if not show or sys.stderr.isatty():
-        options = dict(unit=unit, initial=initial, leave=leave, unit_scale=unit_scale)
-        return tqdm(iterable, desc, total, disable=not show, **options)
+        options: dict = dict(iterable=iterable, total=total, initial=initial, unit_scale=unit_scale)
+        return tqdm(desc=desc, unit=unit, leave=leave, disable=not show, **options)
     style = dict(prefix=desc, unit=unit, unit_scale=unit_scale)
     return ProgressLines(iterable, total, initial, leave, interval, style)
 
@@ -65,9 +64,9 @@ class ProgressLines:
         initial: int,
         leave: bool,
         interval: float,
-        style: dict[str, str | bool | None],
+        style: dict,
     ):
-        if total is None and hasattr(iterable, "__len__"):
+        if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         self.iterable, self.total, self.n = iterable, total, initial
         self.initial, self.leave, self.interval, self.style = initial, leave, interval, style
@@ -97,7 +96,7 @@ class ProgressLines:
             self._print(now)
 
     def set_postfix(self, *, refresh: bool = True, **values: object) -> None:
-        texts = {k: tqdm.format_num(v) if isinstance(v, Number) else v for k, v in values.items()}
+        texts = {k: tqdm.format_num(v) if isinstance(v, float) else v for k, v in values.items()}
         self.postfix = ", ".join(f"{key}={text}" for key, text in texts.items())
 
     def close(self) -> None:
@@ -110,7 +109,7 @@ class ProgressLines:
         rate = (self.n - first_n) / (now - first_time) if now > first_time else None
         if rate is None and elapsed > 0:
             rate = (self.n - self.initial) / elapsed
-        values = dict(rate=rate, postfix=self.postfix, bar_format=LINE, **self.style)
-        line = tqdm.format_meter(self.n, self.total, elapsed, **values)
+        values: dict = dict(rate=rate, postfix=self.postfix, bar_format=LINE, **self.style)
+        line = tqdm.format_meter(self.n, self.total, elapsed, **values)  # type: ignore[arg-type]
         print(line.replace("  ", " "), file=sys.stderr, flush=True)
         self._printed, self._due = self.n, now + self.interval

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from paligemma_jax.data.rows import Example
 from paligemma_jax.processing.image import load_image
@@ -32,50 +32,28 @@ class Augment:
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Load the images of an example and augment them. Deterministic in the state of `rng`."""
         images = [load_image(image) for image in example.images]
+        prefix, suffix = example.prefix, example.suffix
         mirror, window = rng.random() < self.flip, self._window(rng)
         factors = 1 + self.color * rng.uniform(-1, 1, 3)
         if self.color:
             for enhancer, factor in zip(ENHANCERS, factors, strict=True):
                 images = [enhancer(image).enhance(factor) for image in images]
-        example = replace(example, images=tuple(images))
-        text = example.prefix + example.suffix
-        if "<seg" in text:
-            return example
-        if mirror and not SIDES.search(text):
-            example = _mirror(example)
-        if self.crop < 1:
-            example = _crop(example, window)
-        return example
+        if "<seg" in prefix + suffix:
+            return replace(example, images=tuple(images))
+        if mirror and not SIDES.search(prefix + suffix):
+            images = [ImageOps.mirror(image) for image in images]
+            prefix, suffix = (move_boxes(text, mirror_box) for text in (prefix, suffix))
+        if self.crop < 1 and len(images) == 1 and not BOX.search(prefix):
+            cropped = move_boxes(suffix, lambda box: crop_box(box, window))
+            if cropped or not suffix:
+                images, suffix = [_crop_image(images[0], window)], cropped
+        return replace(example, images=tuple(images), prefix=prefix, suffix=suffix)
 
     def _window(self, rng: np.random.Generator) -> np.ndarray:
         """A random window to crop to: y0, x0, y1, x1 as fractions of the sides."""
         sides = rng.uniform(self.crop, 1, 2)
         start = rng.uniform(0, 1, 2) * (1 - sides)
         return np.concatenate([start, start + sides])
-
-
-def _mirror(example: Example) -> Example:
-    def mirror_box(box: np.ndarray) -> np.ndarray:
-        y0, x0, y1, x1 = box
-        return np.array([y0, LAST_BIN - x1, y1, LAST_BIN - x0])
-
-    return replace(
-        example,
-        images=tuple(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in example.images),
-        prefix=move_boxes(example.prefix, mirror_box),
-        suffix=move_boxes(example.suffix, mirror_box),
-    )
-
-
-def _crop(example: Example, window: np.ndarray) -> Example:
-    if len(example.images) > 1 or BOX.search(example.prefix):
-        return example
-    suffix = move_boxes(example.suffix, lambda box: crop_box(box, window))
-    if example.suffix and not suffix:
-        return example
-    (image,) = example.images
-    edges = window[[1, 0, 3, 2]] * np.array(image.size * 2)
-    return replace(example, images=(image.crop(tuple(edges.round().astype(int))),), suffix=suffix)
 
 
 def move_boxes(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> str:
@@ -86,12 +64,17 @@ def move_boxes(text: str, move: Callable[[np.ndarray], np.ndarray | None]) -> st
     result, pieces = "", re.split(r"(\s*;\s*)", text)
     for separator, part in zip(["", *pieces[1::2]], pieces[::2], strict=True):
         boxes = [move(np.array(re.findall(r"\d{4}", box), float)) for box in BOX.findall(part)]
+        tokens = iter([location_tokens(box) for box in boxes if box is not None])
         if any(box is None for box in boxes):
             continue
-        tokens = iter([location_tokens(box) for box in boxes])
         moved = BOX.sub(lambda _, tokens=tokens: next(tokens), part)
         result += (separator if result else "") + moved
     return result
+
+
+def mirror_box(box: np.ndarray) -> np.ndarray:
+    y0, x0, y1, x1 = box
+    return np.array([y0, LAST_BIN - x1, y1, LAST_BIN - x0])
 
 
 def crop_box(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
@@ -100,6 +83,11 @@ def crop_box(box: np.ndarray, window: np.ndarray) -> np.ndarray | None:
     visible = np.clip((box / LAST_BIN - start) / size, 0, 1) * LAST_BIN
     area = _area(visible) * size[0] * size[1]
     return visible if area > 0 and area * 3 >= _area(box) else None
+
+
+def _crop_image(image: Image.Image, window: np.ndarray) -> Image.Image:
+    edges = window[[1, 0, 3, 2]] * np.array(image.size * 2)
+    return image.crop(tuple(edges.round().astype(int)))
 
 
 def _area(box: np.ndarray) -> float:

@@ -12,11 +12,10 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax import Array
 
 from paligemma_jax.data.rows import Example, RowSource, error_prefix, example_at
 from paligemma_jax.processing.image import ImageSource, pixel_values
-from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
+from paligemma_jax.processing.processor import AnyArray, EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import FinetuneConfig
 
@@ -33,8 +32,8 @@ class Batch:
     """
 
     inputs: Inputs
-    weights: Array | np.ndarray  # float32[B]; 0 for rows that only fill the batch
-    features: Array | np.ndarray | None = None  # [..., P, W] of the encoder, instead of images
+    weights: AnyArray  # float32[B]; 0 for rows that only fill the batch
+    features: AnyArray | None = None  # [..., P, W] of the encoder, instead of images
 
 
 def max_targets(batch: Batch) -> int:

@@ -63,7 +63,7 @@ class FeatureCache:
                 files = missing[start : start + batch_size]
                 padded = [*files, *files[:1] * (batch_size - len(files))]
                 pixels = pixel_values([images[file] for file in padded], self.image_size)
-                features = to_host(encode(model, pixels))
+                features = to_host(encode(model, pixels))  # type: ignore[arg-type]
                 if hosts.is_first_process():
                     for file, array in zip(files, features, strict=False):
                         _save(file, array)

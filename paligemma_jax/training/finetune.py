@@ -194,8 +194,8 @@ def _speed(
     """Tokens per second, model FLOPs utilization and peak memory of a step, for the log."""
     flops = training_flops(
         trainer.model.config,
-        batch.inputs.tokens,
-        batch.inputs.targets,
+        np.asarray(batch.inputs.tokens),
+        np.asarray(batch.inputs.targets),
         trainer.trainable,
         encodes=batch.features is None,
     )

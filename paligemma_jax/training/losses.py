@@ -57,11 +57,9 @@ def answer_loss(
     Returns:
         float32[] and float32[]
     """
-    if features is None:
-        projected = model.encode_images(inputs.images)
-    else:
-        projected = model.projector(features.astype(model.config.activation_dtype))
-    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=projected)
+    if features is not None:
+        features = model.projector(features.astype(model.config.activation_dtype))
+    x = model.hidden(inputs.tokens, inputs.images, inputs.valid, inputs.prefix, features=features)
     targets = inputs.targets.at[:, 0].set(False)  # nothing predicts the first token
     indices = jnp.argsort(~targets, axis=1, stable=True)[:, :max_targets]
     x = jnp.take_along_axis(x, (indices - 1)[..., None], axis=1, mode="clip")

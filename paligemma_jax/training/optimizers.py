@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import optax
 from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from paligemma_jax.training.config import FinetuneConfig
@@ -26,7 +28,7 @@ def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
     if not warmup:
         return schedule
 
-    def warm_up(step: Array | int) -> Array | float:
+    def warm_up(step: ArrayLike) -> ArrayLike:
         return peak * (step + 1) / warmup  # the first step already trains
 
     return optax.join_schedules([warm_up, schedule], [warmup])
@@ -68,7 +70,7 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
     if config.vision_rate == 1:
         return optimizer
 
-    def scale_vision(updates: dict[str, Array], _: object) -> dict[str, Array]:
+    def scale_vision(updates: PyTree, _: PyTree) -> PyTree:
         return {
             path: update * config.vision_rate if path.startswith("vision/") else update
             for path, update in updates.items()

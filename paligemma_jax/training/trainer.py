@@ -137,7 +137,7 @@ class Trainer:
             average = optax.incremental_update(trainable, average, 1 - self.config.ema)
         new = TrainState(state.step + 1, trainable, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)
-        rate = self.schedule(state.step)
+        rate = jnp.asarray(self.schedule(state.step))
         return constrain_tree(new), {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
 
     def _gradient(
