@@ -50,7 +50,7 @@ def convert(
         The number of rows.
 
     Raises:
-        ValueError: a file is not as published, or images are missing. Nothing is written then.
+        ValueError: A file is not as published, or images are missing. Nothing is written then.
     """
     output, paths, converter = Path(output), [Path(file) for file in files], CONVERTERS[name]
     expected = " ".join((converter.__doc__ or "").split())

@@ -36,7 +36,7 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank, one at a time, with their numbers from 1.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: There is no such file.
     """
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file; expected JSONL, one JSON object per line")
@@ -48,7 +48,7 @@ def parse_line(line: bytes) -> object:
     """Decode one line. A byte order mark is skipped.
 
     Raises:
-        ValueError: the line is not JSON.
+        ValueError: The line is not JSON.
     """
     try:
         return json.loads(line)
@@ -60,7 +60,7 @@ def read_jsonl(file: str | Path) -> Iterator[tuple[int, DataRow]]:
     """Yield the objects of a file, one at a time, with their line numbers.
 
     Raises:
-        ValueError: there is no such file, or a line is not a JSON object.
+        ValueError: There is no such file, or a line is not a JSON object.
     """
     for number, line in read_lines(file):
         try:

@@ -47,7 +47,7 @@ class Recipe:
         """Fields of a `FinetuneConfig`, for data with one row per answer.
 
         Raises:
-            ValueError: the recipe does not cover this model size or resolution.
+            ValueError: The recipe does not cover this model size or resolution.
         """
         if size not in self.learning_rate:
             choices = ", ".join(self.learning_rate)

@@ -106,7 +106,7 @@ def read_pickle(path: Path) -> Published:
     """Read a pickle file that contains plain data.
 
     Raises:
-        ValueError: the file is damaged, or refers to a class or function.
+        ValueError: The file is damaged, or refers to a class or function.
     """
     try:
         return _DataUnpickler(io.BytesIO(path.read_bytes())).load()

@@ -50,7 +50,7 @@ def read_examples(
         check: Raises a ValueError for an example that the model cannot take.
 
     Raises:
-        ValueError: there is no such file, it has no rows, or rows cannot be used.
+        ValueError: There is no such file, it has no rows, or rows cannot be used.
     """
     examples: list[Example] = []
     errors: dict[int, str] = {}
@@ -84,7 +84,7 @@ def make_example(
         requires_suffix: Training needs a suffix; for inference it is dropped.
 
     Raises:
-        ValueError: a field is missing or has the wrong type.
+        ValueError: A field is missing or has the wrong type.
     """
     if isinstance(row, Example):
         return row

@@ -140,7 +140,7 @@ def collect(data: Path, folder: Path) -> list[Case]:
     A row that failed has the answer "" and its error.
 
     Raises:
-        ValueError: the run is not finished.
+        ValueError: The run is not finished.
     """
     errors: dict[int, str] = {}
     for file in output_files(folder, "errors"):
@@ -167,7 +167,7 @@ def load_answers(file: Path, data: Path) -> list[Case]:
     """The rows of `data` with an "answer" from any source, from a JSONL file.
 
     Raises:
-        ValueError: an answer is missing, or the rows are not those of `data`.
+        ValueError: An answer is missing, or the rows are not those of `data`.
     """
     rows = _read_rows(file)
     for number, row in enumerate(rows, 1):

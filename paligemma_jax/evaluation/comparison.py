@@ -33,7 +33,7 @@ def score_cases(name: str, cases: Sequence[Case], codec: MaskCodec | None = None
         codec: Decodes the masks of answers and references.
 
     Raises:
-        ValueError: a case has no reference of the kind that the metric compares.
+        ValueError: A case has no reference of the kind that the metric compares.
     """
     metric = METRICS[name]
     if metric.compares == "texts":

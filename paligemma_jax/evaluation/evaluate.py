@@ -93,7 +93,7 @@ def evaluate(
         about: Facts for the report.
 
     Raises:
-        ValueError: a row has no reference of the kind that a metric compares, or the rows of
+        ValueError: A row has no reference of the kind that a metric compares, or the rows of
             `against` differ.
     """
     names = metric_names(metrics)

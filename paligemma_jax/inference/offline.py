@@ -54,7 +54,7 @@ def predict(
     settings: Mapping[str, object] = {},
     progress: bool | None = None,
 ) -> OfflineResult:
-    """Answer the rows {"image", "prefix", ...} of a JSONL file. Memory does not grow with them.
+    """Answer the rows {"image", "prefix", ...} of a JSONL file, of any number in constant memory.
 
     The folder `output` gets answers.jsonl, the rows with an "answer" in the order of `data`, and
     errors.jsonl, with {"line", "error", "row"} for each row that cannot be answered.
@@ -75,7 +75,7 @@ def predict(
         progress: Whether to report progress; see `progress_bar`.
 
     Raises:
-        ValueError: the file, the folder or an option cannot be used.
+        ValueError: The file, the folder or an option cannot be used.
     """
     data = Path(data)
     number, parts = part or (jax.process_index(), jax.process_count())

@@ -43,7 +43,7 @@ class OutputFiles:
         """Create the files, or read those of the run to resume.
 
         Raises:
-            ValueError: the folder contains answers and `resume` is off, or settings differ.
+            ValueError: The folder contains answers and `resume` is off, or settings differ.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"

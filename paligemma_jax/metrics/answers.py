@@ -65,7 +65,7 @@ def vqa(predictions: Texts, references: References) -> Scores:
     Answers are normalised where people disagree.
 
     Raises:
-        ValueError: fewer than four people answered, so that no answer could score 1.
+        ValueError: Fewer than four people answered, so that no answer could score 1.
     """
     return mean_fraction(map(_vqa, predictions, references))
 

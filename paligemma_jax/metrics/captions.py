@@ -116,7 +116,7 @@ def load_sacrebleu() -> type[BLEU]:
     """Import sacrebleu's `BLEU`.
 
     Raises:
-        ValueError: sacrebleu is not installed.
+        ValueError: Sacrebleu is not installed.
     """
     try:
         from sacrebleu.metrics.bleu import BLEU

@@ -39,7 +39,7 @@ def metric_names(names: Iterable[str]) -> list[str]:
     """Expand groups of metrics and drop repeated names.
 
     Raises:
-        ValueError: there are no names, an unknown one, or a metric whose package is missing.
+        ValueError: There are no names, an unknown one, or a metric whose package is missing.
     """
     names, choices = list(names), ", ".join([*METRICS, *GROUPS])
     for name in names:

@@ -62,7 +62,7 @@ class Metric:
             references: One per case, or a list of all correct ones per case.
 
         Raises:
-            ValueError: there are no predictions, or not as many as references.
+            ValueError: There are no predictions, or not as many as references.
         """
         if len(predictions) != len(references) or not len(references):
             raise ValueError(
