@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 from gradio.components import Component
 
 from paligemma_jax.demo import html
@@ -35,12 +36,11 @@ SHOW_ANSWER = """() => {
   const answers = document.querySelector('#answers');
   if (innerWidth < 800) answers.scrollIntoView({behavior: 'smooth', block: 'nearest'});
 }"""
-# Any: options of Gradio's event listeners
-HIDDEN: dict[str, Any] = dict(
-    api_visibility="private", concurrency_limit=None, show_progress="hidden"
-)
 
+Options = dict[str, Any]  # Any: keyword arguments of Gradio's event listeners
 Updates = list[object]
+
+HIDDEN: Options = dict(api_visibility="private", concurrency_limit=None, show_progress="hidden")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Parts:
     examples: list[gr.Button]
     answered: gr.State  # Answered, or None
 
-    def outputs(self) -> list[Any]:  # Any: Gradio has no common base of components and layouts
+    def outputs(self) -> list[Block]:
         panels = [component for panel in self.panels for component in panel.outputs()]
         controls = [self.run, self.stop, self.probabilities, self.invitation, self.answered]
         return [*panels, *controls]
@@ -119,11 +119,10 @@ def _controls(running: bool = False, answered: bool = False, invite: bool = Fals
 
 def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: int) -> None:
     """Attach the handlers. All that compute share one queue; Stop cancels the answers in it."""
-    # Any: options of Gradio's event listeners
-    queue: dict[str, Any] = dict(
+    queue: Options = dict(
         concurrency_limit=users, concurrency_id="answer", api_visibility="private"
     )
-    run: dict[str, Any] = dict(
+    run: Options = dict(
         fn=partial(_answer, parts, predictors, limits),
         inputs=[*parts.pictures, parts.prompt, *parts.settings],
         outputs=parts.outputs(),
@@ -132,16 +131,7 @@ def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: in
         **queue,
     )
     runs: list[Any] = [gr.on([parts.run.click, parts.prompt.submit], **run)]
-    for task, button in zip(TASKS, parts.tasks, strict=True):
-        chosen = button.click(partial(with_task, task), parts.prompt, parts.prompt, **HIDDEN)
-        if TASKS[task].endswith(" "):  # the visitor has to name an object
-            chosen.then(None, js=FOCUS_PROMPT)
-        else:
-            runs.append(chosen.then(**run))
-    for text, button in zip(EXAMPLES, parts.examples, strict=True):
-        example = partial(tuple, (str(SAMPLE_PICTURE), text))
-        chosen = button.click(example, None, [parts.pictures[0], parts.prompt], **HIDDEN)
-        runs.append(chosen.then(**run))
+    runs += _connect_choices(parts, run)
     for event in runs:
         event.then(None, js=SHOW_ANSWER)
     parts.stop.click(_stopped, None, [parts.run, parts.stop], cancels=runs, **HIDDEN)
@@ -158,12 +148,31 @@ def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: in
     )
 
 
+def _connect_choices(parts: Parts, run: Options) -> list[Any]:  # Any: Gradio types events as dicts
+    """Let the buttons of tasks and examples fill the prompt. Returns the events that run it."""
+    runs = []
+    for task, button in zip(TASKS, parts.tasks, strict=True):
+        chosen = button.click(partial(with_task, task), parts.prompt, parts.prompt, **HIDDEN)
+        if TASKS[task].endswith(" "):  # the visitor has to add an object
+            chosen.then(None, js=FOCUS_PROMPT)
+        else:
+            runs.append(chosen.then(**run))
+    for text, button in zip(EXAMPLES, parts.examples, strict=True):
+        example = partial(tuple, (str(SAMPLE_PICTURE), text))
+        chosen = button.click(example, None, [parts.pictures[0], parts.prompt], **HIDDEN)
+        runs.append(chosen.then(**run))
+    return runs
+
+
 def _stopped() -> Updates:
     return _controls()[:2]
 
 
 def _answer(
-    parts: Parts, predictors: list[Predictor], limits: Limits, *inputs: Any
+    parts: Parts,
+    predictors: list[Predictor],
+    limits: Limits,
+    *inputs: Any,  # from the browser
 ) -> Iterator[Updates]:
     """Run the prompt. The inputs are the pictures, the prompt and the settings."""
     count = len(parts.pictures)

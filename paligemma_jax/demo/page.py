@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from paligemma_jax.inference.predictor import Predictor
 def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Blocks:
     """Return the page for these models, by display name, with `users` concurrent requests."""
     names = list(predictors)
-    options: dict[str, Any] = dict(analytics_enabled=False, delete_cache=(600, 3600))
-    with gr.Blocks(title="PaliGemma 2", fill_width=True, **options) as page:
+    with gr.Blocks(
+        title="PaliGemma 2", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)
+    ) as page:
         gr.HTML(html.header(names))
         with gr.Row(elem_id="columns"):
             with gr.Column(elem_id="question"):
@@ -37,19 +39,8 @@ def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Bl
             with gr.Column(elem_id="options"):
                 settings = _settings(limits)
                 pictures = [picture, *_more_pictures(limits.images - 1)]
-        parts = Parts(
-            pictures=pictures,
-            prompt=prompt,
-            settings=settings,
-            panels=panels,
-            invitation=invitation,
-            run=run,
-            stop=stop,
-            probabilities=probabilities,
-            tasks=tasks,
-            examples=examples,
-            answered=gr.State(),
-        )
+        controls = (run, stop, probabilities, tasks, examples, gr.State())
+        parts = Parts(pictures, prompt, settings, panels, invitation, *controls)
         connect(parts, list(predictors.values()), limits, users)
     return page
 
@@ -60,8 +51,8 @@ def upload(**options: Any) -> gr.Image:  # Any: passed on to gr.Image
     Nothing is decoded before `Limits` has seen it, and no URL is fetched. The methods are replaced
     on the instance: for a subclass Gradio writes a .pyi file beside the module.
     """
-    sources: Any = ["upload", "clipboard", "webcam"]  # Any: Gradio wants a list of Literals
-    image: Any = gr.Image(sources=sources, buttons=["fullscreen"], type="filepath", **options)
+    options |= dict(sources=["upload", "clipboard", "webcam"], buttons=["fullscreen"])
+    image: Any = gr.Image(type="filepath", **options)  # Any: two methods are replaced
     move_to_cache = image.async_move_resource_to_block_cache
 
     async def cache_upload(location: str | Path | None) -> str | None:
@@ -130,24 +121,21 @@ def _invitation() -> tuple[gr.Column, list[gr.Button]]:
 def _settings(limits: Limits) -> list[Component]:
     """Return one input per field of `Settings`, in the same order."""
     default = Settings()
-    default_beams = min(default.beams, limits.beams)
-    default_new = min(default.max_new_tokens, limits.new_tokens)
+    beams = min(default.beams, limits.beams)
+    new_tokens = min(default.max_new_tokens, limits.new_tokens)
+    slider = partial(gr.Slider, min_width=140)
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         method = gr.Radio(METHODS, value=default.method, label="Decoding", container=False)
         with gr.Row(visible=False) as sample_row:
-            temperature = gr.Slider(
-                0.1, 2, default.temperature, step=0.1, label="Temperature", min_width=140
-            )
-            top_k = gr.Slider(0, 100, default.top_k, step=1, label="Top-k (0: off)", min_width=140)
-            top_p = gr.Slider(
-                0.05, 1, default.top_p, step=0.05, label="Top-p (1: off)", min_width=140
-            )
+            sampling = [
+                slider(0.1, 2, default.temperature, step=0.1, label="Temperature"),
+                slider(0, 100, default.top_k, step=1, label="Top-k (0: off)"),
+                slider(0.05, 1, default.top_p, step=0.05, label="Top-p (1: off)"),
+            ]
         with gr.Row(visible=False) as beam_row:
-            beams = gr.Slider(1, limits.beams, default_beams, step=1, label="Beams", min_width=140)
+            width = slider(1, limits.beams, beams, step=1, label="Beams")
         with gr.Row():
-            new = gr.Slider(
-                1, limits.new_tokens, default_new, step=1, label="Max new tokens", min_width=140
-            )
+            length = slider(1, limits.new_tokens, new_tokens, step=1, label="Max new tokens")
             seed = gr.Number(default.seed, label="Seed", precision=0, min_width=100)
         method.change(
             lambda name: (gr.update(visible=name == "Sample"), gr.update(visible=name == "Beam")),
@@ -155,4 +143,4 @@ def _settings(limits: Limits) -> list[Component]:
             [sample_row, beam_row],
             **HIDDEN,
         )
-    return [method, temperature, top_k, top_p, beams, new, seed]
+    return [method, *sampling, width, length, seed]
