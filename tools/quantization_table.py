@@ -1,138 +1,202 @@
-"""What 8 and 4 bits take: answers of the embedded checkpoint on digits it never saw, and errors of layers of a published size.
+"""The tables of docs/quantization.md. Run from the root of the repository:
 
     python -m tools.quantization_table --scenes 300
     python -m tools.quantization_table --layer 3b-224
 
-Not a measure of speed: that is `paligemma-jax bench --quantize none int8 nf4`.
+For speed, see `paligemma-jax bench --quantize none int8 nf4`.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+import tyro
 
 from convert.quantized import quantizable_matrices
 from paligemma_jax import Predictor, load
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.model.codes import decode, encode
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization, WeightFormat
-from paligemma_jax.tiny import digits
+from paligemma_jax.processing.image import ImageSource
+from paligemma_jax.tiny.questions import heldout_examples, score_answers
 
 FORMATS = ("int8", "int4-32", "int4-64", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128")
-HELD = ("none", *FORMATS, "embedding=int8", "embedding=nf4-32", "vision=int8", "vision=nf4", "cache=int8", "int8,embedding=int8,vision=int8")
-HELD += ("nf4,embedding=int8,vision=int8", "nf4,embedding=int8,vision=int8,cache=int8")
+QUANTIZATIONS = (
+    *FORMATS,
+    *("embedding=int8", "embedding=nf4-32", "vision=int8", "vision=nf4", "cache=int8"),
+    "int8,embedding=int8,vision=int8",
+    "nf4,embedding=int8,vision=int8",
+    "nf4,embedding=int8,vision=int8,cache=int8",
+)
 TASKS = ("ocr", "count", "detect")
 
+Row = dict[str, float | str]
 
-def answers(scenes: int, held: tuple[str, ...] = HELD, model: str = "tiny", dtype: str | None = None) -> Iterator[dict[str, float | str]]:
-    """One row for each of `held`: bytes of the model, share of exact answers, of boxes found and spurious, and the error of `decoded`
 
-    logits over their size. The dense model comes first, for that error.
-    """
+def accuracy_rows(
+    scenes: int,
+    quantizations: Sequence[str] = QUANTIZATIONS,
+    model: str = "tiny",
+    dtype: str | None = None,
+) -> Iterator[Row]:
+    """A row for the dense model and for each quantization: bytes of the model, fraction of exact
+    answers, of boxes found and of spurious boxes, and the relative error of `decoded_logits`."""
     if scenes < 1:
-        raise ValueError(f"--scenes {scenes}: it can be 1 or more")
-    for how in held:
-        Quantization.parse(how)  # tells a name that is none before anything is measured
-    samples = {task: tuple(zip(*digits.heldout(task, scenes))) for task in TASKS}
-    images, prompts, truths = (list(part[:16]) for part in samples["ocr"])
+        raise ValueError(f"--scenes must be at least 1, got {scenes}")
+    for quantization in quantizations:
+        Quantization.parse(quantization)  # raises for a wrong name before anything is measured
+    examples = {
+        task: tuple(map(list, zip(*heldout_examples(task, scenes), strict=True))) for task in TASKS
+    }
     dense = None
-    for how in ("none", *(how for how in held if how != "none")):
-        predictor = load(model, quantize=how, dtype=dtype)
-        logits = decoded(predictor, images, prompts, truths)
+    for quantization in ("none", *(name for name in quantizations if name != "none")):
+        predictor = load(model, quantize=quantization, dtype=dtype)
+        logits = decoded_logits(predictor, *(column[:16] for column in examples["ocr"]))
         dense = logits if dense is None else dense
-        row: dict[str, float | str] = {"held": how, "bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.model))}
-        for task, (pictures, asked, expected) in samples.items():
-            said = predictor.generate(list(pictures), list(asked), 48, progress=False)
-            row |= {f"{task} {name}": value for name, value in digits.score_answers(task, said, expected).items() if (task, name) != ("detect", "exact")}
-        yield row | {"logits": float(np.linalg.norm(logits - dense) / np.linalg.norm(dense))}
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.model))
+        row: Row = {"format": quantization, "bytes": size}
+        for task, (images, prompts, references) in examples.items():
+            answers = predictor.generate(images, prompts, 48, progress=False)
+            scores = score_answers(task, answers, references)
+            if task == "detect":
+                del scores["exact"]
+            row |= {f"{task} {name}": value for name, value in scores.items()}
+        error = np.linalg.norm(logits - dense) / np.linalg.norm(dense)
+        yield row | {"logits": float(error)}
 
 
-def decoded(predictor: Predictor, images: list, prompts: list[str], truths: list[str]) -> np.ndarray:
-    """float32[n, B, V]: the logits for the first n tokens of the answers, all that the shortest has, each from the cache of those before it."""
-    rows, asked, model = predictor.processor.encode(images, prompts, truths), predictor.processor(images, prompts), predictor.model
-    n = min(len(row.suffix) for row in rows)
-    prefill, step = jax.jit(type(model).prefill, static_argnames="slots"), jax.jit(type(model).decode_step)
-    logits, cache = prefill(model, asked.tokens, encode_images(model, asked.images), asked.valid, asked.prefix, slots=asked.tokens.shape[1] + n)
-    found = [logits]
-    for token in np.array([row.suffix[: n - 1] for row in rows], np.int32).T:
+def decoded_logits(
+    predictor: Predictor, images: list[ImageSource], prompts: list[str], answers: list[str]
+) -> np.ndarray:
+    """float32[n, B, V]: the logits of the first n tokens of the answers (n as in the shortest),
+    each decoded from a cache with those before it."""
+    encoded = predictor.processor.encode(images, prompts, answers)
+    inputs, model = predictor.processor(images, prompts), predictor.model
+    n = min(len(row.suffix) for row in encoded)
+    prefill = jax.jit(type(model).prefill, static_argnames="slots")
+    step = jax.jit(type(model).decode_step)
+    features = encode_images(model, inputs.images)
+    slots = inputs.tokens.shape[1] + n
+    logits, cache = prefill(
+        model, inputs.tokens, features, inputs.valid, inputs.prefix, slots=slots
+    )
+    steps = [logits]
+    for token in np.array([row.suffix[: n - 1] for row in encoded], np.int32).T:
         logits, cache = step(model, token, cache)
-        found.append(logits)
-    return np.stack(found)
+        steps.append(logits)
+    return np.stack(steps)
 
 
-def layer(name: str, rows: int = 8, seed: int = 0) -> Iterator[dict[str, float | str]]:
-    """One row for each format, over the matrices of one decoder layer of a preset, normal weights: bits a number, errors of weights and of products.
+def layer_rows(preset: str, columns: int = 8, seed: int = 0) -> Iterator[Row]:
+    """A row for each format: bits per weight, and the relative errors of weights and of products,
+    root mean square over the matrices of one decoder layer.
 
-    In both over the size of what is exact, root of mean squares; and that of bitsandbytes on the same weights, where it is installed.
+    The weights are normal. Beside them are the errors of bitsandbytes on the same weights, where it
+    is installed and has the format.
+
+    Args:
+        preset: Gives the shapes.
+        columns: Vectors that each matrix is multiplied with.
+        seed: Of weights and vectors.
     """
-    rng, config = np.random.default_rng(seed), PaliGemmaConfig.preset(name)
-    chosen = [m for m in quantizable_matrices(config).values() if m.module.startswith("decoder/layers/0/")]
+    rng, config = np.random.default_rng(seed), PaliGemmaConfig.preset(preset)
     pairs = []
-    for m in chosen:
-        O, I = math.prod(m.shape[: -m.contracted]), math.prod(m.shape[-m.contracted :])
-        pairs.append((rng.standard_normal((O, I), np.float32) * np.float32(I**-0.5), rng.standard_normal((I, rows), np.float32)))
+    for matrix in quantizable_matrices(config).values():
+        if matrix.module.startswith("decoder/layers/0/"):
+            outputs = math.prod(matrix.shape[: -matrix.contracted])
+            inputs = math.prod(matrix.shape[-matrix.contracted :])
+            weights = rng.standard_normal((outputs, inputs), np.float32)
+            weights *= np.float32(inputs**-0.5)
+            pairs.append((weights, rng.standard_normal((inputs, columns), np.float32)))
+    sizes = [weights.size for weights, _ in pairs]
+    names = ("weights", "products", "bitsandbytes' weights", "bitsandbytes' products")
     for name in FORMATS:
-        format, found = WeightFormat.parse(name), []
-        for matrix, x in pairs:
-            parts = encode(format, jnp.asarray(matrix), 1)
-            theirs = _bitsandbytes(format, matrix)
-            found.append((sum(p.nbytes for p in parts.values()), *_errors(np.asarray(decode(format, parts, matrix.shape)), matrix, x)))
-            found[-1] += _errors(theirs, matrix, x) if theirs is not None else (math.nan, math.nan)
-        size, *errors = np.array(found).T
-        numbers = [matrix.size for matrix, _ in pairs]
-        names = ("weights", "products", "bitsandbytes' weights", "its products")
-        yield {"held": name, "bits": 8 * size.sum() / sum(numbers)} | {n: float(np.average(e, weights=numbers)) for n, e in zip(names, errors)}
+        format = WeightFormat.parse(name)
+        measured = np.array([_measure(format, weights, x) for weights, x in pairs])
+        means = np.average(measured[:, 1:], axis=0, weights=sizes)
+        bits = 8 * measured[:, 0].sum() / sum(sizes)
+        yield {"format": name, "bits": bits} | dict(zip(names, means.tolist(), strict=True))
 
 
-def _errors(found: np.ndarray, matrix: np.ndarray, x: np.ndarray) -> tuple[float, float]:
-    size = np.linalg.norm
-    return float(size(found - matrix) / size(matrix)), float(size(found @ x - matrix @ x) / size(matrix @ x))
+def _measure(format: WeightFormat, weights: np.ndarray, x: np.ndarray) -> tuple[float, ...]:
+    """Bytes, our errors of weights and product, and bitsandbytes' errors."""
+    parts = encode(format, jnp.asarray(weights), 1)
+    size = sum(part.nbytes for part in parts.values())
+    ours = np.asarray(decode(format, parts, weights.shape))
+    theirs = _bitsandbytes(format, weights)
+    nan = (math.nan, math.nan)
+    return (
+        size,
+        *_errors(ours, weights, x),
+        *(nan if theirs is None else _errors(theirs, weights, x)),
+    )
 
 
-def _bitsandbytes(format: WeightFormat, matrix: np.ndarray) -> np.ndarray | None:
-    """What it makes of the matrix; None if it has no such format, or is not installed."""
+def _errors(ours: np.ndarray, exact: np.ndarray, x: np.ndarray) -> tuple[float, float]:
+    norm = np.linalg.norm
+    product = exact @ x
+    return float(norm(ours - exact) / norm(exact)), float(norm(ours @ x - product) / norm(product))
+
+
+def _bitsandbytes(format: WeightFormat, weights: np.ndarray) -> np.ndarray | None:
+    """The weights quantized and dequantized by bitsandbytes; None if it has no such format or is
+    not installed."""
     if format.kind == "int4" or not find_spec("bitsandbytes"):
         return None
     import torch
     from bitsandbytes import functional
 
     if format.kind == "int8":
-        codes, largest, _ = functional.int8_vectorwise_quant(torch.from_numpy(matrix).half())
+        codes, largest, _ = functional.int8_vectorwise_quant(torch.from_numpy(weights).half())
         return functional.int8_vectorwise_dequant(codes, largest).numpy()
-    flat = torch.from_numpy(matrix.ravel())  # else, where blocks run over rows, it reads the scales of others (0.50.2, on a CPU)
-    packed, state = functional.quantize_4bit(flat, blocksize=format.block, quant_type="nf4", compress_statistics=format.double)
-    return functional.dequantize_4bit(packed, state).numpy().reshape(matrix.shape)
+    # Flat: on a CPU, version 0.50.2 reads wrong scales where blocks cross rows.
+    codes, state = functional.quantize_4bit(
+        torch.from_numpy(weights.ravel()),
+        blocksize=format.block,
+        quant_type="nf4",
+        compress_statistics=format.double,
+    )
+    return functional.dequantize_4bit(codes, state).numpy().reshape(weights.shape)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=300, help="of each task")
-    parser.add_argument("--held", nargs="+", default=HELD, metavar="FORMAT", help="what to compare with the dense model")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--dtype", help="float32 on a CPU, else the checkpoint's")
-    parser.add_argument("--layer", metavar="PRESET", help="errors of one layer of this size instead, 3b-224 for example")
-    args = parser.parse_args()
-    rows = layer(args.layer) if args.layer else answers(args.scenes, tuple(args.held), args.model, args.dtype)
-    for n, row in enumerate(tqdm(rows, disable=None)):
-        if not n:
+def _cell(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def print_table(
+    scenes: int = 300,
+    quantize: tuple[str, ...] = QUANTIZATIONS,
+    model: str = "tiny",
+    dtype: str | None = None,
+    layer: str | None = None,
+) -> None:
+    """Print a table of what quantization costs: accuracy on held-out digits, or, with --layer, the
+    errors of one layer.
+
+    Args:
+        scenes: Scenes for each task.
+        quantize: Quantizations to compare with the dense model.
+        model: Checkpoint.
+        dtype: Of the dense parameters; by default float32 on a CPU, else the checkpoint's.
+        layer: Preset whose decoder layer to measure, 3b-224 for example.
+    """
+    rows = layer_rows(layer) if layer else accuracy_rows(scenes, quantize, model, dtype)
+    for number, row in enumerate(progress_bar(rows, "formats", unit="format")):
+        if number == 0:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
-        print(
-            "| "
-            + " | ".join(f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else value for value in row.values())
-            + " |",
-            flush=True,
-        )
+        print("| " + " | ".join(map(_cell, row.values())) + " |", flush=True)
 
 
 if __name__ == "__main__":
     from paligemma_jax.errors import report_errors
 
-    report_errors(main)
+    report_errors(lambda: tyro.cli(print_table, prog="python -m tools.quantization_table"))

@@ -40,6 +40,10 @@ class ParityCase:
     # The image files, prompts and suffixes that `inputs` was made from.
     examples: tuple[list[str], list[str], list[str] | None] | None = None
 
+    @property
+    def image_count(self) -> int:
+        return 0 if self.inputs.images is None else len(self.inputs.images)
+
 
 def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0) -> ParityCase:
     """Random weights, pixels and ids for any config. Needs no files, and no weight is in memory

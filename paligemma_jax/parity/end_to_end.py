@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from paligemma_jax.inference import generate
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.tree import parameters
 from paligemma_jax.parity.case import ParityCase
@@ -45,7 +46,7 @@ def compare_greedy(
 ) -> GreedyTokens:
     """Generate as many tokens as `reference` (tokens and gaps) has."""
     theirs, gaps = reference
-    ours = generate.generate(model, case.prompts, theirs.shape[1]).tokens
+    ours = generate.generate(model, case.prompts, DecodingOptions(theirs.shape[1])).tokens
     processor, eos = case.processor, case.checkpoint.config.eos_token_ids
     if processor is None:
         return GreedyTokens(ours, theirs, gaps, None)

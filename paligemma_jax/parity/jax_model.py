@@ -109,7 +109,6 @@ def compute_stages(
     ):
         vars(parent)[name] = partial(run_module, getattr(parent, name))
     inputs = jax.tree.map(jnp.asarray, inputs)
-    images = inputs.images if len(inputs.images) else None
     with collect_stages(attention, branches=True, fed=fed) as stages:
-        model(inputs.tokens, images, inputs.valid, inputs.prefix)
+        model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
     return {name: np.asarray(value, np.float32) for name, value in stages.items()}

@@ -104,7 +104,7 @@ def _attention_bytes(case: ParityCase) -> int:
     config, inputs = case.checkpoint.config, case.inputs
     rows, tokens = inputs.tokens.shape
     sizes = (
-        (config.vision, len(inputs.images), config.vision.num_patches),
+        (config.vision, case.image_count, config.vision.num_patches),
         (config.decoder, rows, tokens),
     )
     return sum(

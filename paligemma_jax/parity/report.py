@@ -91,7 +91,7 @@ def summary(report: Report) -> str:
     return (
         f"{config.model}, {config.dtype}, {report.case.checkpoint.config.numerics} numerics, "
         f"against transformers {version('transformers')}: {rows} rows of {tokens} tokens, "
-        f"{len(inputs.images)} images, {inputs.targets.sum()} targets"
+        f"{report.case.image_count} images, {inputs.targets.sum()} targets"
     )
 
 

@@ -15,7 +15,7 @@ from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.model.cache import Int8Array
 from paligemma_jax.model.stack import stack_model
-from tools.quantization_table import decoded
+from tools.quantization_table import decoded_logits
 
 
 def test_rounding():
@@ -66,7 +66,8 @@ def test_error_as_in_the_quantization_table():
     photo, texts = TINY.parent / "digits.jpg", (["ocr", "ocr"], ["4 3 2 3", "3 2"])
     predictor = pg.load("tiny")
     dense, small = (
-        decoded(p, [photo] * 2, *texts) for p in (predictor, pg.load("tiny", quantize="cache=int8"))
+        decoded_logits(p, [photo] * 2, *texts)
+        for p in (predictor, pg.load("tiny", quantize="cache=int8"))
     )
     logits, inputs = predictor.logits([photo] * 2, *texts)
     for row in range(2):

@@ -21,7 +21,7 @@ from paligemma_jax.model.stack import stack_model
 from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization.modules import QuantizedLinear
 from paligemma_jax.quantization.quantize import quantize_model
-from tools.quantization_table import answers, layer
+from tools.quantization_table import accuracy_rows, layer_rows
 
 # The relative error of quantized normal weights, by format.
 ERRORS = {
@@ -270,19 +270,22 @@ def test_each_part_of_a_model_has_its_format():
 def test_the_table_of_layer_errors(bitsandbytes):
     """The table of docs/quantization.md, on small matrices: the error falls with the number of
     scales, and equals that of bitsandbytes."""
-    rows = {row["held"]: row for row in layer("tiny")}
+    rows = {row["format"]: row for row in layer_rows("tiny")}
     order = [rows[name]["weights"] for name in ("int8", "nf4-32", "nf4-64", "nf4-128")]
     assert order == sorted(order)
     assert rows["int4-32"]["weights"] < rows["int4-64"]["weights"]
     for name in ("int8", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128"):
-        for ours, theirs in (("weights", "bitsandbytes' weights"), ("products", "its products")):
+        for ours, theirs in (
+            ("weights", "bitsandbytes' weights"),
+            ("products", "bitsandbytes' products"),
+        ):
             assert rows[name][ours] == pytest.approx(rows[name][theirs], rel=2e-3)
 
 
 @pytest.mark.slow
 def test_accuracy_of_the_embedded_model():
     """On held-out digits int8 is within half a point of float32, and nf4 within two points."""
-    dense, *rows = answers(200, ("int8", "nf4-64", "cache=int8"))
+    dense, *rows = accuracy_rows(200, ("int8", "nf4-64", "cache=int8"))
     for row in rows:
         for task in ("ocr exact", "count exact", "detect found"):
-            assert row[task] >= dense[task] - (0.02 if row["held"] == "nf4-64" else 0.005)
+            assert row[task] >= dense[task] - (0.02 if row["format"] == "nf4-64" else 0.005)
