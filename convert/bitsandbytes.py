@@ -118,14 +118,12 @@ def _unpack_nf4(weight: str, state: JsonObject, entries: Mapping[str, TensorEntr
     def load(name: str) -> np.ndarray:
         return _load(entries[weight + name]).reshape(-1)
 
-    def load_nested() -> np.ndarray:
-        return np.append(np.float32(state["nested_offset"]), load(".nested_absmax"))
-
     if format.kind != "nf4" or (load(".quant_map") != NF4).any():
         raise ValueError("its 16 values are not those of nf4")
-    parts = {"codes": partial(load, ""), "scale": partial(load, ".absmax")}
+    parts = {"codes": lambda: load(""), "scale": lambda: load(".absmax")}
     if double:
-        parts["nested"] = load_nested
+        offset = np.float32(state["nested_offset"])
+        parts["nested"] = lambda: np.append(offset, load(".nested_absmax"))
         values, block = load(".nested_quant_map"), int(state["nested_blocksize"])
         if block != NESTED_BLOCK or (values != dynamic_map()).any():
             raise ValueError("the values of its scales are not those of bitsandbytes")

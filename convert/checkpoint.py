@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from convert.files import FileContent, json_bytes, parse_json
+from convert.files import FileContent, JsonObject, json_bytes, parse_json
 from convert.tensor import DTYPES, Index, Tensor
 from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig, with_resolution
 from paligemma_jax.model.precision import WeightFormat
@@ -92,8 +92,9 @@ class Checkpoint:
             return resample(position.numpy(), patches)[index]
 
         def pixels(old: object) -> object:
-            is_square = isinstance(old, dict) and {"height", "width"} >= set(old)
-            return dict.fromkeys(old, size) if is_square else old
+            if isinstance(old, dict) and set(old) <= {"height", "width"}:
+                return dict.fromkeys(old, size)
+            return old
 
         edits: Edits = {
             "image_size": lambda old: size,
@@ -120,8 +121,9 @@ def _edit(files: dict[str, FileContent], edits: Edits) -> dict[str, FileContent]
     def edit(value: object) -> object:
         if isinstance(value, list):
             return [edit(item) for item in value]
-        if not isinstance(value, dict):
-            return value
+        return edit_object(value) if isinstance(value, dict) else value
+
+    def edit_object(value: JsonObject) -> JsonObject:
         return {
             key: edits[key](item) if key in edits and item is not None else edit(item)
             for key, item in value.items()
@@ -130,7 +132,7 @@ def _edit(files: dict[str, FileContent], edits: Edits) -> dict[str, FileContent]
     edited = dict(files)
     for name in files.keys() & set(CONFIG_FILES):
         old = parse_json(files[name])
-        new = edit(old)
+        new = edit_object(old)
         if new != old:
             edited[name] = json_bytes(new)
     return edited

@@ -82,12 +82,25 @@ def convert(
     to = to or "jax"
     from convert import formats
 
-    changes = dict(dtype=dtype, resolution=resolution, numerics=numerics, quantize=quantize)
     if dry_run:
-        _print_tensors(formats.change(formats.read(source, config), to, **changes), to)
+        checkpoint = formats.read(source, config)
+        checkpoint = formats.change(checkpoint, to, dtype, resolution, numerics, quantize)
+        _print_tensors(checkpoint, to)
         return
-    options = dict(config=config, max_shard=max_shard, force=force, verify=verify)
-    checkpoint = formats.convert(source, destination, to, progress=_progress, **changes, **options)
+    checkpoint = formats.convert(
+        source,
+        destination,
+        to,
+        dtype=dtype,
+        resolution=resolution,
+        numerics=numerics,
+        quantize=quantize,
+        config=config,
+        max_shard=max_shard,
+        force=force,
+        verify=verify,
+        progress=_progress,
+    )
     for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
     size = f"{len(checkpoint.tensors)} tensors, {checkpoint.nbytes / 1e6:,.1f} MB"
@@ -138,8 +151,9 @@ def _progress(name: str, nbytes: int) -> Iterator[Progress]:
     """A bar on a terminal. In a log, lines from half a minute on: short conversions print none."""
     from paligemma_jax.data.progress import progress_bar
 
-    style = dict(unit="B", unit_scale=True, leave=sys.stderr.isatty())
-    with progress_bar(desc=name, total=nbytes, show=True, **style) as bar:
+    leave = sys.stderr.isatty()
+    bar = progress_bar(None, name, nbytes, "B", show=True, leave=leave, unit_scale=True)
+    with bar:
         yield bar.update
 
 
