@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, in an empty folder, as they are saved; and they are saved with what they show."""
+"""The notebooks run in an empty directory, and are saved with their outputs."""
 
 from __future__ import annotations
 
@@ -13,39 +13,51 @@ nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
 
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TORCH = {"parity"}  # needs it; others use it where it is
-CHANGED = 'MODEL = "tiny"  # the one line to change: '
+NEED_TORCH = {"parity"}  # others use it where it is installed
+MODEL_LINE = 'MODEL = "tiny"  # change this line: '
 
 
-def pictures(notebook) -> int:
-    return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
+def outputs(notebook) -> list:
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def text(notebook) -> str:
+def count_images(notebook) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs(notebook))
+
+
+def printed(notebook) -> str:
     """All that is printed or returned."""
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "\n".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    return "\n".join(
+        output.get("text", "") or output.get("data", {}).get("text/plain", "")
+        for output in outputs(notebook)
+    )
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_saved(file):
-    """With outputs and a picture, without errors or paths of a machine; short, and with one line that names the model."""
+def test_it_is_saved_with_outputs(file):
+    """With an image, and without errors or paths of a machine; short, and with one line that names
+    the model."""
     notebook = nbformat.read(file, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert sum(CHANGED in cell.source for cell in code) == 1 and len(code) <= 12 and file.stat().st_size < 500_000
-    assert pictures(notebook) and all(cell.execution_count for cell in code)
-    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
-    assert not re.search(r"/(work|home|root|tmp)/", text(notebook))
+    assert sum(MODEL_LINE in cell.source for cell in code) == 1
+    assert len(code) <= 12 and file.stat().st_size < 500_000
+    assert count_images(notebook) and all(cell.execution_count for cell in code)
+    assert not any(output.output_type == "error" for output in outputs(notebook))
+    assert not re.search(r"/(work|home|root|tmp)/", printed(notebook))
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
-def test_runs(file, tmp_path, monkeypatch):
-    """Any exception of a cell fails; as many pictures come out as are saved."""
-    if file.stem in TORCH and importlib.util.find_spec("torch") is None:
-        pytest.skip("compares with transformers, which needs torch")
+def test_it_runs(file, tmp_path, monkeypatch):
+    """Without exceptions, and with as many images as are saved."""
+    if file.stem in NEED_TORCH and importlib.util.find_spec("torch") is None:
+        pytest.skip("comparing with transformers needs torch")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(file, as_version=4)
-    saved = pictures(notebook)
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    assert pictures(notebook) == saved
+    saved = count_images(notebook)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources=resources
+    )
+    client.execute()
+    assert count_images(notebook) == saved
