@@ -91,14 +91,14 @@ def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
 
 def _draw(image: Image, answers: list[Detections], file: Path) -> None:
     """Draw all answers on one image; report what they contain besides boxes on stderr."""
-    from convert.files import output
+    from convert.files import atomic_output
     from paligemma_jax.processing.locations import draw
 
     for detections in answers:
         for text in detections.skipped:
             print(f"paligemma-jax: not drawn in {file.name}: {text!r}", file=sys.stderr)
     things = [detection for detections in answers for detection in detections]
-    with output(file, force=True) as temporary:
+    with atomic_output(file, force=True) as temporary:
         draw(image, things).save(temporary)
 
 

@@ -47,12 +47,14 @@ def answer_batches(
         return generated.tokens, generated.log_probabilities
 
     for batch in run_batches(model, processor, prompts, run, batch_size, progress):
-        yield {
-            i: Answer("", [], [], 0.0, str(result))
-            if isinstance(result, ValueError)
-            else detokenizer.answer(*result, options.sampler)
-            for i, result in batch.items()
-        }
+        answers = {}
+        for i, result in batch.items():
+            if isinstance(result, ValueError):
+                answers[i] = Answer("", [], [], 0.0, error=str(result))
+            else:
+                tokens, log_probabilities = result
+                answers[i] = detokenizer.answer(tokens, log_probabilities, options.sampler)
+        yield answers
 
 
 def stream_answer(

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,8 @@ AHEAD = 2  # batches whose images are opened before their turn
 
 # (inputs without images, features [B, n, P, D], prompt numbers int[B]) -> arrays [B, ...]
 RunBatch = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]
-# Its arrays' entries for one prompt; or why the image of the prompt cannot be read.
-BatchResult = tuple[Any, ...] | ValueError
+# The entries of one prompt in these arrays, or why its image cannot be read.
+BatchResult = tuple[np.ndarray, ...] | ValueError
 
 
 def run_batches(
@@ -103,9 +102,10 @@ def _run_batch(
 ) -> dict[int, BatchResult]:
     results: dict[int, BatchResult] = {}
     for i in batch:
-        errors = [error for image in prompts[i].images if (error := images.error(image))]
-        if errors:
-            results[i] = errors[-1]
+        for image in prompts[i].images:
+            error = images.error(image)
+            if error is not None:
+                results[i] = error
     readable = [i for i in batch if i not in results]
     if not readable:
         return results
@@ -118,7 +118,8 @@ def _run_batch(
     features = features.reshape(len(chosen), -1, *features.shape[1:])
     arrays = run(pad_batch(processor, chosen), features, numbers)
     # `arrays` also has the rows that only fill the batch up.
-    return results | dict(zip(readable, zip(*arrays, strict=True), strict=False))
+    results.update(zip(readable, zip(*arrays, strict=True), strict=False))
+    return results
 
 
 @dataclass

@@ -9,17 +9,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from paligemma_jax.inference.request import Generated, Request
 from paligemma_jax.inference.sampling import Beam
 from paligemma_jax.model.cache import KVCache
-from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
-
-Features = Float[Array, "*images P D"]
 
 # Score of an empty place: finite, so that sums of it stay ordered (as in transformers).
 EMPTY = -1.0e9

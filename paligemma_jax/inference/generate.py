@@ -17,14 +17,13 @@ from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.request import AnswerLengths, Generated, Request, make_request
 from paligemma_jax.inference.sampling import Beam, BestOf, Sampler
 from paligemma_jax.model.cache import KVCache
-from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.processing.processor import AnyArray, Inputs, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
 
 CHUNK = 16  # tokens per dispatch, where the host checks in between whether answers have ended
 
-Features = Float[Array, "*images P D"]
 Chunk = tuple[Int32[np.ndarray, "B N"], Float32[np.ndarray, "B N"]]  # tokens, log-probabilities
 
 
@@ -71,9 +70,8 @@ def generate(
         features = encode_inputs(model, inputs) if features is None else features
         limit = options.max_new_tokens
         return beam.search(model, inputs, features, request, limit, slots, options.sampler)
-    batch = dict(seeds=seeds, slots=slots, features=features, answer_lengths=answer_lengths)
     chunk = CHUNK if answer_lengths else None
-    chunks = decode_chunks(model, inputs, options, **batch, chunk=chunk)
+    chunks = decode_chunks(model, inputs, options, seeds, slots, features, answer_lengths, chunk)
     tokens, log_probabilities = _join(model, chunks, options.max_new_tokens)
     if answer_lengths:  # drop the tokens that were decoded after the end
         keep = np.arange(tokens.shape[1]) < answer_lengths(tokens)[:, None]
@@ -89,7 +87,6 @@ def decode_chunks(
     model: PaliGemma,
     inputs: Inputs,
     options: DecodingOptions,
-    *,
     seeds: Int[AnyArray, " B"] | None = None,
     slots: int = 0,
     features: Features | None = None,

@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
 
 Texts = str | Sequence[str]
+Keyword = Any  # a field of `DecodingOptions`, which checks it, or `options`
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +57,19 @@ class DecodingOptions:
             raise ValueError(f"stop must be a non-empty text or a list of them, got {self.stop!r}")
 
     @classmethod
-    def resolve(cls, options: DecodingOptions | None = None, **fields: Any) -> DecodingOptions:
-        """Options from keywords: `options`, by default the defaults, with other values of `fields`.
+    def resolve(
+        cls,
+        max_new_tokens: int | None = None,
+        sampler: Strategy | None = None,
+        *,
+        options: DecodingOptions | None = None,
+        **fields: Keyword,
+    ) -> DecodingOptions:
+        """Options from arguments: `options`, by default the defaults, with the other fields given.
 
         A field that is None counts as not given.
         """
+        fields |= dict(max_new_tokens=max_new_tokens, sampler=sampler)
         given = {name: value for name, value in fields.items() if value is not None}
         return replace(options or cls(), **given)
 

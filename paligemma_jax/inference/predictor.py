@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from jaxtyping import Float, Float32
 from paligemma_jax.inference import scoring
 from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.answering import answer_batches, stream_answer
-from paligemma_jax.inference.options import DecodingOptions, Texts
+from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
 from paligemma_jax.inference.sampling import Sampler, Strategy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
@@ -59,7 +58,7 @@ class Predictor:
         prompts: Texts,
         max_new_tokens: int | None = None,
         sampler: Strategy | None = None,
-        **options: Any,
+        **options: Keyword,
     ) -> list[str]:
         """Answer every prompt. Returns the answers as text without special tokens.
 
@@ -84,7 +83,7 @@ class Predictor:
         seeds: Sequence[int] | None = None,
         batch_size: int = 16,
         progress: bool | None = None,
-        **options: Any,
+        **options: Keyword,
     ) -> list[Answer]:
         """Answer every prompt, in order, with tokens and scores.
 
@@ -107,13 +106,11 @@ class Predictor:
             ValueError: The arguments do not fit together, or prompt and answer do not fit the
                 context. An image that cannot be read is an error in its own `Answer` only.
         """
-        fields = dict(max_new_tokens=max_new_tokens, sampler=sampler, **options)
-        encoded, decoding = (
-            self.processor.encode(images, prompts),
-            DecodingOptions.resolve(**fields),
+        decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
+        encoded = self.processor.encode(images, prompts)
+        batches = answer_batches(
+            self.model, self.processor, encoded, decoding, seeds, batch_size, progress
         )
-        run = dict(seeds=seeds, batch_size=batch_size, progress=progress)
-        batches = self.batches(encoded, decoding, **run)
         answers = {i: answer for batch in batches for i, answer in batch.items()}
         return [answers[i] for i in range(len(encoded))]
 
@@ -139,7 +136,7 @@ class Predictor:
         sampler: Sampler | None = None,
         *,
         seed: int = 0,
-        **options: Any,
+        **options: Keyword,
     ) -> Iterator[str]:
         """Answer one prompt piece by piece; the pieces join to the answer of `generate`.
 
@@ -150,20 +147,19 @@ class Predictor:
             image: One image, or the list of images of this prompt.
             sampler: `Greedy` (the default) or `Sample`.
         """
-        fields = dict(max_new_tokens=max_new_tokens, sampler=sampler, **options)
+        decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
         is_group = isinstance(image, list | tuple) and "<image>" not in prompt
         (encoded,) = self.processor.encode([image] if is_group else image, prompt)
-        decoding = DecodingOptions.resolve(**fields)
         yield from stream_answer(self.model, self.processor, encoded, decoding, seed)
 
-    def detect(self, image: ImageSource, label: str, **options: Any) -> Detections:
+    def detect(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
         """Detect things ("cat"; "cat ; dog") on an image: boxes in pixels, with scores.
 
         Further arguments are those of `answers`.
         """
         return self._answer_detections(image, f"detect {label}", options)
 
-    def segment(self, image: ImageSource, label: str, **options: Any) -> Detections:
+    def segment(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
         """Detect things with their masks. ValueError if the checkpoint has no mask codec."""
         _ = self.codec  # raises before the model runs
         return self._answer_detections(image, f"segment {label}", options)
@@ -175,14 +171,14 @@ class Predictor:
         a mask codec: ValueError if the checkpoint has none.
         """
         size = load_image(image).size
-        if isinstance(answer, Answer):
-            answer = list(answer.pieces(self.processor.tokenizer))
-        detections = parse_detections(answer, size)
+        tokenizer = self.processor.tokenizer
+        text = answer if isinstance(answer, str) else list(answer.pieces(tokenizer))
+        detections = parse_detections(text, size)
         has_masks = any(detection.codes for detection in detections)
         return with_masks(detections, size, self.codec) if has_masks else detections
 
     def _answer_detections(
-        self, image: ImageSource, prompt: str, options: dict[str, Any]
+        self, image: ImageSource, prompt: str, options: dict[str, Keyword]
     ) -> Detections:
         (answer,) = self.answers(image, prompt, **options)
         if answer.error:

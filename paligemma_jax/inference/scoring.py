@@ -11,9 +11,9 @@ from jax import Array
 from jaxtyping import Float, Float32, Int32
 
 from paligemma_jax.inference.batching import run_batches
-from paligemma_jax.inference.generate import Features, encode_inputs
+from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.model.stages import collect_stages
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host

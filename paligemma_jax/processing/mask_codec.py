@@ -12,10 +12,10 @@ Axes: B masks, H and W pixels, C channels, E width of a code.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ SIDE = 64  # pixels along the side of a mask
 GRID = 4  # codes along it: each of the four strided convolutions halves the side
 CODES = 16  # codes of a mask, row after row
 VOCABULARY = 128
+READ_ERRORS = OSError, EOFError, ValueError, TypeError, KeyError, BadZipFile, SafetensorError
 NO_CODEC = (
     "no mask codec beside the checkpoint: put the published vae-oid.npz "
     "(gs://big_vision/paligemma/) into its directory"
@@ -233,15 +234,7 @@ def load_codec(file: str | Path) -> MaskCodec:
         else:
             with np.load(file, allow_pickle=False) as npz:
                 arrays = {name: npz[name] for name in npz.files if name.startswith(names)}
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        zipfile.BadZipFile,
-        SafetensorError,
-    ) as error:
+    except READ_ERRORS as error:
         raise ValueError(
             f"{file} cannot be read as a mask codec ({error}): use the published vae-oid.npz"
         ) from None

@@ -133,14 +133,14 @@ class Processor:
         """
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         tokens = len(prompts[longest])
-        is_context = length is None or length >= self.context
-        limit, name = (self.context, "the context") if is_context else (length, "length")
+        limit, name, advice = self.context, "the context", "pass fewer images"
+        if length is not None and length < self.context:
+            limit, name, advice = length, "length", "pass fewer images or a larger length"
         if tokens > limit:
             images = prompts[longest].prompt.count(self.tokenizer.image_id)
             raise ValueError(
                 f"prompt {longest} has {tokens} tokens, {images} of them for images, but {name} is "
-                f"{limit}: shorten the text, pass fewer images"
-                f"{'' if is_context else ' or a larger length'}"
+                f"{limit}: shorten the text, or {advice}"
             )
         return tokens if length is None else length
 
@@ -180,7 +180,7 @@ class Processor:
 
 
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:
-    listed = list(texts) if isinstance(texts, list | tuple) else [texts]
+    listed: list = list(texts) if isinstance(texts, list | tuple) else [texts]
     for i, text in enumerate(listed):
         if not isinstance(text, str):
             raise ValueError(f"{name} {i} must be a str, got {type(text).__name__}")
@@ -199,9 +199,9 @@ def _assign_images(
     """
     if images is None:
         images = []
-    entries = list(images) if isinstance(images, list | tuple) else [images]
+    entries: list = list(images) if isinstance(images, list | tuple) else [images]
     groups = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
-    flat = list(chain(*groups))
+    flat: list[ImageSource] = list(chain(*groups))
     given = [len(group) for group in groups]
     placeholders = [prompt.count(IMAGE) for prompt in prompts]
     if not flat:
@@ -220,8 +220,8 @@ def _assign_images(
         )
     is_nested = any(isinstance(entry, list | tuple) for entry in entries)
     if (given != placeholders) if is_nested else (len(flat) != sum(placeholders)):
-        images = given if is_nested else len(flat)
+        counts = given if is_nested else len(flat)
         raise ValueError(
-            f"{images} images for {placeholders} {IMAGE} in the prompts: pass one image per {IMAGE}"
+            f"{counts} images for {placeholders} {IMAGE} in the prompts: pass one image per {IMAGE}"
         )
     return flat, prompts
