@@ -209,7 +209,7 @@ def _assign_images(
     if not any(placeholders):
         if len(groups) != len(prompts):
             raise ValueError(
-                f"images for {len(groups)} prompts, but {len(prompts)} prompts: "
+                f"got {len(groups)} images for {len(prompts)} prompts: "
                 "pass one image, or one list of images, per prompt"
             )
         return flat, [IMAGE * n + prompt for n, prompt in zip(given, prompts, strict=True)]

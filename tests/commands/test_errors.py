@@ -93,7 +93,7 @@ INPUTS = {
     "truncated image": ("cut.png", ["caption en"], ["cut.png", "completely", "truncated"]),
     "no prompt": (str(IMAGE), [], ["no prompt"]),
     "no image": ([], ["caption en"], ["no image"]),
-    "image count": (TWO, ["a", "b", "c"], ["2 prompts", "3 prompts"], ["2 images", "3 prompts"]),
+    "image count": (TWO, ["a", "b", "c"], ["2 images", "3 prompts"]),
     "placeholder count": (
         TWO,
         ["<image>a<image>b<image>"],
