@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from paligemma_jax.sharding.devices import best_time, matrix_rate
 
+OURS = "paligemma-jax"  # the name of this implementation in reports
 Run = Callable[[], tuple[float, float]]  # runs once; seconds to the first token, and after it
 Record = dict[str, Any]  # what --json prints: numbers, texts and records by name
 

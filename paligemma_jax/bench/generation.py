@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from statistics import median
@@ -23,19 +22,16 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
 from paligemma_jax.bench import clock
-from paligemma_jax.bench.clock import Record, Run, alternate, spread
+from paligemma_jax.bench.cached import fixed_length_request, measure_cached, step_bytes
+from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
 from paligemma_jax.inference import generate
-from paligemma_jax.inference.generate import DecodeState
-from paligemma_jax.inference.options import DecodingOptions
-from paligemma_jax.inference.request import Request, make_request
 from paligemma_jax.inference.sampling import Greedy
-from paligemma_jax.model.flops import decode_bytes, prefill_flops
+from paligemma_jax.model.flops import prefill_flops
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.processor import Inputs
@@ -44,8 +40,6 @@ from paligemma_jax.sharding.devices import peak_resident_bytes, program_bytes
 
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration
-
-OURS = "paligemma-jax"
 
 
 def run(config: BenchConfig) -> Record:
@@ -101,7 +95,7 @@ def _measure_model(
                 inputs = synthetic_inputs(model.config, batch, prompt)
                 for row in _measure_generation(model, torch_model, inputs, config):
                     yield "rows", common | row
-            for row in _measure_cached(model, batch, config):
+            for row in measure_cached(model, batch, config):
                 yield "cached", common | row
 
 
@@ -152,7 +146,7 @@ def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Run, R
         A function that runs them, and {"compile_s": seconds by program, "memory_bytes": ...}.
     """
     rows, tokens = inputs.tokens.shape
-    request, limit = _request(model, rows, new), jnp.int32(new)
+    request, limit = fixed_length_request(model, rows, new), jnp.int32(new)
     seconds: dict[str, float] = {}
 
     def build(name: str, function: mesh_jit, *args: object, **static: object):
@@ -180,80 +174,7 @@ def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Run, R
     return run, {"compile_s": seconds, "memory_bytes": memory}
 
 
-def _request(model: PaliGemma, rows: int, new: int) -> Request:
-    return make_request(model, rows, DecodingOptions(new, min_new_tokens=new))
-
-
 def memory_bytes(program: jax.stages.Compiled) -> int:
     """Return the device's peak so far if it reports that, else the memory of a program."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else program_bytes(program)["memory_bytes"]
-
-
-def step_bytes(model: PaliGemma, cached: int, rows: int) -> int:
-    """Return the bytes that decoding one token of each row reads (`decode_bytes`), with weights and
-    cache as they are stored, quantized or not."""
-    config = model.config
-    numbers = decode_bytes(config, cached, rows, 1) - decode_bytes(config, 0, rows, 1)
-    itemsize = jnp.dtype(config.dtype).itemsize
-    if config.cache:  # int8, with a float32 scale per head
-        itemsize = 1 + 4 / config.decoder.head_dim
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.decoder)) + round(itemsize * numbers)
-
-
-def _measure_cached(model: PaliGemma, rows: int, config: BenchConfig) -> Iterator[Record]:
-    """Yield the time of a decoding step for each number of cached tokens."""
-    request, limit = _request(model, rows, config.new), jnp.int32(config.new)
-    contenders = {
-        str(cached): _decoder(model, rows, cached, config.new, request, limit)
-        for cached in config.cached
-    }
-    steps, times = config.new - 1, alternate(contenders, config.repeats)
-    for cached in config.cached:
-        seconds = times[str(cached)][1]
-        traffic = step_bytes(model, cached + config.new // 2, rows)
-        yield {
-            "by": OURS,
-            "batch": rows,
-            "cached_tokens": cached,
-            "step_s": spread(seconds / steps),
-            "step_bytes": traffic,
-            "bytes_s": traffic * steps / median(seconds),
-        }
-
-
-def _decoder(
-    model: PaliGemma, rows: int, cached: int, new: int, request: Request, limit: Array
-) -> Run:
-    """A function that decodes after `cached` tokens of zeros, since to prefill thousands of tokens
-    would take longer than everything else."""
-
-    def prefill() -> DecodeState:
-        mask = jnp.ones((rows, cached), bool)
-        inputs = Inputs(jnp.int32(mask), None, valid=mask, prefix=mask, targets=mask)
-        slots = cached + new
-        return generate.prefill(model, inputs, None, request, slots=slots, sampler=Greedy())
-
-    shapes = jax.eval_shape(prefill)
-    decode = generate.decode.lower(model, shapes, request, limit, size=new - 1, sampler=Greedy())
-    program = decode.compile()
-
-    def run() -> tuple[float, float]:
-        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        state = jax.block_until_ready(_after_prefill(state, cached))
-        start = time.perf_counter()
-        jax.block_until_ready(program(model, state, request, limit))
-        return 0.0, time.perf_counter() - start
-
-    return run
-
-
-def _after_prefill(state: DecodeState, cached: int) -> DecodeState:
-    """Mark the first `cached` slots as those of a prefill."""
-    valid = state.cache.span.valid
-    slots = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-    used = slots < cached
-    # The state is donated, so no array may occur in it twice.
-    span = replace(state.cache.span, positions=slots + 1, prefix=used, valid=jnp.copy(used))
-    cache = replace(state.cache, span=span, length=jnp.int32(cached))
-    return replace(state, step=jnp.int32(1), cache=cache)

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 
 from paligemma_jax.bench import clock
-from paligemma_jax.bench.clock import Record, Run, alternate, spread
+from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.checkpoints.synthetic import (
     abstract_model_by_name,
@@ -36,7 +36,6 @@ from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import prepare_model, trainer_shapes
 from paligemma_jax.training.trainer import Trainer
 
-OURS = "paligemma-jax"
 MEMORY = ("argument_bytes", "temporary_bytes", "memory_bytes")
 
 

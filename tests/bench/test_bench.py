@@ -19,6 +19,7 @@ from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.request import make_request
 from paligemma_jax.inference.sampling import Greedy
+from paligemma_jax.inference.scoring import forward
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.flops import decode_bytes, prefill_flops
 from paligemma_jax.model.precision import Quantization
@@ -94,14 +95,14 @@ def test_random_model(dtype):
         kernel = values[f"decoder/layers/1/{path}/kernel"].astype(jnp.float32)
         assert float(kernel.std()) == pytest.approx(fan_in**-0.5, rel=0.05)
     inputs = synthetic.synthetic_inputs(model.config, 2, 5)
-    logits = model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
+    logits = forward(model, inputs)
     assert jnp.isfinite(logits).all() and 0.3 < float(logits.std()) < 4
 
 
 def test_random_model_warns_of_matrices_that_blocks_do_not_divide():
     """Rows have 160 numbers. Blocks of 128 may span the rows of a matrix, but not those of a table,
     which are looked up one by one."""
-    message = r"^left as they are, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"
+    message = r"^not quantized, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"
     with pytest.warns(UserWarning, match=message):
         model = synthetic.random_model(CONFIG, quantization=Quantization.parse("embedding=nf4-128"))
     assert not quantize.weight_formats(model)
@@ -155,8 +156,7 @@ def test_against_transformers(quick_config):
             attention_mask=torch.ones_like(tokens),
             token_type_ids=torch.zeros_like(tokens),
         ).logits
-    expected = model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
-    np.testing.assert_allclose(expected, logits, atol=1e-4)
+    np.testing.assert_allclose(forward(model, inputs), logits, atol=1e-4)
     ours, theirs = generation.run(quick_config(against=("transformers",), repeats=1))["rows"]
     assert (ours["by"], theirs["by"]) == ("paligemma-jax", "transformers")
 

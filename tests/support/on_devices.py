@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from paligemma_jax.model.config import PaliGemmaConfig
+    from paligemma_jax.model.paligemma import PaliGemma
+    from paligemma_jax.processing.processor import Inputs
     from paligemma_jax.training.batches import Batch
 
 
-def call(devices: int, function: str, *arguments: Any, **options: Any) -> Any:  # any JSON
+def call(devices: int, function: str, *arguments: object, **options: object) -> Any:  # any JSON
     """Return the result of a function below, run in a process with that many CPU devices."""
     flags = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -156,7 +158,7 @@ def _compute(
     )
     rng = np.random.default_rng(0)
 
-    def add_noise(model: Any, pattern: str) -> Any:
+    def add_noise(model: PaliGemma, pattern: str) -> PaliGemma:
         values = {
             path: a + rng.normal(0, 0.1, a.shape).astype("f") if re.search(pattern, path) else a
             for path, a in sorted(parameters(model).items())
@@ -197,7 +199,7 @@ def _compute(
 
 
 def compile_step(
-    config: PaliGemmaConfig, mesh: Mesh, rows: int, **options: Any
+    config: PaliGemmaConfig, mesh: Mesh, rows: int, **options: object
 ) -> jax.stages.Compiled:
     """Compile a training step from shapes."""
     from paligemma_jax.checkpoints.load import abstract_model
@@ -212,7 +214,7 @@ def compile_step(
     return trainer.step.lower(state, frozen, batch, max_targets=8).compile()
 
 
-def collectives(mesh: str, rows: int, **options: Any) -> list[list]:
+def collectives(mesh: str, rows: int, **options: object) -> list[list]:
     """Return [opcode, shapes of the results, operation name, dtypes] of every collective of a step,
     for 3 stacked layers and a vocabulary of two chunks."""
     from paligemma_jax.sharding.mesh import resolve_mesh
@@ -296,7 +298,7 @@ def predict_batch_sizes(arguments: list[str]) -> list[int]:
 
     sizes, prefill = [], generate.prefill
 
-    def recording_prefill(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def recording_prefill(model: PaliGemma, inputs: Inputs, *args: object, **kwargs: object):
         sizes.append(len(inputs.tokens))
         return prefill(model, inputs, *args, **kwargs)
 
