@@ -93,7 +93,10 @@ def draw_masks(report: Report) -> bytes:
         ours, theirs = report.first_row[name]
         window = windows[int(name.split("/")[2])]
         kind = f"window {window}" if window < inputs.tokens.shape[1] else "no window"
-        for axes, weights, model in ((line[0], theirs, "transformers"), (line[1], ours, "ours")):
+        for axes, weights, model in (
+            (line[0], theirs, "transformers"),
+            (line[1], ours, "this model"),
+        ):
             mean = np.where(weights.max(axis=0) > 0, weights.mean(axis=0), np.nan)
             axes.imshow(np.log10(np.maximum(mean, 1e-6)), cmap="viridis", vmin=-4, vmax=0)
             axes.set_title(f"{model}, {_short(name)}, {kind}", fontsize=9)
