@@ -180,7 +180,7 @@ def _complete_text(text: JsonObject) -> JsonObject:
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope_parameters must be an object, got {rope!r}")
     text = _TEXT_DEFAULTS[kind] | rope | text
-    if kind == "gemma":  # Gemma 1 has none of these, whatever its config.json says
+    if kind == "gemma":  # Gemma 1 has none of these, whatever config.json contains
         text |= dict.fromkeys(_GEMMA2_KEYS) | {"query_pre_attn_scalar": text["head_dim"]}
     return text
 

@@ -76,10 +76,10 @@ def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> C
         ValueError: If a matrix already has another format.
     """
     for module, format in checkpoint.formats.items():
-        wanted = quantization.at(module)
-        if wanted not in (None, format):
+        target = quantization.at(module)
+        if target not in (None, format):
             raise ValueError(
-                f"{module} is already {format} and cannot be quantized to {wanted}; "
+                f"{module} is already {format} and cannot be quantized to {target}; "
                 "start from the checkpoint that was quantized"
             )
     matrices = quantizable_matrices(checkpoint.config)

@@ -26,7 +26,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 INTEGERS = {name: np.dtype(name) for name in ("int8", "uint8")}  # of codes (`convert.quantized`)
-BLOCK = 2**24  # bytes per read and write: each thread holds one block in memory
+BLOCK = 2**24  # bytes per read and write; each thread has one block in memory
 STRIP = 64  # elements; transposing in strips of this width stays in the cache (1.1 GB/s, not 0.1)
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -195,7 +195,7 @@ class Job(NamedTuple):
 
 def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
     """Run all jobs, with a thread per file (threads that share a file only wait for each other).
-    Each thread holds one block in memory."""
+    Each thread has one block in memory."""
 
     def store(file: Path, jobs: list[Job]) -> None:
         with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as out:

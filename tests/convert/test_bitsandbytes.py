@@ -93,7 +93,7 @@ def test_every_number(saved, name, format, tmp_path):
     directory, dense = saved[name]
     model = load_model(directory)
     formats = quantize.weight_formats(model)
-    assert {str(found) for found in formats.values()} == {format}
+    assert {str(used) for used in formats.values()} == {format}
     assert len(formats) == len(dense) == 5 * 7 + 3 * 6 + 1
     for path in formats:
         expected, module = dense[their_path(path, dense)], model
