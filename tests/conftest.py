@@ -22,7 +22,9 @@ from support.paths import GOLDEN, TESTS
 from support.typecheck import check
 
 # Check the annotated shapes and dtypes of every call while testing; users pay nothing for them.
-TYPED = ["paligemma_jax.model"]
+# Modules that check the types of their arguments themselves are left out.
+INFERENCE = ["answer", "batching", "beam", "generate", "request", "sampling", "scoring"]
+TYPED = ["paligemma_jax.model", *(f"paligemma_jax.inference.{name}" for name in INFERENCE)]
 install_import_hook(TYPED, f"{check.__module__}.{check.__name__}")
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -24,7 +24,7 @@ def _is_number(value: object) -> bool:
     return is_integer(value) or isinstance(value, float | np.floating)
 
 
-def _require(condition: bool, owner: object, field: str, requirement: str) -> None:
+def _require(condition: bool | np.bool_, owner: object, field: str, requirement: str) -> None:
     if not condition:
         name, value = f"{type(owner).__name__}.{field}", getattr(owner, field)
         raise ValueError(f"{name} must be {requirement}, got {value!r}")

@@ -68,7 +68,7 @@ def score_prompts(
     processor.padded_length(prompts)
 
     def run(inputs: Inputs, features: Array, _: np.ndarray) -> tuple[np.ndarray]:
-        return (score(model, inputs, features),)
+        return (score(model, inputs, features)[:, None],)
 
     batches = run_batches(model, processor, prompts, run, batch_size, progress)
     results = {i: result for batch in batches for i, result in batch.items()}
@@ -76,7 +76,7 @@ def score_prompts(
     for i, result in sorted(results.items()):
         if isinstance(result, ValueError):
             raise result
-        (scores[i],) = result
+        scores[i] = result[0].item()
     return scores
 
 
