@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-from gradio.blocks import Block
 from gradio.components import Component
 
 from paligemma_jax.demo import html
@@ -92,7 +91,7 @@ class Parts:
     examples: list[gr.Button]
     answered: gr.State  # Answered, or None
 
-    def outputs(self) -> list[Block]:
+    def outputs(self) -> list[Any]:  # Any: components and layouts
         panels = [component for panel in self.panels for component in panel.outputs()]
         controls = [self.run, self.stop, self.probabilities, self.invitation, self.answered]
         return [*panels, *controls]
