@@ -10,7 +10,7 @@ from paligemma_jax.training.config import FinetuneConfig
 
 
 def finetune(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
-    """Fine-tune a model on images and texts. An interrupted run continues with --resume.
+    """Fine-tune on images and texts. An interrupted run continues with --resume.
 
     Example: paligemma-jax finetune --data train.jsonl --output run --steps 1000
     """
