@@ -60,6 +60,7 @@ import jax
 jax.config.update("jax_default_matmul_precision", "highest")
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.inference import generate, scoring
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.processing.processor import Inputs
 saved = np.load(out + ".npz")
 def batch(name):
@@ -71,7 +72,7 @@ error = np.abs(np.asarray(scoring.forward(model, batch("scored")))[:, 240:] - sa
 allowed = np.ones(model.config.decoder.vocab_size, bool)
 allowed[1] = False  # as min_new_tokens does
 new = saved["tokens"].shape[1]
-tokens = generate.generate(model, batch("prompts"), new, allowed=allowed).tokens
+tokens = generate.generate(model, batch("prompts"), DecodingOptions(new, allowed=allowed)).tokens
 report(load_s=loaded, total_s=time.perf_counter() - start,
        max_error=float(error.max()), mean_error=float(error.mean()),
        std=float(saved["logits"].std()), smallest_gap=float(saved["gaps"].min()),

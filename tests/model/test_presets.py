@@ -90,4 +90,5 @@ def test_parameters_match_the_key_list_of_transformers(name):
 
 def test_config_json_round_trip():
     for name, config in PRESETS.items():
-        assert config_json.config_from_json(config_json.config_to_json(config, "float32")) == config, name
+        written = config_json.config_to_json(config, "float32")
+        assert config_json.config_from_json(written) == config, name

@@ -243,7 +243,7 @@ def test_image_ids_without_pixels(random_checkpoint, kind):
         expected = reference(
             **{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}
         ).logits.numpy()
-    found = scoring.forward(model, replace(inputs, images=inputs.images[:0]))
+    found = scoring.forward(model, replace(inputs, images=None))
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
@@ -308,8 +308,8 @@ FILTERS = [
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
 def test_sampling_filters(random_checkpoint, settings):
-    """Filtered logits equal those of transformers' processors, with ties, repeated ids and `<image>`
-    in the prompt."""
+    """Filtered logits equal those of transformers' processors, with ties, repeated ids and
+    `<image>` in the prompt."""
     reference, _, model = random_checkpoint("pg2", 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 9, 0)))
     logits = (

@@ -1,8 +1,8 @@
 """Write tests/golden: two small random checkpoints and transformers' outputs on them, for the tests
 that run without torch.
 
-Run by hand (`PYTHONPATH=tests python tests/support/make_golden.py`) to extend the set, never to make
-a failing test pass.
+Run by hand (`PYTHONPATH=tests python tests/support/make_golden.py`) to extend the set, never to
+make a failing test pass.
 """
 
 from __future__ import annotations

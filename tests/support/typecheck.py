@@ -12,7 +12,8 @@ from beartype import beartype
 
 
 def check(function: Callable) -> Callable:
-    """beartype, except that a constructor is checked only if all leaves of its arguments are arrays.
+    """beartype, except that a constructor is checked only if all leaves of its arguments are
+    arrays.
 
     JAX rebuilds pytrees with other leaves as well: shapes, shardings, paths.
     """
