@@ -136,7 +136,13 @@ def _numbers(row: StageError, by_ratio: bool) -> list[float | None]:
     error, local = row.accumulated, row.local
     if by_ratio:
         return [*ratio_numbers(row, 0), *ratio_numbers(row, 1)]
-    numbers = [error.max, error.mean, error.relative, error.cosine, row.limits[0]]
+    numbers: list[float | None] = [
+        error.max,
+        error.mean,
+        error.relative,
+        error.cosine,
+        row.limits[0],
+    ]
     return numbers + ([local.max, local.relative, row.limits[1]] if local else [None] * 3)
 
 

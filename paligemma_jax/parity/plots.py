@@ -11,7 +11,6 @@ import numpy as np
 from paligemma_jax.parity.run import Report
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Marker and colour of a stage by the end of its name. Red is for failures alone.
@@ -32,7 +31,7 @@ def draw_errors(report: Report) -> bytes:
     rows = [row for row in report.rows if row.local and not row.stage.startswith(unplotted)]
     x = np.arange(len(rows))
     endings = [next(end for end in PARTS if row.stage.endswith(end)) for row in rows]
-    figure, (above, below) = _figure(11, 6.2, 2, sharex=True)
+    figure, ((above,), (below,)) = _figure(11, 6.2, 2, sharex=True)
     for index, axes in enumerate((above, below)):
         values = _relative([(row.accumulated, row.local)[index] for row in rows])
         for ending, (marker, colour) in PARTS.items():
@@ -68,7 +67,7 @@ def draw_logits(report: Report) -> bytes:
     ours, theirs = ours[sample], theirs[sample]
     difference = ours - theirs
     largest = np.abs(difference).max()
-    figure, (left, right) = _figure(11, 4, 1, 2)
+    figure, ((left, right),) = _figure(11, 4, 1, 2)
     left.plot(theirs, ours, ".", ms=2, alpha=0.4)
     left.axline((0, 0), slope=1, color="0.6", lw=1)
     left.set(xlabel="transformers", ylabel="this model", title=f"{len(ours):,} logits")
@@ -89,7 +88,7 @@ def draw_masks(report: Report) -> bytes:
     inputs, config = report.case.inputs, report.case.checkpoint.config
     windows = config.decoder.windows(config.profile)
     figure, grid = _figure(11, 3.9 * len(names), len(names), 3)
-    for line, name in zip(np.atleast_2d(grid), names, strict=True):
+    for line, name in zip(grid, names, strict=True):
         ours, theirs = report.first_row[name]
         window = windows[int(name.split("/")[2])]
         kind = f"window {window}" if window < inputs.tokens.shape[1] else "no window"
@@ -120,7 +119,7 @@ def draw_tokens(report: Report) -> bytes:
         if re.fullmatch(r"decoder/layers/\d+", name)
     ]
     errors = np.where(report.case.inputs.valid[0], np.array(layers), np.nan)
-    figure, axes = _figure(11, 1.4 + 0.22 * len(layers), 1)
+    figure, ((axes,),) = _figure(11, 1.4 + 0.22 * len(layers), 1)
     image = axes.imshow(
         np.log10(np.maximum(errors, FLOOR)), aspect="auto", cmap="viridis", interpolation="nearest"
     )
@@ -149,7 +148,7 @@ def _short(stage: str) -> str:
 
 def _figure(
     width: float, height: float, rows: int, columns: int = 1, sharex: bool = False
-) -> tuple[Figure, Axes | np.ndarray]:
+) -> tuple[Figure, np.ndarray]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -157,8 +156,8 @@ def _figure(
             "drawing a report needs an extra: pip install 'paligemma-jax[parity]'"
         ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=sharex)
-    for axes in np.atleast_1d(grid).flat:
+    grid = figure.subplots(rows, columns, sharex=sharex, squeeze=False)
+    for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
     return figure, grid
 

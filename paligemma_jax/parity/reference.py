@@ -16,7 +16,7 @@ from paligemma_jax.parity import torch_model, torch_stages
 from paligemma_jax.parity.case import ParityCase
 
 if TYPE_CHECKING:
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
 WEIGHTS_FACTOR = 1.5  # memory of a model over its weights: activations, a tensor held twice
 MAX_ATTENTION = 2**29  # bytes of attention weights up to which they are compared
@@ -61,12 +61,12 @@ def compute_reference(
     keep = WEIGHTS_FACTOR * weight_bytes(case, "float32") < available_memory()
     attention = _attention_bytes(case) <= MAX_ATTENTION
 
-    def build(dtype: str) -> PaliGemmaForConditionalGeneration:
+    def build(dtype: str) -> TorchModel:
         model = torch_model.build_model(case.checkpoint, case.directory, dtype, keep)
         torch_model.adapt_model(model, profile)
         return model
 
-    def compute(model: PaliGemmaForConditionalGeneration, fed: Stages | None = None) -> Stages:
+    def compute(model: TorchModel, fed: Stages | None = None) -> Stages:
         return torch_stages.compute_stages(model, case.inputs, profile, attention, fed)
 
     model = build("bfloat16" if bfloat16 else "float32")

@@ -139,7 +139,7 @@ def format_number(value: float | None) -> str:
 def _table(report: Report) -> list[tuple[str, ...]]:
     """A line for each layer, with its worst local error, and for each part that diverges."""
     columns = RATIO_COLUMNS if report.by_ratio else FLOAT32_COLUMNS
-    lines = [("stage", *columns, "worst part")]
+    lines: list[tuple[str, ...]] = [("stage", *columns, "worst part")]
     parts: list[StageError] = []
     for row in report.rows:
         if re.search(r"^\w+/layers/\d+/.*(weights|output)$", row.stage):

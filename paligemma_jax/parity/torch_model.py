@@ -21,14 +21,14 @@ from paligemma_jax.processing.processor import Inputs
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
 LOCATIONS = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
 
 
 def build_model(
     checkpoint: Checkpoint, directory: Path | None, dtype: str, keep: bool
-) -> PaliGemmaForConditionalGeneration:
+) -> TorchModel:
     """transformers' model without weights: each module reads its own when it is called.
 
     So no more than the largest tensor has to be in memory, and all that runs is transformers' own
@@ -100,7 +100,7 @@ def _stream(module: torch.nn.Module, tensors: dict[torch.nn.Parameter, Tensor], 
         module.register_forward_hook(free)
 
 
-def adapt_model(model: PaliGemmaForConditionalGeneration, numerics: Numerics) -> None:
+def adapt_model(model: TorchModel, numerics: Numerics) -> None:
     """Make transformers compute a profile, as far as its config can express it. Positions are
     given with the batch."""
     text = model.config.get_text_config()
@@ -144,16 +144,14 @@ def _loss(logits: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
 
 
-def compute_gradients(
-    model: PaliGemmaForConditionalGeneration, case: ParityCase
-) -> dict[str, np.ndarray]:
+def compute_gradients(model: TorchModel, case: ParityCase) -> dict[str, np.ndarray]:
     """Gradients of the loss, by this project's paths and in its layouts. The model must keep its
     weights."""
     config = case.checkpoint.config
     logits = model(**model_inputs(case.inputs, config.profile)).logits
     _loss(logits, case.inputs).backward()
     gradients = {
-        canonical_name(name): from_array(parameter.grad.numpy())
+        canonical_name(name): from_array(parameter.grad.numpy())  # type: ignore[union-attr]
         for name, parameter in model.named_parameters()
     }
     return {
@@ -163,7 +161,7 @@ def compute_gradients(
 
 
 def generate_greedily(
-    model: PaliGemmaForConditionalGeneration, inputs: Inputs, numerics: Numerics, count: int
+    model: TorchModel, inputs: Inputs, numerics: Numerics, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens int32[B, count], and at each the gap float32[B, count] between the two largest
     logits."""
@@ -172,7 +170,7 @@ def generate_greedily(
     batch = model_inputs(inputs, numerics)
     del batch["position_ids"]  # generate counts them itself
     with torch.no_grad():
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             **batch,
             max_new_tokens=count,
             do_sample=False,
@@ -191,7 +189,7 @@ def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.n
     PaliGemmaProcessor (on PIL)."""
     from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
 
-    if case.processor is None or case.examples is None:
+    if case.processor is None or case.examples is None or case.inputs.images is None:
         return
     _, prompts, suffixes = case.examples
     vision = case.checkpoint.config.vision
@@ -204,14 +202,8 @@ def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.n
     processor = PaliGemmaProcessor(image_processor, tokenizer)
     rows = case.processor.encode(*case.examples)
     images = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
-    output = processor(
-        images,  # type: ignore[arg-type]
-        prompts,
-        suffix=suffixes,
-        padding=True,
-        padding_side="left",
-        return_tensors="np",
-    )
+    options = dict(padding=True, padding_side="left", return_tensors="np")
+    output = processor(images, prompts, suffix=suffixes, **options)  # type: ignore[arg-type]
     yield "pixels", case.inputs.images, np.moveaxis(output["pixel_values"], 1, 3)
     names = {
         "ids": (case.inputs.tokens, "input_ids"),

@@ -14,11 +14,11 @@ from paligemma_jax.processing.processor import Inputs
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PaliGemmaForConditionalGeneration
+    from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
 
 def compute_stages(
-    model: PaliGemmaForConditionalGeneration,
+    model: TorchModel,
     inputs: Inputs,
     numerics: Numerics,
     attention: bool,
@@ -42,7 +42,7 @@ class StageRecorder:
         self.stages: dict[str, np.ndarray] = {}
         self.hooks = ExitStack()  # removes them
 
-    def attach(self, model: PaliGemmaForConditionalGeneration, attention: bool) -> None:
+    def attach(self, model: TorchModel, attention: bool) -> None:
         """Hook every module whose output is a stage."""
         vision, text = model.model.vision_tower, model.model.language_model
         vision = getattr(vision, "vision_model", vision)
@@ -69,13 +69,14 @@ class StageRecorder:
 
     def attach_layer(self, name: str, layer: torch.nn.Module, attention: bool) -> None:
         weights = f"{name}/attention/weights" if attention else None
+        part = layer.get_submodule
         if hasattr(layer, "post_feedforward_layernorm"):  # Gemma 2 normalises its branches
-            self.after(layer.self_attn, None, weights)
-            self.after(layer.post_feedforward_layernorm, f"{name}/mlp/output")
-            self.after(layer.post_attention_layernorm, f"{name}/attention/output")
+            self.after(part("self_attn"), None, weights)
+            self.after(part("post_feedforward_layernorm"), f"{name}/mlp/output")
+            self.after(part("post_attention_layernorm"), f"{name}/attention/output")
         else:
-            self.after(layer.self_attn, f"{name}/attention/output", weights)
-            self.after(layer.mlp, f"{name}/mlp/output")
+            self.after(part("self_attn"), f"{name}/attention/output", weights)
+            self.after(part("mlp"), f"{name}/mlp/output")
         self.after(layer, name)
 
     def after(self, module: torch.nn.Module, name: str | None, weights: str | None = None) -> None:

@@ -59,7 +59,7 @@ def _row(scenes: Scenes, index: int, task: str, digit: int, matches: np.ndarray)
     """A row of the JSONL file. To detect and segment it has the boxes and labels of `matches`."""
     prompt, answer = ask(scenes, index, task, digit)
     count = len(scenes.digits(index))
-    row = {
+    row: dict = {
         "image": f"{task}-{index}.png",
         "prefix": prompt,
         "suffix": answer,

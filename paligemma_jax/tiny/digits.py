@@ -43,7 +43,7 @@ def load_dataset() -> Bunch:
         raise ValueError(
             "the handwritten digits need scikit-learn: pip install 'paligemma-jax[train]'"
         ) from None
-    return load_digits()
+    return load_digits()  # type: ignore[return-value]
 
 
 @functools.cache

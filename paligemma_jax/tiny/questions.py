@@ -54,12 +54,12 @@ def ask(scenes: Scenes, index: int, task: str, digit: int | None = None) -> tupl
 def _locations(scenes: Scenes, index: int, names: list[str], label: str, masks: bool) -> str:
     """The boxes, with `masks` also the mask codes, of the digits named `label`."""
     height, width = scenes.images.shape[1:3]
-    has_codes = masks and scenes.codes is not None
+    all_codes = scenes.codes if masks else None
     detections = []
     for k, name in enumerate(names):
         if name == label:
             y0, x0, y1, x1 = scenes.boxes[index, k].tolist()
-            codes = tuple(scenes.codes[index, k].tolist()) if has_codes else ()
+            codes = () if all_codes is None else tuple(all_codes[index, k].tolist())
             detections.append(Detection(name, (x0, y0, x1, y1), codes=codes))
     return location_text(detections, (width, height))
 
