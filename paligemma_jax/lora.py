@@ -91,9 +91,12 @@ class LoRALinear(nnx.Module):
         kernel = base.dense(jnp.float32) + self.scale * update
         if isinstance(base, Linear):
             kernel = kernel.astype(base.kernel[...].dtype)
-        linear = nnx.eval_shape(
-            lambda: Linear(base.axes, base.shape, contracted=base.contracted, rngs=nnx.Rngs(0))
-        )
+
+        def make() -> Linear:
+            options = dict(contracted=base.contracted, bias=base.bias is not None)
+            return Linear(base.axes, base.shape, rngs=nnx.Rngs(0), **options)
+
+        linear = nnx.eval_shape(make)
         linear.kernel, linear.bias = nnx.Param(kernel), base.bias
         return linear
 

@@ -57,7 +57,7 @@ def encode_example(example: Example, processor: Processor, length: int | None) -
 class Batcher:
     """Turns examples into batches of one size.
 
-    In a run of several processes, each opens the images of its own rows only. The other rows of
+    In a multi-process run, each process opens the images of its own rows only. The other rows of
     its batch are zeros, whose memory is never touched.
     """
 
