@@ -72,9 +72,9 @@ def search(
 ) -> Generated:
     """The best answer to every row, at most `limit` tokens long."""
     size = slots - inputs.tokens.shape[1]
-    found = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
+    best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
     tokens, log_probabilities, scores = (
-        to_host(a)[:, 0] for a in (found.tokens, found.log_probabilities, found.scores)
+        to_host(a)[:, 0] for a in (best.tokens, best.log_probabilities, best.scores)
     )
     return Generated(tokens[:, :limit], log_probabilities[:, :limit], scores)
 
