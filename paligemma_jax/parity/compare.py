@@ -54,7 +54,7 @@ class StageError:
 
     @property
     def diverges(self) -> bool:
-        """Whether an error begins here, or, without a local error, whether there is one."""
+        """Whether the local error is too large; without one, whether the accumulated error is."""
         return not self.checked[1] <= self.limits[1] if self.local else self.over_limit
 
     @property
@@ -78,7 +78,7 @@ def _checked(error: Error | None, baseline: Error | None) -> float:
 
 
 def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
-    """Measure in float64, block by block. Where only one side is NaN or infinite, all is NaN."""
+    """Measure in float64, block by block. If one side only is NaN or infinite, all errors are NaN."""
     assert value.shape == reference.shape, (value.shape, reference.shape)
     value, reference = value.reshape(-1), reference.reshape(-1)
     largest, total, difference_square = 0.0, 0.0, 0.0

@@ -1,6 +1,6 @@
 """Initial parameters of `tiny`: random, except where structure is known.
 
-Training a small PaliGemma from nothing would spend its first hundreds of steps on discovering it.
+Training from scratch would spend its first hundreds of steps on discovering it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def initialize(config: PaliGemmaConfig, tokenizer: Tokenizer, codebook: np.ndarr
 
     Args:
         config: Its config.
-        tokenizer: Tells the ids of the `<loc>` and `<seg>` tokens.
+        tokenizer: Provides the ids of the `<loc>` and `<seg>` tokens.
         codebook: float32[128, E] of the mask codec.
     """
     model = PaliGemma(config, nnx.Rngs(0))

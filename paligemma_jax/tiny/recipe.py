@@ -134,8 +134,8 @@ def evaluate(predictor: Predictor, count: int) -> dict[str, dict[str, float]]:
 
 
 def make_photo(seed: int = 340_900) -> Image.Image:
-    """`assets/digits.jpg`: four held-out digits on 640 x 480 pixels, so neither square nor of the
-    size that the model was trained on."""
+    """`assets/digits.jpg`: four held-out digits on 640 x 480 pixels, neither square nor of the
+    training size."""
     source = glyphs(held_out=True, size=96, gain=3)
     scenes = compose(np.random.default_rng(seed), source, 1, (480, 640), count=4)
     return Image.fromarray(scenes.images[0])
