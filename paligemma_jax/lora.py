@@ -93,7 +93,7 @@ class LoRALinear(nnx.Module):
             kernel = kernel.astype(base.kernel[...].dtype)
 
         def make() -> Linear:
-            options = dict(contracted=base.contracted, bias=base.bias is not None)
+            options: dict = dict(contracted=base.contracted, bias=base.bias is not None)
             return Linear(base.axes, base.shape, rngs=nnx.Rngs(0), **options)
 
         linear = nnx.eval_shape(make)
