@@ -78,7 +78,7 @@ def _checked(error: Error | None, baseline: Error | None) -> float:
 
 
 def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
-    """Measure in float64, block by block. If one side only is NaN or infinite, all errors are NaN."""
+    """Measure in float64, block by block. If only one side is NaN or infinite, all are NaN."""
     assert value.shape == reference.shape, (value.shape, reference.shape)
     value, reference = value.reshape(-1), reference.reshape(-1)
     largest, total, difference_square = 0.0, 0.0, 0.0
