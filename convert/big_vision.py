@@ -52,8 +52,8 @@ def read(file: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
 
     Args:
         file: The .npz. The checksums of all members are verified.
-        config: Required for a variant that was never published: shapes do not tell the query scale,
-            softcaps and windows. The numerics are big_vision's in any case.
+        config: Required for a variant that was never published: shapes do not determine the query
+            scale, softcaps and windows. The numerics are big_vision's in any case.
 
     Raises:
         ValueError: Lists everything that is wrong.
@@ -61,7 +61,7 @@ def read(file: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     entries, notes = _members(file), []
     if config is None:
         config = infer_config({key: entry.shape for key, entry in entries.items()}, file)
-        notes.append("it has no config; that of the published variant with these shapes is used")
+        notes.append("it has no config; using that of the published variant with these shapes")
     text, vocabulary = text_rows(config), config.decoder.vocab_size
     rows = entries[TABLE].shape[0] if TABLE in entries and entries[TABLE].shape else vocabulary
     if rows not in (vocabulary, text):
@@ -99,7 +99,7 @@ def write(file: Path, checkpoint: Checkpoint, progress: Progress = no_progress) 
             dtypes = sorted({tensors[weight.path].dtype.name for weight in parts})
             if len(dtypes) > 1:
                 listed = ", ".join(dtypes)
-                raise ValueError(f"{key}: its layers have dtypes {listed}; choose one with --dtype")
+                raise ValueError(f"{key} has layers of dtypes {listed}; choose one with --dtype")
             descr = MEMBER_DTYPES[dtypes[0]]
             header = {"descr": descr, "fortran_order": False, "shape": shape}
             with archive.open(zipfile.ZipInfo(f"params/{key}.npy"), "w", force_zip64=True) as out:
@@ -174,12 +174,14 @@ def _member(file: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tens
         elif version == (2, 0):
             shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(member)
         else:
-            raise ValueError(f"{info.filename} has the unknown version {version}")
+            raise ValueError(f"{info.filename} has unknown .npy version {version}")
         start = member.tell()
     if dtype.hasobject:
         raise ValueError(f"{info.filename} contains Python objects, which are never unpickled")
     if start + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"{info.filename} has {info.file_size} bytes, too many or few for {shape}")
+        raise ValueError(
+            f"{info.filename} has {info.file_size} bytes, which does not match {shape}"
+        )
     order = "F" if is_fortran else "C"
     return TensorEntry(dtype.str, shape, partial(_open, file, info, start, dtype.str, shape, order))
 

@@ -87,7 +87,7 @@ def insert(
         matrix, (format, _, parts) = matrices[weight.path], packed[weight.key]
         if not format.fits(matrix.shape):
             odd = f"{weight.key} {list(matrix.shape)} has an odd last axis"
-            raise ValueError(f"{odd}, so its codes are not in pairs")
+            raise ValueError(f"{odd}, so its codes cannot be paired")
         del tensors[weight.path]
         formats[matrix.module] = format
         for name, (shape, dtype) in matrix.parts(format).items():
@@ -119,14 +119,14 @@ def _unpack_nf4(weight: str, state: JsonObject, entries: Mapping[str, TensorEntr
         return _load(entries[weight + name]).reshape(-1)
 
     if format.kind != "nf4" or (load(".quant_map") != NF4).any():
-        raise ValueError("its 16 values are not those of nf4")
+        raise ValueError("its 16 values differ from those of nf4")
     parts = {"codes": lambda: load(""), "scale": lambda: load(".absmax")}
     if double:
         offset = np.float32(state["nested_offset"])
         parts["nested"] = lambda: np.append(offset, load(".nested_absmax"))
         values, block = load(".nested_quant_map"), int(state["nested_blocksize"])
         if block != NESTED_BLOCK or (values != dynamic_map()).any():
-            raise ValueError("the values of its scales are not those of bitsandbytes")
+            raise ValueError("the values of its scales differ from those of bitsandbytes")
     return PackedMatrix(format, shape, parts)
 
 

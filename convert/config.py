@@ -47,11 +47,11 @@ _ROPE_SUPPORTED = {"rope_type": ("default", None), "rope_scaling": (None,)}
 
 
 def load_config(path: Path) -> PaliGemmaConfig:
-    """The config of a config.json or of the directory that contains it. The ids that end an answer
-    come from a generation_config.json beside it, if there is one.
+    """Load the config of a config.json, or of the directory that contains it. The ids that end an
+    answer come from a generation_config.json beside it, if there is one.
 
     Raises:
-        ValueError: If there is none, or if it is not of a supported PaliGemma.
+        ValueError: The file is missing, or does not describe a supported PaliGemma.
     """
     file = path / "config.json" if path.is_dir() else path
     json, generation = load_json(file), file.with_name("generation_config.json")
@@ -71,7 +71,7 @@ def config_from_json(json: JsonObject, generation: JsonObject | None = None) -> 
         generation: The content of generation_config.json, which has the ids that end an answer.
 
     Raises:
-        ValueError: If it is not a config of a supported PaliGemma.
+        ValueError: It does not describe a supported PaliGemma.
     """
     if json.get("model_type") != "paligemma":
         kind = repr(json["model_type"]) if "model_type" in json else "missing"
@@ -166,7 +166,7 @@ def check_config(config: PaliGemmaConfig, source: str = "config.json") -> PaliGe
 
 def _nested(json: JsonObject, key: str) -> JsonObject:
     if not isinstance(json.get(key), dict):
-        raise ValueError(f"config.json has no {key}: it is not of a PaliGemma checkpoint")
+        raise ValueError(f"config.json has no {key}, so it is not that of a PaliGemma")
     return json[key]
 
 
@@ -186,7 +186,7 @@ def _complete_text(text: JsonObject) -> JsonObject:
 
 
 def _check_numbers(section: str, cls: type, values: JsonObject) -> None:
-    """Raise ValueError unless the values of all numeric fields of `cls` are positive and sane."""
+    """Raise ValueError unless all numeric fields of `cls` are positive and within limits."""
     for field in fields(cls):
         kind, _, optional = str(field.type).partition(" | ")
         value = values[field.name]
@@ -202,7 +202,7 @@ def _check_numbers(section: str, cls: type, values: JsonObject) -> None:
 
 def _token_id(key: str, value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**31:
-        raise ValueError(f"config.json: {key} must be a token id from 0, got {value!r}")
+        raise ValueError(f"config.json: {key} must be a token id of at least 0, got {value!r}")
     return value
 
 

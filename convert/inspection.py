@@ -16,7 +16,7 @@ from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, with_resolution
 
 def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, object]:
     """Return the format, variant, size, dtypes, resolution, numerics and files of a checkpoint, and
-    notes about whatever is unusual. Arguments as in `convert.read`."""
+    notes about anything unusual. Arguments as in `convert.read`."""
     checkpoint = read(source, config)
     dense = dequantize_checkpoint(checkpoint).tensors.values()
     description: dict[str, object] = {
@@ -39,14 +39,16 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     if len({t.dtype for path, t in checkpoint.tensors.items() if path not in parts}) > 1:
         notes.append("its tensors have several dtypes")
     if variant_name(checkpoint.config) is None:
-        notes.append("its shapes are not those of a published PaliGemma")
+        notes.append("its shapes match no published PaliGemma")
     if INDEX in checkpoint.files:
         metadata = parse_json(checkpoint.files[INDEX]).get("metadata", {})
         total = metadata.get("total_size", checkpoint.nbytes)
         if total != checkpoint.nbytes:
-            notes.append(f"its index gives {total} bytes, its tensors have {checkpoint.nbytes}")
+            notes.append(
+                f"its index states {total} bytes, but its tensors have {checkpoint.nbytes}"
+            )
     if "tokenizer.model" not in checkpoint.files:
-        notes.append("it has no tokenizer.model, which text needs")
+        notes.append("it has no tokenizer.model, which is needed for text")
     return notes
 
 

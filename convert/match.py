@@ -92,7 +92,7 @@ def match(
 
     Args:
         entries: The tensors of a file by key.
-        weights: Those that the model needs.
+        weights: The parameters that the model needs.
         dtypes: The supported dtypes, as the file spells them.
         source, config_name: The file and the origin of its config, for the error.
         canonical_name: Maps a key to the spelling of `weights`.
@@ -129,7 +129,7 @@ def match(
 
 
 def _group_layers(errors: Iterable[str]) -> list[str]:
-    """The errors, with one line for those that differ in numbers only."""
+    """The errors, with one line for those that differ only in numbers."""
     groups: dict[str, list[str]] = {}
     for error in errors:
         groups.setdefault(re.sub(r"\d+", "*", error), []).append(error)
@@ -140,16 +140,16 @@ def _group_layers(errors: Iterable[str]) -> list[str]:
 
 
 def collapse_layers(paths: Iterable[str]) -> list[str]:
-    """The distinct paths, with * for the number of the layer."""
+    """The distinct paths, with * in place of layer numbers."""
     return list(dict.fromkeys(re.sub(r"/layers/\d+/", "/layers/*/", path) for path in paths))
 
 
 def describe_other_model(keys: Iterable[str], expected: Iterable[str]) -> str:
-    """Guess what a checkpoint with these keys is, for an error, if it lacks a tower."""
+    """Describe, for an error, a checkpoint with these keys if it lacks a tower."""
     prefixes = ("vision_tower", "img/", "vision/")
     vision, present = {key for key in expected if key.startswith(prefixes)}, set(keys)
     if not present & set(expected):
-        return ": it has no tensor of a PaliGemma"
+        return ": it contains no PaliGemma tensors"
     if not present & vision:
         return ": it has no image encoder, so it is a text-only model (a Gemma?)"
     if not present & (set(expected) - vision):

@@ -70,7 +70,7 @@ def _part_shapes(
 def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
     """Quantize the parts that `quantization` names. Nothing is computed before it is read.
 
-    Matrices that blocks do not divide stay as they are, and a note lists them.
+    Matrices that cannot be divided into blocks are not quantized, and a note lists them.
 
     Raises:
         ValueError: If a matrix already has another format.
@@ -102,9 +102,9 @@ def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> C
 
 
 def indivisible_note(matrices: list[tuple[str, tuple[int, ...]]]) -> str:
-    """The note about matrices (path, shape) that stay as they are."""
+    """The note about matrices (path, shape) that are not quantized."""
     listed = collapse_layers([f"{module} {list(shape)}" for module, shape in matrices])
-    return f"not quantized, since blocks do not divide them: {', '.join(listed)}"
+    return f"not quantized, because they cannot be divided into blocks: {', '.join(listed)}"
 
 
 def _encode_part(
@@ -202,7 +202,7 @@ def quantized_weights(
             result.append(weight)
             continue
         if not matrix.fits(format):
-            reason = "blocks do not divide it"
+            reason = "it cannot be divided into blocks"
             raise ValueError(f"{matrix.module} {list(matrix.shape)} cannot be {format}: {reason}")
         for name, (shape, dtype) in matrix.parts(format).items():
             path, letters = f"{matrix.module}/{name}", ascii_letters[: len(shape)]

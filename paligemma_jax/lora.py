@@ -155,8 +155,8 @@ def add_lora(
     model = replace_modules(model, wrap)
     if not count:
         raise ValueError(
-            f"LoRA has nothing to adapt: {target!r} matches no layer in a tower of a rank above 0; "
-            "paths look like decoder/layers/3/attention/q"
+            f"LoRA has nothing to adapt: {target!r} matches no layer in a tower with a rank "
+            "above 0; paths look like decoder/layers/3/attention/q"
         )
     return model
 

@@ -46,12 +46,13 @@ def accuracy_rows(
     model: str = "tiny",
     dtype: str | None = None,
 ) -> Iterator[Row]:
-    """A row for the dense model and for each quantization: bytes of the model, fraction of exact
-    answers, of boxes found and of spurious boxes, and the relative error of `decoded_logits`."""
+    """Yield a row for the dense model and for each quantization: bytes of the model, fraction of
+    exact answers, of boxes found and of spurious boxes, and the relative error of
+    `decoded_logits`."""
     if scenes < 1:
         raise ValueError(f"--scenes must be at least 1, got {scenes}")
     for quantization in quantizations:
-        Quantization.parse(quantization)  # raises for a wrong name before anything is measured
+        Quantization.parse(quantization)  # raises for an invalid name before anything is measured
     examples = {
         task: tuple(map(list, zip(*heldout_examples(task, scenes), strict=True))) for task in TASKS
     }
@@ -95,16 +96,16 @@ def decoded_logits(
 
 
 def layer_rows(preset: str, columns: int = 8, seed: int = 0) -> Iterator[Row]:
-    """A row for each format: bits per weight, and the relative errors of weights and of products,
-    root mean square over the matrices of one decoder layer.
+    """Yield a row for each format: bits per weight, and the relative errors of weights and of
+    products, root mean square over the matrices of one decoder layer.
 
     The weights are normal. Beside them are the errors of bitsandbytes on the same weights, where it
     is installed and has the format.
 
     Args:
-        preset: Gives the shapes.
+        preset: Preset with the shapes of the layer.
         columns: Vectors that each matrix is multiplied with.
-        seed: Of weights and vectors.
+        seed: Seed of weights and vectors.
     """
     rng, config = np.random.default_rng(seed), PaliGemmaConfig.preset(preset)
     pairs = []
@@ -186,8 +187,8 @@ def print_table(
         scenes: Scenes for each task.
         quantize: Quantizations to compare with the dense model.
         model: Checkpoint.
-        dtype: Of the dense parameters; by default float32 on a CPU, else the checkpoint's.
-        layer: Preset whose decoder layer to measure, 3b-224 for example.
+        dtype: Dtype of the dense parameters; by default float32 on a CPU, else the checkpoint's.
+        layer: Measure a decoder layer of this preset, such as 3b-224.
     """
     rows = layer_rows(layer) if layer else accuracy_rows(scenes, quantize, model, dtype)
     for number, row in enumerate(progress_bar(rows, "formats", unit="format")):

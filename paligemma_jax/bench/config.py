@@ -13,12 +13,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _arg(metavar: str, default: str | None = None):
-    """A flag's metavar, and its default in the help."""
+    """Return a flag's metavar, with its default in the help."""
     hint = f"(default: {default})" if default else None
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
 
 Numbers = Annotated[tuple[int, ...], _arg("N [N ...]")]
+EMPTY = tyro.conf.arg(help_behavior_hint="(default: none)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class BenchConfig:
     """Compile every layer (list), or one layer that a loop runs (stack)."""
     cached: Annotated[tuple[int, ...], _arg("N [N ...]", "none")] = ()
     """Also time decoding with this many tokens in the cache."""
-    against: tuple[Literal["transformers", "transformers-compile"], ...] = ()
+    against: Annotated[tuple[Literal["transformers", "transformers-compile"], ...], EMPTY] = ()
     """Compare with transformers, or with transformers and torch.compile, on the same weights, dtype
     and inputs. Runs alternate."""
     dtype: Annotated[str | None, _arg("NAME", "bfloat16; float32 on a CPU")] = None
@@ -49,8 +50,8 @@ class BenchConfig:
     depth: Annotated[int | None, _arg("N", "all")] = None
     """Number of layers in each tower, at full width, for models that do not fit into memory."""
     repeats: int = 5
-    """Timed runs, after one to warm up."""
-    train: tuple[Literal["all", "lora", "qlora"], ...] = ()
+    """Number of timed runs, after one warmup run."""
+    train: Annotated[tuple[Literal["all", "lora", "qlora"], ...], EMPTY] = ()
     """Measure training steps instead of generation: of all weights, LoRA, or LoRA on nf4. With
     --repeats 0, only compile and report the memory."""
     remat: Literal["none", "full", "dots"] = "none"

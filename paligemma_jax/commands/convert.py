@@ -33,7 +33,7 @@ Numerics = Annotated[
     Literal["transformers", "big_vision"] | None,
     flag("{transformers,big_vision}", "the one that SRC implies"),
 ]
-Format = Annotated[str | None, flag("FORMAT", "that of SRC, in jax; otherwise none")]
+Format = Annotated[str | None, flag("FORMAT", "that of SRC with --to jax; otherwise none")]
 Config = Annotated[str | None, flag("PATH", "the checkpoint's own")]
 Size = Annotated[str | None, flag("SIZE", "the shards of SRC, or 5GB")]
 
@@ -62,7 +62,7 @@ def convert(
     Args:
         source: Checkpoint to convert: a Hugging Face directory, a converted checkpoint, or a
             big_vision .npz.
-        destination: Output directory, or .npz file for big_vision. It appears when it is complete.
+        destination: Output directory, or .npz file for big_vision. It appears once it is complete.
         to: Format to write.
         dtype: Dtype of every tensor.
         resolution: Resize the position embeddings for images of this size.
@@ -148,7 +148,7 @@ def _print_tensors(checkpoint: Checkpoint, to: str) -> None:
 
 @contextmanager
 def _progress(name: str, nbytes: int) -> Iterator[Progress]:
-    """A bar on a terminal. In a log, lines from half a minute on: short conversions print none."""
+    """Show a progress bar on a terminal, or print lines to a log after the first half minute."""
     from paligemma_jax.data.progress import progress_bar
 
     leave = sys.stderr.isatty()

@@ -47,9 +47,9 @@ def demo(
     predictors = {
         name: ModelOptions(name, dtype, numerics, quantize, mesh).load() for name in model
     }
-    for predictor in predictors.values():  # compile before the first visitor comes
+    for predictor in predictors.values():  # compile before the first visitor arrives
         next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that uploads are deleted then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the uploads, too
     with serve(predictors, limits, host, port, users) as address:
         print(f"{address}  (press Ctrl-C to stop)", flush=True)
         Event().wait()

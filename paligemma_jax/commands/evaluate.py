@@ -54,10 +54,10 @@ def evaluate(
         max_new_tokens: Maximum length of an answer in tokens.
         batch_size: Rows per batch.
         beams: Beam search of this width; 1 is greedy decoding.
-        answers: Do not run the model, but evaluate these answers: JSONL of rows with answer, or the
-            --output of predict or evaluate.
+        answers: Evaluate these answers instead of running the model: JSONL of rows with answer, or
+            the --output of predict or evaluate.
         against: Another run on the same rows to compare with: its --output or answers.jsonl.
-        by: Field of the rows with the kind of question; the report has a table by kind.
+        by: Field of a row that names the kind of question; the report has a table by kind.
         cases: Number of cases per section of the report.
         bootstrap: Number of bootstrap resamplings for the intervals.
         resume: Continue with the answers in --output.
@@ -126,7 +126,7 @@ def _answer(
     if processes > 1:
         raise ValueError(
             f"evaluate runs in one process, got {processes}: run predict in all of them, then "
-            "evaluate --answers with its --output in one"
+            "evaluate --answers on its --output in one"
         )
     predict(
         source.load(),

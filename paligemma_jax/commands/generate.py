@@ -40,12 +40,12 @@ def generate(
     Example: paligemma-jax generate --image a.jpg --prompt "detect cat" --draw b.jpg
 
     Args:
-        image: Image files: one per prompt, or one for all prompts. For several images in one
-            prompt, write <image> into it for each.
+        image: Image files: one per prompt, or one for all prompts. To use several images in
+            one prompt, write <image> into it for each.
         prompt: Prompts such as "caption en", "answer en where is the cat?" or "detect cat": one
             per image, or one for all images.
         draw: Draw the boxes and masks of all answers about an image to this file. With several
-            images, to boxes-1.png, boxes-2.png, ...
+            images, the files are boxes-1.png, boxes-2.png, ...
         json: Print one JSON object per line with image, prompt and answer, instead of text.
     """
     from paligemma_jax.processing.image import load_image
@@ -75,11 +75,11 @@ def generate(
 
 
 def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
-    """The file to draw each image to. ValueError, before any computation, if it is invalid."""
+    """Return the file to draw each image to. Raises ValueError if one is invalid."""
     from PIL import Image
 
     if any(len(group) > 1 for group in groups):
-        raise ValueError("--draw supports one image per prompt: a box does not name its image")
+        raise ValueError("--draw supports one image per prompt: a box does not specify its image")
     file, paths = Path(draw), list(dict.fromkeys(path for (path,) in groups))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--draw must be an image file such as boxes.png or boxes.jpg, got {draw}")
@@ -90,7 +90,7 @@ def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
 
 
 def _draw(image: Image, answers: list[Detections], file: Path) -> None:
-    """Draw all answers on one image; report what they contain besides boxes on stderr."""
+    """Draw all answers on one image, and report anything in them but boxes on stderr."""
     from convert.files import atomic_output
     from paligemma_jax.processing.locations import draw
 
@@ -103,10 +103,10 @@ def _draw(image: Image, answers: list[Detections], file: Path) -> None:
 
 
 def _pair(images: list[str], prompts: list[str]) -> tuple[list[list[str]], list[str]]:
-    """The images of each prompt, and the prompts.
+    """Return the images of each prompt, and the prompts.
 
-    A prompt has as many images as `<image>` in it, else one. A single prompt or image is used for
-    all of the others.
+    A prompt takes one image per `<image>` in it, or one image without any. A single prompt or image
+    is used for all of the others.
     """
     for name, values in (("image", images), ("prompt", prompts)):
         if not values:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def flag(metavar: str, default: str | None = None):
-    """A flag's metavar, and what the help says of a default of None."""
+    """Return a flag's metavar, with the help text for a default of None."""
     hint = f"(default: {default})" if default else None
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
@@ -51,8 +51,8 @@ class ModelOptions:
     """Storage format of weights: int8, int4, nf4 (the decoder's projections), or a list by part,
     such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""
     mesh: Mesh = None
-    """Devices to shard over: data=2,fsdp=4,tensor=2 (1 if left out), or auto for all devices of
-    this process."""
+    """Devices to shard over: data=2,fsdp=4,tensor=2 (axes left out have size 1), or auto for all
+    devices of this process."""
     hosts: Hosts = None
     """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. Also read
     from PALIGEMMA_JAX_HOSTS."""
@@ -77,7 +77,7 @@ class ModelOptions:
         return hosts.process_part(self.hosts)
 
     def settings(self) -> dict[str, str | None]:
-        """The options that must not change when answers are resumed; devices may."""
+        """Return the options that must not change on resume; devices may."""
         options = asdict(self)
         del options["mesh"], options["hosts"]
         return options
@@ -102,22 +102,22 @@ class DecodingFlags:
     min_p: Number = None
     """Sample only from tokens at least this fraction as likely as the most likely one."""
     repetition_penalty: Number = None
-    """Divide the logits of tokens that prompt or answer already contain; 1 disables it."""
+    """Penalty on the logits of tokens already in the prompt or the answer; 1 disables it."""
     best_of: Count = None
     """Draw this many samples and keep the most likely one."""
     beams: Count = None
     """Use beam search with this many beams."""
     length_penalty: float = 1.0
-    """Divide beam scores by the length to this power."""
+    """Exponent of the length that beam scores are divided by; 0 disables the division."""
     seed: int = 0
-    """Random seed, to which the number of the prompt, or of its line in a data set, is added."""
+    """Random seed. The number of the prompt, or of its line in a data set, is added to it."""
     min_new_tokens: int = 0
     """Minimum length of an answer in tokens."""
     stop: Stops = ()
     """End an answer before the first of these texts."""
 
     def options(self) -> DecodingOptions:
-        """The options without the seed. ValueError if flags are invalid or contradictory."""
+        """Return the options without the seed. Raises ValueError for invalid flags."""
         from paligemma_jax.inference.options import DecodingOptions
 
         return DecodingOptions(
@@ -148,17 +148,17 @@ Decoding = Annotated[DecodingFlags, tyro.conf.arg(name="")]  # flags without a p
 
 
 def require_file(flag: str, file: str) -> None:
-    """ValueError, before a model is loaded, if the file of a flag does not exist."""
+    """Raise ValueError if the file of a flag does not exist."""
     if not Path(file).is_file():
         raise ValueError(f"{flag} {file}: no such file")
 
 
 def require_parent(flag: str, file: str | None) -> None:
-    """ValueError, before any computation, if the directory of an output file does not exist."""
+    """Raise ValueError if the directory of an output file does not exist."""
     if file and not Path(file).parent.is_dir():
         raise ValueError(f"{flag} {file}: no such directory: {Path(file).parent}")
 
 
 def dumps(value: object) -> str:
-    """One line of JSON."""
+    """Return one line of JSON."""
     return json.dumps(value, ensure_ascii=False)

@@ -40,10 +40,9 @@ def parity(
     Args:
         model: Checkpoint as for generate, or a preset with random weights (3b-224, 10b-448,
             28b-896, pg1-3b-224, ...).
-        dtype: float32, or bfloat16, where each model's error against float32 is measured and the
-            two errors are compared.
-        numerics: transformers or big_vision. For big_vision, transformers is adapted; the report
-            lists how.
+        dtype: float32, or bfloat16 to compare the errors of both models against float32.
+        numerics: transformers or big_vision. For big_vision, transformers is adapted as the
+            report describes.
         image: Image files: one for each prompt, or one for all of them.
         prompt: Prompts.
         suffix: Answers to compute the logits of, one for each prompt.

@@ -25,7 +25,7 @@ def plan(
     table: File = None,
     json: bool = False,
 ) -> None:
-    """Plan what fits on accelerators, and how fast it runs, without having any.
+    """Plan what fits on accelerators, and how fast it runs, without access to them.
 
     Example: paligemma-jax plan --model 28b-224 --batch 4 --on v5e:2x4
 
@@ -33,8 +33,8 @@ def plan(
         search: Try every mesh of the chips, every --remat and all --batches, and report the
             fastest that fits.
         batches: Batch sizes to try with --search.
-        table: Instead, plan the published sizes on four TPU slices and print the tables. Plans are
-            kept in this file, and a second run continues from it.
+        table: Plan the published sizes on four TPU slices instead, and print the tables. Plans are
+            saved in this file, and a second run continues from it.
         json: Print one JSON object per plan. With --search, the last one repeats the fastest plan
             that fits, with "fastest": true.
     """

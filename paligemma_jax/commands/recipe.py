@@ -36,17 +36,17 @@ def recipe(
     Args:
         name: textvqa, vqav2, docci, refcoco-detect, refcoco-segment, chartqa, docvqa or
             coco-captions.
-        size: Model size, on which the learning rate depends.
+        size: Model size, which determines the learning rate.
         resolution: Image size in pixels.
         files: Files of the data set as published, to convert to --output: for docvqa
             val_v1.0_withQT.json, for vqav2 the questions and the annotations, for refcoco
             refs(unc).p and instances.json. Without files, the recipe is shown.
         images: Directory of the images of --files.
-        output: JSONL to write.
-        split: Convert this split only, of files that have several.
-        prompt: Replaces the recipe's prompt; {} stands for the question or expression.
+        output: JSONL file to write.
+        split: Convert only this split, if the files contain several.
+        prompt: Prompt to use instead of the recipe's; {} stands for the question or expression.
         every_answer: Write one row per answer, to train on all of them.
-        codec: vae-oid.npz, with which refcoco-segment encodes masks in the answers.
+        codec: Mask codec (vae-oid.npz) that refcoco-segment encodes masks with.
         json: Print the recipe as one JSON object.
     """
     from paligemma_jax.data.recipes import RECIPES
@@ -58,7 +58,7 @@ def recipe(
         from paligemma_jax.data.datasets import convert
 
         if output is None:
-            raise ValueError("--files needs --output, the JSONL to write")
+            raise ValueError("--files requires --output, the JSONL file to write")
         rows = convert(name, files, images, output, split, prompt, every_answer, codec)
         print(f"{rows} rows: {output}")
         return

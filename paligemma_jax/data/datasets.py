@@ -65,14 +65,14 @@ def convert(
         rows: list[DataRow] = list(converter(source))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{names}: not as published ({reason}); expected {expected}") from None
+        raise ValueError(f"{names}: unexpected content ({reason}); expected {expected}") from None
     if not rows:
         raise ValueError(f"no rows{f' of split {split}' if split else ''} in {names}")
     image_files = dict.fromkeys(str(row["image"]) for row in rows)
     missing = [file for file in image_files if not os.path.exists(file)]
     if missing:
         raise ValueError(
-            f"{len(missing)} images are missing, {missing[0]} for one: "
+            f"{len(missing)} images are missing, such as {missing[0]}: "
             "pass their directory with --images"
         )
     if every_answer:

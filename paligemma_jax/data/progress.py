@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a line every so often in a log file."""
+"""A progress bar on a terminal, periodic lines in a log file."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def progress_bar(
     unit_scale: bool = False,
     interval: float = 30.0,
 ) -> tqdm | ProgressLines:
-    """Report progress on stderr: a tqdm bar on a terminal, else a plain line every so often.
+    """Report progress on stderr: a tqdm bar on a terminal, else periodic plain lines.
 
     Args:
         iterable: Items to count as they are consumed; without it, call `update`.
-        desc: What is being done.
-        total: Number of units in all; by default the length of `iterable`.
+        desc: Label.
+        total: Total number of units; by default the length of `iterable`.
         unit: Name of one unit.
         show: Whether to report; by default in the first process of a run only.
-        initial: Units that were done before.
-        leave: Keep the bar at the end. Without it, a log gets lines from `interval` on only.
+        initial: Units that are already done.
+        leave: Keep the bar at the end. If False, a log gets no line before `interval`.
         unit_scale: Write 1.5M for 1500000.
         interval: Seconds between two lines.
     """
@@ -51,7 +51,7 @@ def progress_bar(
 
 
 class ProgressLines:
-    """What a tqdm bar does, for an stderr that is not a terminal.
+    """A replacement for tqdm when stderr is not a terminal.
 
     Prints a line after the first update, then every `interval` seconds, and at the end. The rate
     counts from the first update, so that compilation does not distort it.

@@ -1,4 +1,4 @@
-"""Convert data sets from the files in which they are published to rows.
+"""Convert published data sets from their original files to rows.
 
 A row has image, prefix, suffix (the most frequent answer), answers (all of them), id, and type
 where the data set has kinds of questions. RefCOCO's rows are in `refcoco`.
@@ -17,7 +17,7 @@ from typing import Any
 from paligemma_jax.data.jsonl import DataRow, read_jsonl
 from paligemma_jax.processing.mask_codec import MaskCodec
 
-# What others publish, unchecked: `convert` reports the KeyError or TypeError of a wrong file.
+# Unchecked JSON of a published file. `convert` reports its KeyErrors and TypeErrors.
 Published = Any
 
 
@@ -38,7 +38,7 @@ class PublishedFiles:
         return [_read_json(path) for path in self.files if path.suffix != ".p"]
 
     def items(self, key: str) -> list[Published]:
-        """The list named `key` of whichever file has it."""
+        """The list named `key`, from the file that contains it."""
         for content in self.contents:
             if isinstance(content, dict) and isinstance(content.get(key), list):
                 return content[key]
@@ -46,7 +46,7 @@ class PublishedFiles:
         raise ValueError(f"none of {names} has {key!r}: pass the files as they are published")
 
     def includes(self, split: str) -> bool:
-        """Whether rows of a split are to be converted."""
+        """Whether to convert the rows of a split."""
         return self.split in (None, split)
 
     def row(
@@ -98,7 +98,7 @@ def docci(source: PublishedFiles) -> Iterator[DataRow]:
 
 
 def chartqa(source: PublishedFiles) -> Iterator[DataRow]:
-    """test_human.json and test_augmented.json, images in png; the files are the types."""
+    """test_human.json and test_augmented.json, images in png; the type of a row is its file."""
     for path, content in zip(source.files, source.contents, strict=True):
         kind = path.stem.rpartition("_")[2]
         for number, item in enumerate(content):

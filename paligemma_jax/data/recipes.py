@@ -127,8 +127,8 @@ RECIPES = {
         learning_rate=_rates(1e-5, 3e-6, 1e-6),
         source="the report (B.5) gives no figures: it used the protocol of PaliGemma "
         "(arXiv:2407.07726, 3.2.4), which tries 1 to 100 epochs and learning rates of 3e-6 to "
-        "3e-5. Here: the middle of each, and lower rates for larger models, as the report advises "
-        "(4.1.2); the prompt of captions",
+        "3e-5. This recipe uses the middle of each range, lower rates for larger models, as the "
+        "report advises (4.1.2), and the prompt for captions",
     ),
     "refcoco-detect": replace(
         REFCOCO,
@@ -136,7 +136,7 @@ RECIPES = {
         prompt="detect {}",
         metrics=("box_accuracy", "box_iou"),
         source="big_vision refcoco_seg, which trains on box and mask at once; "
-        "the prompt of detection in pre-training",
+        "the detection prompt of pretraining",
     ),
     "refcoco-segment": REFCOCO,
     "chartqa": Recipe(

@@ -1,4 +1,4 @@
-"""Convert RefCOCO, RefCOCO+ and RefCOCOg from the files in which they are published to rows.
+"""Convert RefCOCO, RefCOCO+ and RefCOCOg from their original files to rows.
 
 Rows also have object (the id of the annotation), boxes, labels and, to segment, mask.
 """
@@ -73,7 +73,7 @@ def _mask_tokens(mask: np.ndarray, box: Box, codec: MaskCodec | None) -> str:
 def _references(source: PublishedFiles) -> Iterator[_Reference]:
     path = next((path for path in source.files if path.suffix == ".p"), None)
     if path is None:
-        raise ValueError("no refs(...).p among the files: it contains RefCOCO's expressions")
+        raise ValueError("--files must include refs(...).p, which contains RefCOCO's expressions")
     images = {item["id"]: item for item in source.items("images")}
     annotations = {item["id"]: item for item in source.items("annotations")}
     for ref in read_pickle(path):
@@ -93,9 +93,9 @@ def _references(source: PublishedFiles) -> Iterator[_Reference]:
 
 
 class _DataUnpickler(pickle._Unpickler):
-    """Unpickles lists, dicts, strings and numbers. No code can run without `find_class`.
+    """Unpickles only lists, dicts, strings and numbers. Without `find_class`, no code can run.
 
-    `pickle.Unpickler`, in C, allocates a table of whatever size a file of 20 bytes asks for.
+    The C implementation, `pickle.Unpickler`, would let a 20-byte file allocate a table of any size.
     """
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
@@ -110,7 +110,7 @@ def read_pickle(path: Path) -> Published:
     """
     try:
         return _DataUnpickler(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # damaged files raise errors of every kind
+    except Exception as error:  # damaged files raise many types of exceptions
         raise ValueError(
             f"{path} is not a pickle file of plain data ({str(error) or type(error).__name__})"
         ) from None
@@ -120,7 +120,8 @@ def rasterize(shape: Published, size: Size) -> Image.Image:
     """Draw a COCO segmentation as an image of 0 and 255.
 
     Args:
-        shape: Polygons [x, y, x, y, ...], or uncompressed run lengths down the columns, of 0 first.
+        shape: Polygons [x, y, x, y, ...], or uncompressed run lengths in column order, starting
+            with zeros.
         size: Width and height in pixels.
     """
     if isinstance(shape, dict):

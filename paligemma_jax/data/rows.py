@@ -24,7 +24,7 @@ MAX_ERRORS = 5  # errors of a file that are listed
 
 
 class RowSource(Protocol):
-    """Rows by number: a list, a data set, or a random access source of grain."""
+    """Rows by index: a list, a data set, or a random access source of grain."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class Example:
     prefix: str
     suffix: str
     weight: float
-    line: int  # in the file, or its number in the source
+    line: int  # line number in the file, or index in the source
 
 
 def read_examples(
@@ -47,7 +47,7 @@ def read_examples(
 
     Args:
         file: Image paths are relative to it. Rows may have more fields.
-        check: Raises a ValueError for an example that the model cannot take.
+        check: Raises a ValueError for an example that the model cannot process.
 
     Raises:
         ValueError: There is no such file, it has no rows, or rows cannot be used.
@@ -79,7 +79,7 @@ def make_example(
 
     Args:
         row: A dict as above, or an `Example`, which is returned unchanged.
-        line: Where the row comes from.
+        line: The line or index of the row.
         folder: Image paths are relative to it.
         requires_suffix: Training needs a suffix; for inference it is dropped.
 
@@ -112,7 +112,7 @@ def make_example(
 
 
 def _image_errors(examples: list[Example]) -> dict[int, str]:
-    """Errors by line. Each file is decoded once, by one of the processes."""
+    """Return errors by line number. Each file is decoded once, in a pool of processes."""
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     paths = paths[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor() as pool:
@@ -134,7 +134,7 @@ def _image_error(path: ImageSource) -> str | None:
             image.load()
     except FileNotFoundError:
         return f"no such image: {path}"
-    except Exception as error:  # Pillow's decoders raise errors of every kind
+    except Exception as error:  # Pillow's decoders raise many types of exceptions
         return f"{path} is not a readable image ({error})"
     return None
 
@@ -158,13 +158,13 @@ def count_rows(name: str, source: RowSource) -> int:
         count = len(source)
     except TypeError:
         raise ValueError(
-            f"{name} must be a list, a data set or a grain MapDataset, which have a length; "
+            f"{name} must have a length, like a list, a data set or a grain MapDataset, "
             f"got {type(source).__name__}"
         ) from None
     if count >= 2**32:
         raise ValueError(
-            f"{name} must have fewer than 2**32 rows, got {count}: do not repeat the data set, "
-            "--epochs and --steps do that"
+            f"{name} must have fewer than 2**32 rows, got {count}: do not repeat the data set; "
+            "use --epochs or --steps"
         )
     return count
 

@@ -31,7 +31,7 @@ class Case:
     """
 
     row: DataRow
-    folder: Path  # that the paths of the row are relative to
+    folder: Path  # base of the paths in the row
 
     @property
     def answer(self) -> str:
@@ -63,14 +63,14 @@ class Case:
 
     @cached_property
     def detections(self) -> Detections:
-        """The objects of the answer, with scores if the row has "pieces"."""
+        """The objects in the answer, with scores if the row has "pieces"."""
         pieces = self.row.get("pieces")
         text = [(piece, value) for piece, value in pieces] if pieces else self.answer
         return parse_detections(text, self.size)
 
     @cached_property
     def reference_detections(self) -> list[Detection]:
-        """The objects that the answer should have."""
+        """The reference objects."""
         if "boxes" in self.row:
             boxes = self.row["boxes"]
             labels = self.row.get("labels", [""] * len(boxes))
@@ -81,11 +81,11 @@ class Case:
         return parse_detections(self.references[0], self.size)
 
     def mask(self, codec: MaskCodec | None) -> np.ndarray | None:
-        """bool[H, W]: the first mask of the answer, if any."""
+        """bool[H, W]: the first mask in the answer, if any."""
         return _first_mask(self.detections, self.size, codec)
 
     def reference_mask(self, codec: MaskCodec | None) -> np.ndarray:
-        """bool[H, W]: the mask that the answer should have."""
+        """bool[H, W]: the reference mask."""
         if "mask" in self.row:
             file = self.folder / self.row["mask"]
             if not file.is_file():
@@ -114,7 +114,7 @@ class Case:
 
 
 def _bounding_box(mask: np.ndarray) -> Box:
-    """Left, top, right, bottom."""
+    """Return left, top, right, bottom."""
     columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
     if not len(rows):
         return 0.0, 0.0, 0.0, 0.0
@@ -157,7 +157,7 @@ def collect(data: Path, folder: Path) -> list[Case]:
         if answered is None:
             raise ValueError(
                 f"{folder} is not finished: rows of {data} have no answer yet; "
-                "--resume to answer the rest"
+                "use --resume to answer the rest"
             )
         rows.append(answered)
     return [Case(row, data.parent) for row in rows]
@@ -179,11 +179,11 @@ def load_answers(file: Path, data: Path) -> list[Case]:
 
 
 def check_same_rows(ours: Sequence[Case], theirs: Sequence[Case], name: str) -> None:
-    """Raise a ValueError if the rows of `name`, which are theirs, do not match ours in order."""
+    """Raise a ValueError unless the rows of the other run, `name`, match ours in order."""
     for number, cases in enumerate(zip(ours, theirs, strict=False), 1):
         mine, other = [(case.row.get("image"), case.row.get("prefix")) for case in cases]
         if mine != other:
-            raise ValueError(f"{name} has other rows: row {number} is {other}, expected {mine}")
+            raise ValueError(f"{name} has different rows: row {number} is {other}, expected {mine}")
     if len(ours) != len(theirs):
         raise ValueError(f"{name} has {len(theirs)} rows, expected {len(ours)}")
 

@@ -1,4 +1,4 @@
-"""What each metric compares: the predictions and references of cases."""
+"""Extract the predictions and references of cases that each metric compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from paligemma_jax.processing.mask_codec import MaskCodec
 
 
 class LazyMasks(Sequence[np.ndarray | None]):
-    """Masks that are computed on access, because those of all cases would fill the memory."""
+    """Masks computed on access, because those of all cases would not fit in memory."""
 
     def __init__(self, mask: Callable[[Case], np.ndarray | None], cases: Sequence[Case]):
         self.mask, self.cases = mask, cases
@@ -29,7 +29,7 @@ def score_cases(name: str, cases: Sequence[Case], codec: MaskCodec | None = None
     """Score the answers of cases.
 
     Args:
-        name: Of a metric.
+        name: Name of a metric.
         codec: Decodes the masks of answers and references.
 
     Raises:
@@ -50,7 +50,7 @@ def score_cases(name: str, cases: Sequence[Case], codec: MaskCodec | None = None
     for case, objects in zip(cases, references, strict=True):
         if not objects:
             raise ValueError(
-                f"--metric {name} needs a box in every row, and that of {case.row['image']} has "
+                f"--metric {name} needs a box in every row, but that of {case.row['image']} has "
                 "none: use --metric coco"
             )
     boxes = [objects[0].box if objects else None for objects in detections]

@@ -19,7 +19,7 @@ from paligemma_jax.processing.mask_codec import MaskCodec
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of a run. Dicts are by the name of the metric."""
+    """The results of a run. Dicts are keyed by metric."""
 
     about: dict[str, str]  # facts for the report: "model", "data", "against", ...
     cases: Sequence[Case]
@@ -27,7 +27,7 @@ class Evaluation:
     scores: dict[str, np.ndarray]  # float64[N], of each case
     types: dict[str, dict[str, Interval]] = field(default_factory=dict)  # then by kind of question
     differences: dict[str, Difference] = field(default_factory=dict)
-    other_cases: Sequence[Case] = ()  # of the run that this one is compared with
+    other_cases: Sequence[Case] = ()  # of the run to compare with
     score_changes: dict[str, np.ndarray] = field(default_factory=dict)  # float64[N], ours - theirs
     codec: MaskCodec | None = None  # to draw masks
 
@@ -37,9 +37,9 @@ class Evaluation:
         return sum("error" in case.row for case in self.cases)
 
     def json(self) -> dict[str, object]:
-        """The results without those of single cases, for result.json.
+        """The results without those of individual cases, for result.json.
 
-        Values are those of the metrics; papers print those with "percent" times 100.
+        Values are not scaled; papers multiply those with "percent" by 100.
         """
         result: dict[str, object] = {**self.about, "cases": len(self.cases), "failed": self.failed}
         result["metrics"] = {
@@ -68,7 +68,7 @@ class Evaluation:
 
 
 def _numbers(value: Interval) -> dict[str, float | None]:
-    """JSON has no nan."""
+    """Return the numbers of an interval, with None for nan, which JSON lacks."""
     return {name: None if np.isnan(number) else number for name, number in asdict(value).items()}
 
 
@@ -86,7 +86,7 @@ def evaluate(
 
     Args:
         metrics: Names of metrics, or of groups of them.
-        by: The field of a row that has its kind.
+        by: The field of a row with the kind of question.
         samples: Number of bootstrap resamplings.
         codec: Decodes masks, to compare and to draw them.
         against: The same rows, answered by another run.

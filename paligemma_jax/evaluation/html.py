@@ -1,4 +1,4 @@
-"""Report an evaluation as one HTML file that needs no other."""
+"""Report an evaluation as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from paligemma_jax.processing.mask_codec import MaskCodec
 
 SIDE = 360  # pixels along the longer side of an image
 BINS = 20
-# Escaped; shown as a box, because they are drawn.
+# HTML-escaped locations. The page shows a symbol in their place, because the boxes are drawn.
 LOCATIONS = re.compile(r"(?:&lt;loc\d{4}&gt;){4}(?:&lt;seg\d{3}&gt;)*")
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -54,7 +54,7 @@ def html(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
 
     Args:
         count: Number of cases per section.
-        seed: Of the random sample.
+        seed: Seed of the random sample.
     """
     title = escape(evaluation.about.get("model", "Evaluation"))
     facts = [(key, value) for key, value in evaluation.about.items() if key != "model"]
@@ -126,7 +126,7 @@ def _kinds(evaluation: Evaluation, name: str) -> str:
         )
     mean = float(np.nanmean([interval.value for interval in kinds.values()]))
     rows.append(
-        "<tr><th>mean of the kinds</th><td></td>"
+        "<tr><th>mean over kinds</th><td></td>"
         f"<td class=number>{format_value(name, mean)}</td><td class=bar></td><td></td></tr>"
     )
     heading = f"<h2>{METRICS[name].title} by {escape(field)}</h2>"

@@ -1,4 +1,4 @@
-"""Report an evaluation as Markdown, and what the HTML report has in common with it."""
+"""Report an evaluation as Markdown, with helpers that the HTML report shares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paligemma_jax.metrics.registry import METRICS
 
 @dataclass(frozen=True)
 class Section:
-    """Cases to show, by number."""
+    """Cases to show, by index."""
 
     title: str
     cases: Sequence[int]
@@ -52,11 +52,11 @@ def sections(evaluation: Evaluation, count: int = 12, seed: int = 0) -> list[Sec
 
 
 def format_value(name: str, value: float, sign: bool = False) -> str:
-    """A value of a metric as papers print it, or a dash for nan.
+    """Format the value of a metric as in papers; nan becomes a dash.
 
     Args:
-        name: Of the metric.
-        sign: Also write +.
+        name: Name of the metric.
+        sign: Write a plus sign too.
     """
     if np.isnan(value):
         return "–"
@@ -64,7 +64,7 @@ def format_value(name: str, value: float, sign: bool = False) -> str:
 
 
 def format_interval(name: str, interval: Interval, sign: bool = False) -> str:
-    """The ends of an interval; empty if they are nan."""
+    """Format the ends of an interval; nan becomes an empty string."""
     if np.isnan(interval.low):
         return ""
     low, high = format_value(name, interval.low, sign), format_value(name, interval.high, sign)

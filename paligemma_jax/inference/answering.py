@@ -1,4 +1,4 @@
-"""From encoded prompts to answers: in batches, or one answer as a stream of text."""
+"""Answer encoded prompts: in batches, or one prompt as a stream of text."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " 
 def _check_options(
     model: PaliGemma, processor: Processor, prompts: list[EncodedPrompt], options: DecodingOptions
 ) -> DecodingOptions:
-    """Check what depends on the prompts. Returns options that allow nothing but tokens of text."""
+    """Check the options against the prompts. Returns options that allow text tokens only."""
     tokens = processor.padded_length(prompts)
     most = processor.context - tokens
     if options.max_new_tokens > most:
         raise ValueError(
-            f"max_new_tokens must be 1 to {most} with a prompt of {tokens} tokens, "
+            f"max_new_tokens must be from 1 to {most} with a prompt of {tokens} tokens, "
             f"got {options.max_new_tokens}"
         )
     config, allowed = model.config, options.allowed

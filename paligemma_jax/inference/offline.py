@@ -1,6 +1,6 @@
 """Answer a data set of any size: JSONL in, the same rows with their answers out, in order.
 
-A run that was stopped continues where it stopped.
+A run that was stopped can be resumed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def predict(
     settings: Mapping[str, object] = {},
     progress: bool | None = None,
 ) -> OfflineResult:
-    """Answer the rows {"image", "prefix", ...} of a JSONL file, of any number in constant memory.
+    """Answer the rows {"image", "prefix", ...} of a JSONL file of any size in constant memory.
 
     The folder `output` gets answers.jsonl, the rows with an "answer" in the order of `data`, and
     errors.jsonl, with {"line", "error", "row"} for each row that cannot be answered.
@@ -64,13 +64,13 @@ def predict(
         score: Add the log-probability of each answer as "score".
         pieces: Add the text and log-probability of each token as "pieces", from which
             `parse_detections` computes the scores of boxes.
-        seed: The seed of a row is this plus its line number, so samples do not depend on parts
-            or batches.
+        seed: Random seed. The line number of each row is added to it, so that samples do not depend
+            on parts or batches.
         resume: Continue the run in `output`. A killed run loses at most one batch; no row is
             written twice or left out.
         part: (n, m) to answer only the n-th of m equal parts, into answers-0000n-of-0000m.jsonl;
             `cat answers-*` has all of them in order. By default the part of this process among
-            those of jax.distributed. Parts share nothing but the folder.
+            those of jax.distributed. Parts share only the folder.
         settings: Further settings that must not change on resume, such as the model's name.
         progress: Whether to report progress; see `progress_bar`.
 
@@ -127,7 +127,7 @@ def predict(
 class _Job:
     predictor: Predictor
     files: OutputFiles
-    folder: Path  # that image paths are relative to
+    folder: Path  # base of relative image paths
     options: DecodingOptions
     batch_size: int
     seed: int
@@ -169,8 +169,8 @@ class _Job:
         context = self.predictor.processor.context
         if tokens + new > context:
             raise ValueError(
-                f"{tokens} tokens of images and prefix and {new} new tokens are more than "
-                f"the context of {context}"
+                f"{tokens} tokens of images and prefix plus {new} new tokens exceed the context of "
+                f"{context}"
             )
         return prompt
 

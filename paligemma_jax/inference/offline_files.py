@@ -10,7 +10,7 @@ from typing import NotRequired, TypedDict
 
 
 class Record(TypedDict):
-    """The outcome of one row: an answered row, or an error and what the row was."""
+    """The outcome of one row: the answered row, or an error with the original row."""
 
     line: int
     error: NotRequired[str]
@@ -20,12 +20,12 @@ class Record(TypedDict):
 class OutputFiles:
     """answers.jsonl, errors.jsonl and pending.jsonl of one part of a run.
 
-    Of several parts, each has -000n-of-000m in its file names.
+    With several parts, the file names contain -0000n-of-0000m.
 
     Finished batches are appended to the pending file as `Record`s. When a window of batches is
     complete, its errors are appended to the errors file, then its answered rows to the answers
-    file. So after a kill, the number of answers and the lines in the errors file say where to
-    continue.
+    file. After a kill, the number of answers and the lines in the errors file therefore determine
+    where to continue.
     """
 
     def __init__(self, folder: Path, part: int, parts: int):
@@ -50,13 +50,13 @@ class OutputFiles:
         if file.exists():
             check_settings(self.folder, json.loads(file.read_text()), settings)
         else:
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # parts write the same, at once
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")  # parts write it at once
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
             os.replace(temporary, file)
         files = (self.answers, self.errors, self.pending)
         if not resume and any(path.exists() for path in files):
             raise ValueError(
-                f"{self.folder} already contains answers: --resume to continue, "
+                f"{self.folder} already contains answers: use --resume to continue, "
                 "or give another --output"
             )
         for path in files:
@@ -87,7 +87,7 @@ class OutputFiles:
         """Move the records of a complete window to their files, in order."""
         records = [self.waiting[line] for line in lines]
         errors = [record for record in records if "error" in record]
-        _append(self.errors, errors)  # first, see the class
+        _append(self.errors, errors)  # first: see the class docstring
         _append(self.answers, (record["row"] for record in records if "error" not in record))
         self.pending.write_bytes(b"")
         self.answered += len(records) - len(errors)
@@ -107,13 +107,13 @@ def check_settings(folder: Path, before: dict[str, object], now: dict[str, objec
     ]
     if changes:
         raise ValueError(
-            f"{folder} was begun with other settings: {'; '.join(changes)}. "
+            f"{folder} was started with other settings: {'; '.join(changes)}. "
             "Resume with the same settings, or give another --output"
         )
 
 
 def output_files(folder: Path, name: str) -> list[Path]:
-    """The files of "answers" or "errors" in the folder, of all parts, in order."""
+    """Return the "answers" or "errors" files of all parts in the folder, in order."""
     return sorted(folder.glob(f"{name}-?????-of-?????.jsonl")) or [folder / f"{name}.jsonl"]
 
 

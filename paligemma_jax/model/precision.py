@@ -28,7 +28,9 @@ class WeightFormat:
             )
         if self.block not in BLOCKS:
             blocks = ", ".join(map(str, BLOCKS))
-            raise ValueError(f"quantization blocks must be of {blocks}, got {self.block} in {self}")
+            raise ValueError(
+                f"quantization block must be one of {blocks}, got {self.block} in {self}"
+            )
         if self.kind == "int8" and (self.block != 64 or self.double):
             raise ValueError(f"int8 has one scale per output and no blocks, got {self}")
 
@@ -65,7 +67,7 @@ PART_PATTERNS = {
 @dataclass(frozen=True)
 class Quantization:
     """The format of each part of a model: the decoder's projections, the table (embedding and
-    head), the image encoder's projections, the KV cache. None keeps a part as it is.
+    head), the image encoder's projections, the KV cache. None leaves a part unquantized.
 
     Written as "FORMAT,part=FORMAT,..."; the first is the decoder's (see EXAMPLE).
     """
@@ -77,13 +79,13 @@ class Quantization:
 
     @classmethod
     def parse(cls, text: str | None) -> Quantization:
-        """Parse a description. Raises ValueError that names the part it does not understand."""
+        """Parse a description. Raises a ValueError that names an invalid part."""
         parts = {}
         for item in text.split(",") if text else ():
             name, _, value = item.rpartition("=")
             name = name or "decoder"
             if name not in (*PART_PATTERNS, "cache"):
-                raise ValueError(f"{text!r}: a model has no part {name!r}; examples: {EXAMPLE}")
+                raise ValueError(f"{text!r}: unknown part {name!r}; examples: {EXAMPLE}")
             if name in parts:
                 raise ValueError(f"{text!r}: {name} is given twice; examples: {EXAMPLE}")
             if name == "cache" and value not in ("int8", "none"):

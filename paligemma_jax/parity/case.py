@@ -46,8 +46,8 @@ class ParityCase:
 
 
 def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0) -> ParityCase:
-    """Random weights, pixels and ids for any config. Needs no files, and no weight is in memory
-    before it is used."""
+    """Make random weights, pixels and ids for any config. Needs no files; each weight is made when
+    it is used."""
     inputs = synthetic_inputs(config, 1, prompt + suffix, seed)
     length = inputs.tokens.shape[1] - suffix
     targets = np.broadcast_to(np.arange(length + suffix) >= length, inputs.tokens.shape)
@@ -58,8 +58,8 @@ def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0
 
 
 def random_checkpoint(config: PaliGemmaConfig, seed: int = 0) -> Checkpoint:
-    """Random weights, norms and biases included, so that mistakes show. The logits have a standard
-    deviation of about 4."""
+    """Make random weights, norms and biases included, so that mistakes show. The logits have a
+    standard deviation of about 4."""
     dtype = DTYPES[config.dtype]
     tensors = {
         weight.path: weight.from_file(_random_tensor(weight, dtype, seed))
@@ -69,8 +69,8 @@ def random_checkpoint(config: PaliGemmaConfig, seed: int = 0) -> Checkpoint:
 
 
 def _random_tensor(weight: Weight, dtype: np.dtype, seed: int) -> Tensor:
-    """LayerNorm scales are drawn around 1, RMSNorm scales around 0. Attention adds little: over so
-    many random image tokens it would make all tokens alike."""
+    """LayerNorm scales are drawn around 1, RMSNorm scales around 0. Attention adds little, since
+    averages over many random image tokens would make all tokens similar."""
     shape, path = weight.file_shape, weight.path
     mean = 1.0 if path.startswith("vision") and path.endswith("scale") else 0.0
     if path == "decoder/norm/scale":
@@ -106,7 +106,7 @@ def load_parity_case(
     Without images and prompts, a checkpoint is compared on the embedded picture and `EXAMPLES`.
 
     Raises:
-        ValueError: If the arguments do not fit together.
+        ValueError: The arguments do not fit together.
     """
     if model in PRESETS and model != "tiny":
         if images or prompts or suffixes:

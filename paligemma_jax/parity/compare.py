@@ -1,4 +1,4 @@
-"""How far a value is from its reference, and when that is too far."""
+"""Errors of a value against its reference, and their limits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 from paligemma_jax.processing.processor import Inputs
 
 BLOCK = 2**20  # elements at a time in float64
-# Relative errors in float32 that one stage may add. Measured are 1e-6, and 5e-6 for attention
-# weights, whose exponents reach 50.
+# Relative errors in float32 that one stage may add. Measured errors are 1e-6, and 5e-6 for
+# attention weights, whose exponents reach 50.
 LOCAL_LIMIT, WEIGHTS_LIMIT = 4e-6, 2e-5
 ACCUMULATED_LIMIT = 1e-5  # times the square root of the number of layers so far
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
@@ -37,8 +37,8 @@ class StageError:
     """The errors of one stage: accumulated since the inputs, and local (computed from
     transformers' input to the stage).
 
-    In bfloat16 both are measured against float32, and what counts is their ratio to `baseline`,
-    the errors that transformers itself makes in bfloat16.
+    In bfloat16 both are measured against float32, and the limits apply to their ratio to
+    `baseline`, transformers' own errors in bfloat16.
     """
 
     stage: str
@@ -49,7 +49,8 @@ class StageError:
 
     @property
     def checked(self) -> tuple[float, float]:
-        """What the limits apply to: relative errors, in bfloat16 their ratios to the baseline."""
+        """The values that the limits apply to: relative errors, or in bfloat16 their ratios to the
+        baseline."""
         return _checked(self.accumulated, self.baseline[0]), _checked(self.local, self.baseline[1])
 
     @property
@@ -106,7 +107,7 @@ def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
 
 
 def without_padding(stage: str, value: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """A stage's values [n, ...] at valid tokens: what is computed at pads has no effect."""
+    """A stage's values [n, ...] at valid tokens; values at pads have no effect."""
     if not stage.startswith(("decoder", "logits")):
         return value
     valid = inputs.valid[:, None] if stage.endswith("weights") else inputs.valid
@@ -114,7 +115,7 @@ def without_padding(stage: str, value: np.ndarray, inputs: Inputs) -> np.ndarray
 
 
 def error_limits(stage: str, layers: int, by_ratio: bool) -> tuple[float, float]:
-    """The limits (accumulated, local) of a stage after so many layers."""
+    """The limits (accumulated, local) of a stage after `layers` layers."""
     if by_ratio:
         return RATIO_LIMIT, RATIO_LIMIT
     local = WEIGHTS_LIMIT if stage.endswith("weights") else LOCAL_LIMIT

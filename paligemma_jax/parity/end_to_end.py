@@ -21,7 +21,7 @@ TIE = 1e-3  # logits closer than this may swap places in float32
 
 @dataclass(frozen=True)
 class GreedyTokens:
-    """Greedy tokens int32[B, N] of both models, and at each the gap float32[B, N] between
+    """Greedy tokens int32[B, N] of both models, and for each the gap float32[B, N] between
     transformers' two largest logits."""
 
     ours: np.ndarray

@@ -1,4 +1,5 @@
-"""This model stage by stage, each layer's weights read from the checkpoint when it is called."""
+"""Run this model stage by stage, reading each layer's weights from the checkpoint when it is
+called."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ ReadParameter = Callable[[str], Array]
 
 
 class StreamedLayers(Sequence):
-    """The layers of a tower, for `scan_layers`: each is read when called, compiled by itself, and
+    """The layers of a tower, for `scan_layers`: each is read when called, compiled on its own, and
     freed afterwards."""
 
     def __init__(

@@ -13,7 +13,7 @@ from paligemma_jax.parity.run import Report
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Marker and colour of a stage by the end of its name. Red is for failures alone.
+# Marker and color of a stage by the end of its name. Red is for failures alone.
 PARTS = {
     "attention/weights": ("o", "#0072b2"),
     "attention/output": ("s", "#56b4e9"),
@@ -132,7 +132,7 @@ def draw_tokens(report: Report) -> bytes:
 
 
 def _token_edges(report: Report) -> np.ndarray:
-    """Where pads, image, prompt and suffix of the first row meet."""
+    """The boundaries between pads, image, prompt and suffix in the first row."""
     inputs, image_id = report.case.inputs, report.case.checkpoint.config.image_token_id
     kinds = [inputs.targets[0], inputs.tokens[0] == image_id, inputs.valid[0]]
     return np.flatnonzero(np.diff(np.select(kinds, [3, 1, 2], 0))) + 0.5
@@ -153,7 +153,7 @@ def _figure(
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(
-            "drawing a report needs an extra: pip install 'paligemma-jax[parity]'"
+            "figures require the parity extra: pip install 'paligemma-jax[parity]'"
         ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=sharex, squeeze=False)

@@ -1,4 +1,4 @@
-"""What transformers computes of a parity case."""
+"""Run transformers on a parity case."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from paligemma_jax.parity.case import ParityCase
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
-WEIGHTS_FACTOR = 1.5  # memory of a model over its weights: activations, a tensor held twice
-MAX_ATTENTION = 2**29  # bytes of attention weights up to which they are compared
+WEIGHTS_FACTOR = 1.5  # memory of a model over its weights: activations, two copies of a tensor
+MAX_ATTENTION = 2**29  # maximum bytes of attention weights to compare
 
 Stages = dict[str, np.ndarray]
 

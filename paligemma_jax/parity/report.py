@@ -11,7 +11,7 @@ from paligemma_jax.model.config import NUMERICS, Numerics
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.run import Report
 
-# How transformers is made to compute the other profile, by field of `Numerics`.
+# Changes that make transformers compute the other profile, by field of `Numerics`.
 ADAPTATIONS = {
     "sliding_window": "every layer of transformers uses full attention",
     "capped_prefill": "the final softcap is removed from transformers' config",
@@ -39,7 +39,7 @@ RATIO_COLUMNS = ("relative", "transformers", "ratio", "limit") + (
 
 
 def as_dict(report: Report) -> dict:
-    """Plain numbers, for --json."""
+    """Return plain numbers, for --json."""
     tokens = report.tokens
     return {
         "config": asdict(report.config) | {"numerics": report.case.checkpoint.config.numerics},
@@ -61,7 +61,7 @@ def as_dict(report: Report) -> dict:
 
 
 def adaptations(report: Report) -> dict[str, str]:
-    """How transformers was made to compute another profile than its own, by field of `Numerics`."""
+    """The changes that made transformers compute the other profile, by field of `Numerics`."""
     profile, default = report.case.checkpoint.config.profile, NUMERICS["transformers"]
     if profile == default:
         return {}
@@ -85,7 +85,7 @@ def format_report(report: Report) -> str:
 
 
 def summary(report: Report) -> str:
-    """What was compared."""
+    """Describe the comparison in one line."""
     config, inputs = report.config, report.case.inputs
     rows, tokens = inputs.tokens.shape
     return (
@@ -96,17 +96,17 @@ def summary(report: Report) -> str:
 
 
 def cost(report: Report) -> str:
-    """The time and memory that it took."""
+    """Describe the time and memory of the comparison."""
     return f"{report.seconds:.0f} s, peak memory {report.peak_bytes / 2**30:.2f} GiB"
 
 
 def note(report: Report) -> str:
-    """What the columns mean."""
+    """Explain the columns."""
     return RATIO_NOTE if report.by_ratio else FLOAT32_NOTE
 
 
 def verdict(report: Report) -> str:
-    """Whether everything is within tolerance, or where it first is not."""
+    """Report that all is within tolerance, or the first stage that is not."""
     first = report.first_divergence
     if first is None:
         tokens = f", {_compare_tokens(report)}" if report.tokens else ""
@@ -128,7 +128,7 @@ def verdict(report: Report) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """A number as in the tables; empty for None."""
+    """Format a number for the tables; empty for None."""
     if value is None:
         return ""
     if value == 0:

@@ -51,7 +51,7 @@ class ParityConfig:
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
         if self.numerics not in (None, *NUMERICS):
             known = ", ".join(NUMERICS)
-            raise ValueError(f"unknown numerics {self.numerics!r}: must be one of {known}")
+            raise ValueError(f"numerics must be one of {known}, got {self.numerics!r}")
         if self.gradients and self.dtype != "float32":
             raise ValueError(f"--gradients needs --dtype float32, got {self.dtype}")
         if self.new < 0:
@@ -62,7 +62,7 @@ class ParityConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """The errors of all stages, in order of computation, and what the figures show."""
+    """The errors of all stages, in order of computation, and the data of the figures."""
 
     config: ParityConfig
     case: ParityCase
@@ -90,10 +90,10 @@ class Report:
 
 
 def run(config: ParityConfig) -> Report:
-    """Compare what `config` describes.
+    """Run the comparison that `config` describes.
 
     Raises:
-        ValueError: If it cannot be compared.
+        ValueError: The comparison is not possible.
     """
     case = load_parity_case(
         config.model, config.numerics, config.images, config.prompts, config.suffixes, config.depth
@@ -151,5 +151,5 @@ def _check_memory(config: ParityConfig, case: ParityCase) -> None:
             remedy = "give --new 0 to load one layer at a time"
         raise ValueError(
             f"{config.model} needs {needed / 2**30:.0f} GiB of memory, "
-            f"{available / 2**30:.0f} GiB are available: {remedy}"
+            f"but only {available / 2**30:.0f} GiB are available: {remedy}"
         )

@@ -26,7 +26,7 @@ from paligemma_jax.training.losses import token_loss
 
 
 def input_errors(case: ParityCase) -> Iterator[StageError]:
-    """Ids and pixels, which must be bit-identical."""
+    """Yield the errors of ids and pixels, which must be bit-identical."""
     for name, ours, theirs in torch_model.compare_processors(case):
         error = measure_error(ours, theirs)
         yield StageError(name, error, error, (0.0, 0.0))
@@ -35,13 +35,12 @@ def input_errors(case: ParityCase) -> Iterator[StageError]:
 def stage_errors(
     case: ParityCase, stages: Stages, local: Stages, reference: Reference, by_ratio: bool = False
 ) -> Iterator[StageError]:
-    """Every stage and the loss.
+    """Yield the errors of every stage and of the loss.
 
     Args:
-        case: Inputs.
-        stages: Ours, computed from the inputs on.
-        local: Ours, each computed from transformers' stages.
-        reference: transformers'.
+        stages: Our stages, computed from the inputs on.
+        local: Our stages, each computed from transformers' stages.
+        reference: transformers' stages.
         by_ratio: Compare with transformers' own errors, in bfloat16.
     """
     layers, layer = [name for name in stages if re.search(r"layers/\d+$", name)], 0
@@ -71,8 +70,8 @@ def loss_error(
     """The loss of our logits (accumulated) and of transformers' logits (local).
 
     A loss is the mean over n targets of differences between numbers as large as the logits, so a
-    small loss has few digits in float32, in transformers as here. (`tiny` is so sure of its
-    captions that 1e-3 of their loss of 1e-4 is rounding.) The limits allow for that.
+    small loss has few significant digits in float32, in transformers as here. (The caption loss of
+    `tiny` is 1e-4, of which 1e-3 is rounding.) The limits allow for that.
     """
     inputs, own = case.inputs, reference.stages["logits"]
 
@@ -84,19 +83,18 @@ def loss_error(
     theirs = torch_model.compute_loss(own, inputs)
     errors = measure_error(loss(logits), exact), measure_error(loss(own), theirs)
     if by_ratio:
-        # The ratio of two single numbers says nothing. The error may be what rounding to bfloat16
-        # loses.
+        # The ratio of two single numbers is meaningless. Instead, allow for rounding to bfloat16.
         return StageError("loss", *errors, (2**-8, LOSS_LIMIT))
     rounding = np.finfo(np.float32).eps * np.abs(own).max() / inputs.targets.sum() ** 0.5
-    lost = float(rounding / np.abs(theirs[0]))
-    return StageError("loss", *errors, (max(ACCUMULATED_LIMIT, lost), max(LOSS_LIMIT, lost)))
+    floor = float(rounding / np.abs(theirs[0]))
+    return StageError("loss", *errors, (max(ACCUMULATED_LIMIT, floor), max(LOSS_LIMIT, floor)))
 
 
 def compiled_logits_error(
     case: ParityCase, model: PaliGemma, reference: Reference, by_ratio: bool
 ) -> StageError:
-    """The logits of the complete model in one program, as `generate` compiles it. The stages are
-    those of one program per layer."""
+    """The error of the logits of the complete model in one program, as `generate` compiles it. The
+    stages come from one program per layer."""
     logits = np.asarray(scoring.forward(model, case.inputs), np.float32)
     ours, theirs, exact = (
         without_padding("logits", array, case.inputs)

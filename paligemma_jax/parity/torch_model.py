@@ -31,14 +31,14 @@ def build_model(
 ) -> TorchModel:
     """transformers' model without weights: each module reads its own when it is called.
 
-    So no more than the largest tensor has to be in memory, and all that runs is transformers' own
-    code. Attention is eager, the only implementation with Gemma 2's softcap.
+    Only the largest tensor has to fit in memory, and only transformers' own code runs. Attention is
+    eager, the only implementation with Gemma 2's softcap.
 
     Args:
         checkpoint: The weights; they are cast from its dtype to `dtype`.
         directory: Where transformers reads config.json itself. Without one, it gets the
             checkpoint's config.
-        dtype: Of parameters and activations.
+        dtype: Dtype of parameters and activations.
         keep: Keep the weights once they are read.
     """
     try:
@@ -48,7 +48,8 @@ def build_model(
         from transformers.utils import logging
     except ImportError:
         raise ValueError(
-            "comparing with transformers needs an extra: pip install 'paligemma-jax[parity]'"
+            "comparing with transformers requires the parity extra: "
+            "pip install 'paligemma-jax[parity]'"
         ) from None
     logging.set_verbosity_error()
     # Threads cost a small model more in waiting than they save.
@@ -102,7 +103,7 @@ def _stream(module: torch.nn.Module, tensors: dict[torch.nn.Parameter, Tensor], 
 
 def adapt_model(model: TorchModel, numerics: Numerics) -> None:
     """Make transformers compute a profile, as far as its config can express it. Positions are
-    given with the batch."""
+    passed with the batch."""
     text = model.config.get_text_config()
     if not numerics.sliding_window and getattr(text, "layer_types", None):
         text.layer_types[:] = ["full_attention"] * len(text.layer_types)
@@ -163,7 +164,7 @@ def compute_gradients(model: TorchModel, case: ParityCase) -> dict[str, np.ndarr
 def generate_greedily(
     model: TorchModel, inputs: Inputs, numerics: Numerics, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens int32[B, count], and at each the gap float32[B, count] between the two largest
+    """Greedy tokens int32[B, count], and for each the gap float32[B, count] between the two largest
     logits."""
     import torch
 
@@ -185,8 +186,8 @@ def generate_greedily(
 
 
 def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """The name of every model input, its value here, and its value by transformers'
-    PaliGemmaProcessor (on PIL)."""
+    """Yield the name of every model input, its value here, and its value from transformers'
+    PaliGemmaProcessor (with PIL)."""
     from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
 
     if case.processor is None or case.examples is None or case.inputs.images is None:
@@ -215,7 +216,7 @@ def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.n
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
-    """A tensor that shares the array's memory; bfloat16 too, which torch does not take itself."""
+    """A tensor that shares the array's memory; also for bfloat16, which torch does not accept."""
     import torch
 
     if array.dtype.name == "bfloat16":

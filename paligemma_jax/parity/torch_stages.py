@@ -1,4 +1,4 @@
-"""The stages of transformers' model, by forward hooks."""
+"""Record the stages of transformers' model with forward hooks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compute_stages(
 
 
 class StageRecorder:
-    """Hooks that record every stage, and return what is fed in place of it."""
+    """Hooks that record every stage, and replace it by the value fed in its place."""
 
     def __init__(self, fed: Mapping[str, np.ndarray]):
         self.fed = fed
@@ -92,7 +92,7 @@ class StageRecorder:
         self.hooks.callback(module.register_forward_hook(hook).remove)
 
     def record(self, name: str | None, value: torch.Tensor) -> torch.Tensor:
-        """Record a stage, if it has a name, and return what the model continues with."""
+        """Record a stage, if it has a name, and return the value that the model continues with."""
         import torch
 
         if name is None:

@@ -14,7 +14,7 @@ BatchSize = Annotated[
 ]
 Layers = Annotated[
     Literal["stack", "list"] | None,
-    tyro.conf.arg(help_behavior_hint="(default: list to generate, stack to finetune)"),
+    tyro.conf.arg(help_behavior_hint="(default: list for generate, stack for finetune)"),
 ]
 
 
@@ -23,17 +23,17 @@ class PlanConfig:
     """What to plan: a model, a workload and chips to run it on."""
 
     model: str = "3b-224"
-    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...), or a checkpoint. Of a checkpoint,
-    only the config and the formats of quantized weights are read."""
+    """A preset (3b-224, 10b-448, 28b-896, pg1-3b-224, tiny, ...), or a checkpoint. For a
+    checkpoint, only the config and the formats of quantized weights are read."""
     workload: Literal["generate", "finetune"] = "generate"
     """Plan inference or a training step."""
     on: str = "v5e:2x4"
     """The chips: a TPU slice by its shape (v5e:2x4, v5e:4x4, v6e:2x4, v5p:2x2x2) or GPUs by their
-    number (h200x8, a100-80gx3). Programs for TPUs are compiled by the TPU compiler (pip install
-    'paligemma-jax[plan]' in a separate environment), those for GPUs estimated with the CPU
+    count (h200x8, a100-80gx3). Programs for TPUs are compiled by the TPU compiler (pip install
+    'paligemma-jax[plan]' in a separate environment); those for GPUs are estimated with the CPU
     compiler."""
     mesh: str = "auto"
-    """Mesh of the chips: data=2,fsdp=4,tensor=2 (1 if left out), or auto."""
+    """Mesh of the chips: data=2,fsdp=4,tensor=2 (axes left out have size 1), or auto."""
     batch: BatchSize = None
     """Global batch size."""
     text: int = 64
@@ -48,13 +48,13 @@ class PlanConfig:
     """What the backward pass recomputes to save memory: nothing, each layer, or each layer except
     its matrix products."""
     accumulate: int = 1
-    """Gradient accumulation: number of parts that each batch is computed in."""
+    """Number of parts that each batch is split into, to save memory (gradient accumulation)."""
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
     """Optimizer for finetune."""
     layers: Layers = None
-    """Compile each layer (list), or one that a loop runs (stack)."""
+    """Compile every layer (list), or one layer that a loop runs (stack)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """Type of activations and frozen weights."""
+    """Dtype of activations and frozen weights."""
     estimate: bool = False
     """Estimate with the CPU compiler even if the TPU compiler is installed."""
 

@@ -28,8 +28,8 @@ def write_digits(
 
     Args:
         output: Directory to write to.
-        tasks: What to ask. For segment, rows have masks of the ink; only digits that occur once are
-            asked for, so there are fewer rows.
+        tasks: Tasks to write. Rows of segment have masks of the ink, and there are fewer of them:
+            only digits that occur once are segmented.
         rows: Images for each task.
         seed: Seed of the images.
     """

@@ -1,8 +1,8 @@
 """Real handwritten digits as glyphs: cut out along their ink, and bent at random for training.
 
 They are scikit-learn's `load_digits` (1,797 scans of 8x8 pixels, UCI "Optical recognition of
-handwritten digits"). The split into training and held-out scans is fixed before anything is made of
-them, so that no scan is on both sides.
+handwritten digits"). The split into training and held-out scans is fixed before any glyph is made,
+so that no scan is on both sides.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def glyphs(held_out: bool, copies: int = 0, size: int = GLYPH, gain: float = 1.6
     """The scans of one side of the split as glyphs.
 
     Args:
-        held_out: Which side.
+        held_out: Whether to use the held-out side.
         copies: Make this many randomly bent copies of each scan (the same in every process). 0
             makes one that is not bent.
         size: Samples along a side.
@@ -98,8 +98,8 @@ def _cut_out(
 
 
 def glyph_masks(alpha: np.ndarray) -> np.ndarray:
-    """Masks float32[G, 64, 64] of glyphs float32[G, N, N], 1 where there is ink: what `crop_mask`
-    makes of a mask and its box."""
+    """Masks float32[G, 64, 64] of glyphs float32[G, N, N], 1 where there is ink: as `crop_mask`
+    returns them."""
     return np.stack([_resize(glyph, SIDE) > 0.5 for glyph in alpha]).astype(np.float32)
 
 

@@ -17,10 +17,9 @@ from paligemma_jax.processing.tokenizer import Tokenizer
 
 
 def initialize(config: PaliGemmaConfig, tokenizer: Tokenizer, codebook: np.ndarray) -> PaliGemma:
-    """A new model.
+    """Return a new model.
 
     Args:
-        config: Its config.
         tokenizer: Provides the ids of the `<loc>` and `<seg>` tokens.
         codebook: float32[128, E] of the mask codec.
     """

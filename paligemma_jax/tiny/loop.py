@@ -15,7 +15,7 @@ from paligemma_jax.training.trainer import LossFunction, Trainer
 
 Module = TypeVar("Module")
 ArrayBatch = dict[str, np.ndarray]
-MakeBatch = Callable[[int], ArrayBatch]  # of a step's number
+MakeBatch = Callable[[int], ArrayBatch]  # takes the number of a step
 
 
 def train_module(
@@ -29,12 +29,10 @@ def train_module(
     """Train all parameters of a module.
 
     Args:
-        module: What to train.
         config: Optimizer and learning rate.
-        steps: Number of steps.
         loss: As for `Trainer`.
         make_batch: Makes the batch of a step; called in threads, some steps ahead.
-        name: For the progress bar.
+        name: Label of the progress bar.
     """
     trainer = Trainer(module, config, steps, loss=loss)
     state = trainer.start()

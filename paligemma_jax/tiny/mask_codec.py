@@ -1,8 +1,8 @@
 """The recipe of the embedded mask codec: a small VQ-VAE of the shapes of handwritten digits.
 
 As in arXiv:2301.02229, trained first without codes, then with a codebook from k-means. The loss is
-the squared error of the mask drawn from the codes, plus the distance between the codes and what the
-encoder points at (a quarter of that for the encoder).
+the squared error of the mask drawn from the codes, plus the distance between the codes and the
+output of the encoder (a quarter of that for the encoder).
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ BATCH_SIZE = 64
 def reconstruction_loss(
     codec: MaskCodec, batch: dict[str, Array], max_targets: int
 ) -> tuple[Array, Array]:
-    """Without codes."""
+    """The loss without codes."""
     masks = batch["masks"]
     return jnp.square(codec.draw(codec.embed(masks)) - (2 * masks - 1)).mean(), jnp.float32(1)
 
 
 def code_loss(codec: MaskCodec, batch: dict[str, Array], max_targets: int) -> tuple[Array, Array]:
-    """With codes. The gradient of the drawing passes straight through them to the encoder."""
+    """The loss with codes. The gradient of the drawing passes straight through them to the
+    encoder."""
     masks, fixed = batch["masks"], jax.lax.stop_gradient
     x = codec.embed(masks)
     codes = codec.codebook[...][codec.nearest(x)]
@@ -45,7 +46,7 @@ def code_loss(codec: MaskCodec, batch: dict[str, Array], max_targets: int) -> tu
 
 
 def make_batch(masks: np.ndarray, seed: int, step: int) -> ArrayBatch:
-    """Random masks for one step."""
+    """Make a batch of random masks for one step."""
     rng = np.random.default_rng((seed, step))
     return {"masks": masks[rng.integers(len(masks), size=BATCH_SIZE)]}
 
@@ -93,7 +94,7 @@ def make_codec(output: Path, steps: int = 2400, narrow: int = 4, width: int = 32
 
     Args:
         output: File to write, vae-NAME.safetensors.
-        steps: Steps with codes, after a quarter as many without.
+        steps: Training steps with codes, after a quarter as many without codes.
         narrow: Channels of the first convolution.
         width: Size of a code's vector.
     """

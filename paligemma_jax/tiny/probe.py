@@ -58,7 +58,7 @@ def pretraining_batch(step: int, steps: int, size: int, side: int, source: Glyph
     """Images and targets of one step.
 
     Args:
-        step: Its number, out of `steps`.
+        step: Number of the step, out of `steps`.
         steps: Length of the training.
         size: Number of scenes.
         side: Patches along the side of an image.

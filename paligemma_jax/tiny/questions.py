@@ -29,13 +29,13 @@ NUMBERS = ("no", "one", "two", "three", "four")
 
 
 def ask(scenes: Scenes, index: int, task: str, digit: int | None = None) -> tuple[str, str]:
-    """The prompt and the answer of a task about one scene.
+    """Return the prompt and the answer of a task about one scene.
 
     Args:
         scenes: Scenes; to segment, with codes.
         index: Which scene.
         task: A key of `PROMPTS`.
-        digit: What to detect or segment. If the scene does not have it, the answer is empty.
+        digit: Digit to detect or segment. If the scene does not have it, the answer is empty.
     """
     names = [str(label) for label in scenes.digits(index)]
     if task == "caption":

@@ -54,7 +54,7 @@ CONFIG = FinetuneConfig(
 
 
 class Questions:
-    """Varied scenes with a question each, by number. Of five questions, two ask for masks, one for
+    """Varied scenes with one question each, by index. Of five questions, two ask for masks, one for
     boxes, one for the text, and one for a caption or a count."""
 
     def __init__(self, rows: int):
@@ -75,12 +75,12 @@ class Questions:
 def make_tiny(output: Path, pretraining_steps: int = 5000, steps: int = 6000) -> None:
     """Train the embedded checkpoint `assets/tiny` again, in about 100 CPU-minutes.
 
-    Run again with the same --output, it continues where it was stopped.
+    To continue a stopped run, run it again with the same --output.
 
     Args:
         output: Directory to write to. Receives tiny/ and digits.jpg at the end.
-        pretraining_steps: Steps of the image encoder alone.
-        steps: Steps of the complete model.
+        pretraining_steps: Training steps of the image encoder alone.
+        steps: Training steps of the complete model.
     """
     start, final = output / "start", output / "tiny"
     if output.exists() and any(output.iterdir()) and not start.exists():
@@ -155,6 +155,6 @@ def save_tiny(directory: Path, model: PaliGemma, dtype: str) -> None:
     images.image_seq_length = vision.num_patches  # type: ignore[attr-defined]
     tokenizer = GemmaTokenizer.from_pretrained(str(directory), local_files_only=True)
     processor = PaliGemmaProcessor(images, tokenizer)
-    for key in ("vocab_file", "is_local", "local_files_only"):  # how the file was found here
+    for key in ("vocab_file", "is_local", "local_files_only"):  # where the file was loaded from
         processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(str(directory))

@@ -20,7 +20,7 @@ CONFIG = FinetuneConfig(data="", output="", batch_size=32, save_every=200)
 
 
 class Sums:
-    """Scenes with the sum of their digits, by number."""
+    """Scenes with the sum of their digits, by index."""
 
     def __init__(self, rows: int, held_out: bool = False):
         self.rows, self.seed = rows, int(held_out)
@@ -56,7 +56,7 @@ def teach_sums(
     learning_rate: float = 3e-3,
 ) -> None:
     """Teach a model to add digits, in minutes on two CPU cores, and print the fraction of correct
-    answers about 500 scenes of held-out digits before and after.
+    answers on 500 scenes of held-out digits before and after.
 
     Examples:
         python -m paligemma_jax.tiny.sums --output DIR

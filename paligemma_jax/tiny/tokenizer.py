@@ -57,7 +57,7 @@ def train_tokenizer(path: Path, pieces: int = 448) -> None:
 
 
 def _serialize_piece(piece: str) -> bytes:
-    """One more piece of a serialised model: concatenated protobuf messages are merged, and their
+    """Serialize a piece to append to a model: concatenated protobuf messages are merged, and their
     repeated fields appended."""
     text = piece.encode()
     message = b"\x0a" + bytes([len(text)]) + text  # the piece

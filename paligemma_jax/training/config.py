@@ -13,7 +13,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from paligemma_jax.model.precision import Quantization
 
-# Names that --train takes, and the paths of the parameters that each one trains.
+# Names that --train accepts, and the paths of the parameters that each trains.
 TRAIN_PATTERNS = {
     "all": r".*",
     "decoder": r"decoder/.*",
@@ -81,24 +81,24 @@ class FinetuneConfig:
     lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
 
     steps: int | None = None
-    """Number of optimizer steps. By default set by --epochs."""
+    """Number of optimizer steps. By default computed from --epochs."""
     epochs: float = 1.0
     """Passes over the data, if --steps is not given."""
     batch_size: int = 8
     """Rows per optimizer step."""
     accumulate: int = 1
-    """Number of parts to compute each batch in, to save memory. The gradient does not change."""
+    """Number of parts that each batch is split into, to save memory; the gradient is the same."""
     learning_rate: float = 2e-5
     """Peak learning rate."""
     vision_rate: float = 1.0
-    """Factor on the learning rate of the image encoder."""
+    """Multiplier for the learning rate of the image encoder."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate schedule after warmup. cosine and linear decay to 0."""
     warmup: float = 0.05
     """Linear warmup: a number of steps or, below 1, a fraction of all steps."""
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
     """Optimizer. sgd uses --beta1 as momentum; muon (arXiv:2502.16982) trains the matrices of the
-    layers, AdamW the other parameters."""
+    layers, and AdamW trains the other parameters."""
     weight_decay: float = 0.0
     """Decoupled weight decay; not applied to norms and biases."""
     beta1: float = 0.9
@@ -127,7 +127,7 @@ class FinetuneConfig:
     """Largest random change of brightness, contrast and saturation; 0.2 is common."""
 
     features: str | None = None
-    """Directory to cache the outputs of the frozen image encoder in, across epochs and runs."""
+    """Directory that caches the outputs of the frozen image encoder across epochs and runs."""
 
     length: int | None = None
     """Pad every row to this many tokens, so that only one program is compiled. By default each
@@ -136,14 +136,14 @@ class FinetuneConfig:
     """Dtype of activations and frozen weights: bfloat16 or float32. By default float32 on a CPU,
     else bfloat16. Trained weights are always float32."""
     numerics: str | None = None
-    """Follow transformers or big_vision where their numerics differ. By default as the checkpoint
-    specifies."""
+    """Follow transformers or big_vision where their numerics differ. By default, follow the
+    checkpoint."""
     remat: Literal["none", "full", "dots"] = "none"
-    """Recompute activations in the backward pass to save memory: nothing, everything, or everything
-    but products with weights."""
+    """Activations to recompute in the backward pass to save memory: none, all (full), or all but
+    the results of products with weights (dots)."""
     mesh: str | None = None
     """Devices to shard model, optimizer and batch over: axis sizes such as data=2,fsdp=4,tensor=2
-    (the default is 1 each), or auto for all devices."""
+    (axes left out have size 1), or auto for all devices."""
     hosts: str | None = None
     """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. By default
     $PALIGEMMA_JAX_HOSTS, else a single process."""
@@ -154,7 +154,7 @@ class FinetuneConfig:
     validate_every: int = 0
     """Steps between validations; 0 validates at the end only."""
     samples: int = 4
-    """Number of validation rows to answer at each validation, in samples.jsonl."""
+    """Number of validation rows to answer at each validation; answers go to samples.jsonl."""
     tensorboard: bool = False
     """Log to TensorBoard as well."""
     save_every: int = 100
@@ -166,10 +166,10 @@ class FinetuneConfig:
     model/ only if a format is given."""
 
     def __post_init__(self):
-        for requirement, holds, names in RANGES:
+        for requirement, is_valid, names in RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not holds(value):
+                if value is not None and not is_valid(value):
                     raise ValueError(f"{_flag(name)} must be {requirement}, got {value}")
         for name, choices in _choices().items():
             value = getattr(self, name)
@@ -192,8 +192,8 @@ class FinetuneConfig:
         Quantization.parse(self.quantize)
         if self.features and self.augments:
             raise ValueError(
-                "--features caches the features of unchanged images, so it excludes --flip, "
-                "--crop and --color"
+                "--features caches the features of unchanged images, so it cannot be combined with "
+                "--flip, --crop or --color"
             )
 
     @property

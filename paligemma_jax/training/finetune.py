@@ -52,7 +52,7 @@ def finetune(
     (`config.hosts`), each process opens the images of its own rows and writes its own shards.
 
     Args:
-        config: The run.
+        config: Configuration of the run.
         data: Training rows instead of the file `config.data`: a list, a data set or a grain source
             with rows by index.
         validation: Validation rows instead of the file `config.validation`.
@@ -70,7 +70,7 @@ def finetune(
     source = resolve(config.model)
     if config.lora and source.adapter:
         raise ValueError(
-            f"--model {config.model} is a LoRA adapter and cannot get another one: give its base, "
+            f"--model {config.model} is a LoRA adapter and cannot get a second one: give its base, "
             f"{peft.base_checkpoint(source.adapter)}, or train without LoRA to continue from both"
         )
     processor = make_processor(source)
@@ -114,7 +114,7 @@ def _read_rows(
     data: RowSource | None,
     validation: RowSource | None,
 ) -> tuple[RowSource, RowSource]:
-    """The training and the validation rows; there may be none of the latter."""
+    """Return the training rows and the validation rows, which may be empty."""
     check = partial(encode_example, processor=processor, length=config.length)
     if data is None:
         data = read_examples(config.data, check)
@@ -208,7 +208,7 @@ def _speed(
 
 @contextmanager
 def _received_sigterm() -> Iterator[list[int]]:
-    """A list that SIGTERM appends to while inside, instead of ending the process."""
+    """Yield a list to which SIGTERM is appended instead of ending the process."""
     received: list[int] = []
     previous = None
     if threading.current_thread() is threading.main_thread():

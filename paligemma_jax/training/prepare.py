@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that is ready to train: dtypes, quantization, stacking, LoRA."""
+"""Prepare a checkpoint for training: dtypes, quantization, stacking, LoRA."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def load_trainable(
     paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
     for layer in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
         if any(is_trainable(f"{layer}/{name}") for name in ("codes", "scale", "kernel", "table")):
-            reason = "--quantize" if config.quantize else f"--model {config.model}"
+            reason = "by --quantize" if config.quantize else f"in --model {config.model}"
             raise ValueError(
-                f"--train {config.train} matches {layer}, which {reason} quantizes: quantized "
-                "weights cannot be trained, --train lora adapts them"
+                f"--train {config.train} matches {layer}, which is quantized {reason}: quantized "
+                "weights cannot be trained, but --train lora adapts them"
             )
     if config.features and any(path.startswith("vision/") and is_trainable(path) for path in paths):
         raise ValueError(
@@ -52,10 +52,10 @@ def load_trainable(
 
 
 def prepare_model(model: PaliGemma, config: FinetuneConfig, delete: bool = False) -> PaliGemma:
-    """Quantize, stack and add LoRA as `config` says.
+    """Quantize, stack and add LoRA as `config` specifies.
 
     Args:
-        model: Of arrays, or of shapes inside `jax.eval_shape`, its layers as a list.
+        model: Model of arrays, or of shapes inside `jax.eval_shape`, with its layers as a list.
         delete: Free the arrays of the list when stacking.
     """
     if config.quantize:

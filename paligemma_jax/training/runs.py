@@ -19,7 +19,7 @@ from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.trainer import TrainState
 
 TEMPORARY = ".new"  # suffix of files that are still being written
-LogLine = dict[str, Any]  # numbers and texts, as JSON writes them; "step" is always there
+LogLine = dict[str, Any]  # JSON values, always with "step"
 
 
 def settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def check_run_folder(config: FinetuneConfig) -> None:
 
     Raises:
         ValueError: The directory is not empty or, to resume, has no run or one with other settings.
-            (It may have been moved.)
+            (The directory may have been moved.)
     """
     folder = Path(config.output)
     if config.tensorboard:
@@ -50,7 +50,7 @@ def check_run_folder(config: FinetuneConfig) -> None:
         if changes:
             raise ValueError(
                 f"{folder} was started with other settings: {', '.join(changes)}; "
-                "resume with the same"
+                "resume with the same settings"
             )
     elif folder.exists() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
         raise ValueError(
@@ -116,7 +116,7 @@ class Run:
         file = self.folder / f"bad_batch_{line['step']}.npz"
         arrays = vars(batch.inputs) | {"weights": batch.weights, "features": batch.features}
         arrays = {name: array for name, array in arrays.items() if array is not None}
-        if "features" in arrays:  # numpy files have no bfloat16
+        if "features" in arrays:  # .npz files do not support bfloat16
             arrays["features"] = np.asarray(arrays["features"], np.float32)
         if hosts.is_first_process():
             np.savez(file, **arrays)

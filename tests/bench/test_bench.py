@@ -58,7 +58,8 @@ def token_row(tokens):
 
 @pytest.mark.parametrize("preset", ["tiny", "3b-224", "pg1-3b-224"])
 def test_decode_bytes(preset):
-    """All of the decoder's parameters, and a cache that grows with rows and tokens."""
+    """The bytes are all of the decoder's parameters, plus a cache that grows with rows and
+    tokens."""
     config = PaliGemmaConfig.preset(preset)
     model = abstract_model(config)
     weights = sum(a.size for path, a in parameters(model).items() if path.startswith("decoder"))
@@ -85,7 +86,8 @@ def test_prefill_flops():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_random_model(dtype):
-    """The published shapes, a variance of 1 / fan_in, the dtype, finite logits that differ."""
+    """Random models have the published shapes, a variance of 1 / fan_in, the given dtype, and
+    finite logits that differ."""
     model = synthetic.random_model(replace(CONFIG, dtype=dtype))
     values, expected = parameters(model), parameters(abstract_model(CONFIG))
     assert {path: (a.shape, a.dtype.name) for path, a in values.items()} == {
@@ -102,14 +104,15 @@ def test_random_model(dtype):
 def test_random_model_warns_of_matrices_that_blocks_do_not_divide():
     """Rows have 160 numbers. Blocks of 128 may span the rows of a matrix, but not those of a table,
     which are looked up one by one."""
-    message = r"^not quantized, since blocks do not divide them: decoder/embedder \[\d+, 160\]$"
+    reason = "not quantized, because they cannot be divided into blocks"
+    message = rf"^{reason}: decoder/embedder \[\d+, 160\]$"
     with pytest.warns(UserWarning, match=message):
         model = synthetic.random_model(CONFIG, quantization=Quantization.parse("embedding=nf4-128"))
     assert not quantize.weight_formats(model)
 
 
 def test_report(quick_config):
-    """A row for every combination, with consistent rates, and a table of them."""
+    """The report has a row for every combination, with consistent rates, and a table."""
     measured = generation.run(
         quick_config(batch=(1, 2), prompt=(3, 8), layers=("stack", "list"), cached=(20, 40))
     )
@@ -142,7 +145,7 @@ def test_report(quick_config):
 
 
 def test_against_transformers(quick_config):
-    """The same weights compute the same logits. Ratios are those of the times."""
+    """The same weights give the same logits, and ratios are those of the times."""
     torch = pytest.importorskip("torch")
     from paligemma_jax.bench.contender import transformers_model
 

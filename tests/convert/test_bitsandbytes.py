@@ -1,5 +1,5 @@
 """Checkpoints that transformers saved in bitsandbytes' nf4 (with and without quantized scales) and
-int8: every number, and damaged files."""
+int8: every value, and damaged files."""
 
 from __future__ import annotations
 
@@ -135,11 +135,11 @@ def replace_state(tensors):
     "change,message",
     [
         (state(quant_type="fp4"), "must be one of int8, int4, nf4, got 'fp4'"),
-        (state(blocksize=256), "blocks must be of 32, 64, 128, got 256"),
+        (state(blocksize=256), "block must be one of 32, 64, 128, got 256"),
         (state(blocksize=128), "blocks of 128 do not divide"),
         (state(shape=[56, 144]), "needs 4032 of U8"),
         (lambda tensors: tensors.pop(WEIGHT + ".absmax"), "'.*absmax' is missing"),
-        (double(".quant_map"), "its 16 values are not those of nf4"),
+        (double(".quant_map"), "its 16 values differ from those of nf4"),
         (replace_state, "is not a supported bitsandbytes tensor"),
         (
             lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].reshape(-1).view(np.float16)}),

@@ -23,7 +23,7 @@ def source(tmp_path_factory):
 
 
 def test_every_format_in_turn(source, tmp_path, capsys):
-    """From Hugging Face through all formats and back, and what the command prints."""
+    """Converts from Hugging Face through all formats and back, and checks the output."""
     code, out, err = run(capsys, source, tmp_path / "jax", "--to", "jax", "--verify")
     checkpoint = read(source)
     count, size = len(checkpoint.tensors), f"{checkpoint.nbytes / 1e6:.1f} MB"
@@ -40,7 +40,7 @@ def test_every_format_in_turn(source, tmp_path, capsys):
     assert code == 0 and json.loads(out)["dtypes"] == {"bfloat16": count}
     code, out, _ = run(capsys, "inspect", tmp_path / "jax")
     assert "format      jax\n" in out
-    assert "notes       its shapes are not those of a published" in out
+    assert "notes       its shapes match no published PaliGemma" in out
 
 
 @pytest.mark.parametrize("module", [["paligemma_jax", "convert"], ["convert"]])
@@ -65,14 +65,14 @@ def test_both_modules_run_the_same_command(source, module):
     ],
 )
 def test_shard_sizes_are_checked(source, tmp_path, capsys, size, message):
-    """1MB would be right for safetensors."""
+    """1MB would be valid for safetensors."""
     flag = f"--max-shard-size={size}"
     code, _, err = run(capsys, source, tmp_path / "jax", "--to", "jax", flag)
     assert code == 2 and message in err and not (tmp_path / "jax").exists()
 
 
 def test_progress_bars_have_bytes_and_speed(source, tmp_path, capsys, monkeypatch):
-    """On a terminal. Short conversions print no progress elsewhere."""
+    """Bars appear on a terminal; elsewhere short conversions print no progress."""
     assert run(capsys, source, tmp_path / "a", "--to", "jax")[2] == ""
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True, raising=False)
     _, _, err = run(capsys, source, tmp_path / "b", "--to", "jax", "--verify")
@@ -119,8 +119,8 @@ def test_enlarging_is_scipys_zoom(old, new):
 
 @pytest.mark.parametrize("old,new", [(32, 16), (64, 16), (7, 3), (8, 1)])
 def test_shrinking_is_antialiased(old, new):
-    """Each new point is a mean: constants and ramps are kept, noise is damped, which zoom would
-    not do."""
+    """Each new point is a mean: constants and ramps are kept, and noise is damped, unlike with
+    zoom."""
     axis, new_axis = np.linspace(-1, 1, old), np.linspace(-1, 1, new)
     ramp = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
     table = np.concatenate([ramp, np.ones((old * old, 1), np.float32)], 1)

@@ -82,7 +82,7 @@ def measure(source: Path, destination: Path, to: str, **options) -> dict[str, fl
 
 
 def copy_seconds(source: Path, destination: Path) -> float:
-    """The time of cp, to the disk."""
+    """The time of cp and sync."""
     os.sync()
     start = time.monotonic()
     subprocess.run(["cp", "-r", source, destination], check=True)

@@ -70,7 +70,7 @@ def hf_logits(directory: Path) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shards", [False, True])
 def test_huggingface_and_back(tmp_path, kind, layout, dtype, shards):
-    """Every file is the same to the byte by way of jax, and from Hugging Face to Hugging Face."""
+    """Every file is byte-identical after a round trip through jax, and after a direct copy."""
     options = dict(shards=shards, head=not shards)
     directory = sources.huggingface(tmp_path / "a", kind, layout, DTYPES[dtype], **options)
     convert(directory, tmp_path / "b", "jax", verify=True)
@@ -83,8 +83,8 @@ def test_huggingface_and_back(tmp_path, kind, layout, dtype, shards):
 @pytest.mark.parametrize("kind", ["pg2", "pg1"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_big_vision_and_back(tmp_path, kind, dtype):
-    """By way of big_vision and jax everything is the same but the vocabulary rows after the text,
-    which are the mean of the others."""
+    """After a round trip through big_vision and jax, only the vocabulary rows after the text
+    differ; they are the mean of the others."""
     directory = sources.huggingface(tmp_path / "a", kind, dtype=DTYPES[dtype])
     convert(directory, tmp_path / "b.npz", "big_vision", verify=True)
     convert(tmp_path / "b.npz", tmp_path / "c", "jax", config=directory, verify=True)
@@ -150,8 +150,8 @@ def test_unpublished_variants_need_a_config(source, tmp_path):
 
 
 def test_other_files_are_kept(source, tmp_path):
-    """By way of jax, config, tokenizer, processor and license are the same. Code and pickles are
-    not copied."""
+    """After a round trip through jax, config, tokenizer, processor and license are the same. Code
+    and pickles are not copied."""
     (source / "modeling.py").write_text("raise SystemExit")
     (source / "training_args.bin").write_bytes(b"pickle")
     convert(source, tmp_path / "jax", "jax")
@@ -245,7 +245,8 @@ def test_an_untied_head_is_noted(tmp_path):
 
 
 def test_numerics_are_recorded(source, tmp_path):
-    """What is written has the numerics of the source. Loading uses them unless others are named."""
+    """Converted checkpoints record the numerics of the source. Loading uses them unless
+    overridden."""
     npz = sources.big_vision(source, tmp_path / "a.npz")
     chain = [
         ("big_vision", npz, {"config": source / "config.json"}),
@@ -270,7 +271,7 @@ def test_inspect(source, tmp_path):
     assert description["dtypes"] == {"float32": len(read(source).tensors)}
     assert description["parameters"] == sum(value.size for value in values)
     assert description["bytes"] == description["parameters"] * 4
-    assert description["notes"] == ["its shapes are not those of a published PaliGemma"]
+    assert description["notes"] == ["its shapes match no published PaliGemma"]
     npz = sources.big_vision(source, tmp_path / "a.npz")
     notes = inspect(npz, source / "config.json")["notes"]
     assert "50 missing rows" in notes[0] and "tokenizer.model" in notes[-1]

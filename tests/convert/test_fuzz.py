@@ -128,7 +128,7 @@ def bits(arrays) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["huggingface", "jax", "big_vision.npz", "compressed.npz"])
 def test_damaged_files(intact, tmp_path, name):
-    """Arrays are those that the format's own library reads from the damaged files."""
+    """Arrays equal those that the format's own library reads from the damaged files."""
     config = load_config(intact / "huggingface")
     loaded, refused = 0, 0
     for seed in range(CASES):
@@ -171,7 +171,7 @@ def write_header(member, shape: tuple[int, ...]) -> None:
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):
-    """A member that has, uncompressed, far more bytes than the model has for it."""
+    """A member decompresses to far more bytes than the model expects."""
     file, name = tmp_path / "bomb.npz", "params/llm/embedder/input_embedding.npy"
     archive = zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED)
     with archive, archive.open(name, "w") as member:

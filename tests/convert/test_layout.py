@@ -40,7 +40,7 @@ def layouts(draw):
 @settings(deadline=None, max_examples=300)
 @given(layouts(), st.sampled_from([np.float32, np.float16, np.int8]))
 def test_reorder(case, dtype):
-    """Both ways together are the identity, and one way is what einsum does with all axes split."""
+    """A round trip is the identity, and one way matches einsum with all axes split."""
     source, target, sizes = case
     letters, new_letters = (layout.replace(" ", "").replace("1", "") for layout in (source, target))
     shape = [sizes[letter] for letter in letters]
@@ -61,7 +61,7 @@ def test_reorder_to_the_same_layout_does_not_copy(case):
 
 
 def test_known_layouts():
-    """The three in which a mistake would be hard to see, written out."""
+    """The three layouts in which a mistake would be hard to see, written out."""
     sizes = {"N": 2, "H": 3, "D": 4, "W": 5, "C": 3, "h": 2, "w": 2, "P": 6}
     query = np.arange(24.0).reshape(6, 4)  # torch: [out, in], out = heads x head size
     reordered = reorder(query, "NH D", "D N H", sizes)

@@ -1,4 +1,4 @@
-"""This project's own checkpoints: Orbax reads what is written here, and the other way round."""
+"""This project's own checkpoints: Orbax reads what is written here, and vice versa."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_orbax_writes_is_read(source, tmp_path, options):
 
 
 def test_missing_rows_of_a_table_are_the_mean():
-    """Any slice of a padded table is that slice of the rows there are, followed by their mean."""
+    """Any slice of a padded table has the stored rows, followed by their mean."""
     table = np.random.default_rng(0).standard_normal((10, 6)).astype(np.float32)
     mean = table.astype(np.float64).mean(0).astype(np.float32)
     expected = np.concatenate([table, np.broadcast_to(mean, (4, 6))])

@@ -1,5 +1,5 @@
-"""Conversion that fails leaves a complete destination or none, and names what the source is instead
-of a PaliGemma."""
+"""A failed conversion leaves a complete destination or none, and describes a source that is not a
+PaliGemma."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def foreign_sources(directory: Path, source: Path) -> dict[str, tuple[Path, str]
     (directory / "orbax" / "params" / "_METADATA").write_text("{}")
     text, image = tower("language_model"), tower("vision_tower")
     evil = npz("evil.npz", "params", evil=np.array([Evil()], object))
-    no_tensor, siglip = "it has no tensor of a PaliGemma", "only an image encoder (a SigLIP?)"
+    no_tensor, siglip = "it contains no PaliGemma tensors", "only an image encoder (a SigLIP?)"
     gemma = "text-only model (a Gemma?)"
     return {
         "gemma": (make("gemma", text, {"model_type": "gemma2"}), "is 'gemma2'"),

@@ -255,7 +255,7 @@ def test_refcoco_masks(make, tmp_path):
 
 
 def test_polygons_are_filled_as_by_pycocotools():
-    """Except for pixels on the edge, which pycocotools rounds differently."""
+    """Masks match except for edge pixels, which pycocotools rounds differently."""
     coco = pytest.importorskip("pycocotools.mask")
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -320,7 +320,7 @@ def test_pickle_files_of_other_data_are_refused(make):
     """Sets and numbers are plain data, but not what RefCOCO publishes."""
     for content in ({1, 2}, 3, {"a": 1}, [[1]]):
         files = {"refs(unc).p": pickle.dumps(content, 4), "instances.json": INSTANCES}
-        with pytest.raises(ValueError, match=r"not as published \(TypeError"):
+        with pytest.raises(ValueError, match=r"unexpected content \(TypeError"):
             make("refcoco-detect", files, [])
 
 
@@ -329,14 +329,14 @@ def test_pickle_files_of_other_data_are_refused(make):
 
 def test_files_that_are_not_as_published_are_refused(make, tmp_path):
     with pytest.raises(
-        ValueError, match=r"1 images are missing, .*01.jpg for one: pass .*--images"
+        ValueError, match=r"1 images are missing, such as .*01.jpg: pass .*--images"
     ):
         make("textvqa", {"a.json": TEXTVQA}, [])
     with pytest.raises(ValueError, match=r"none of .*a.json has 'data'"):
         make("textvqa", {"a.json": {"questions": []}}, [])
     with pytest.raises(
         ValueError,
-        match=r"a.json: not as published \(KeyError: 'question'\); expected TextVQA_0.5.1_val",
+        match=r"a.json: unexpected content \(KeyError: 'question'\); expected TextVQA_0.5.1_val",
     ):
         make("textvqa", {"a.json": {"data": [{"image_id": 1}]}}, [])
     with pytest.raises(ValueError, match=r"a.json is not JSON"):
@@ -352,7 +352,7 @@ def test_files_that_are_not_as_published_are_refused(make, tmp_path):
             [],
             split="nowhere",
         )
-    with pytest.raises(ValueError, match=r"no refs\(...\).p among the files"):
+    with pytest.raises(ValueError, match=r"--files must include refs\(...\).p, which contains"):
         make("refcoco-detect", {"instances.json": INSTANCES}, [])
     with pytest.raises(ValueError, match=r"none.json: no such file"):
         convert("docvqa", [tmp_path / "none.json"], tmp_path, tmp_path / "out.jsonl")

@@ -101,7 +101,7 @@ ROW = '{"image": "a.png", "prefix": "q", "answer": "x"}\n'
     [
         (ROW + '{"image": "a.png"}\n', "row 2 has no answer"),
         (ROW, "mine.jsonl has 1 rows, expected 2"),
-        (ROW.replace("a.png", "b.png") * 2, r"other rows: row 1 is \('b.png', 'q'\)"),
+        (ROW.replace("a.png", "b.png") * 2, r"different rows: row 1 is \('b.png', 'q'\)"),
         ("{\n", "mine.jsonl: line 1: not JSON"),
     ],
 )
@@ -116,7 +116,7 @@ def test_files_of_answers_must_match_the_data(tmp_path, text, error):
 
 
 def test_answers_of_several_parts_are_collected_in_order(tmp_path):
-    """An unfinished run is an error, even if the missing rows failed elsewhere."""
+    """An unfinished run is an error, even if the missing rows failed in another part."""
 
     def write(name, *rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -101,7 +101,7 @@ def without(row, *names):
 
 
 def check_same(output, expected):
-    """The same answers and errors; scores as in batches of other rows."""
+    """Compare answers and errors exactly, and scores within the rounding of other batches."""
     answers, errors = texts(output)
     ours, theirs = rows(answers), rows(expected[0])
     assert [without(row, "score") for row in ours] == [without(row, "score") for row in theirs]
@@ -150,7 +150,7 @@ class Killed(BaseException):
 def test_a_run_killed_after_every_batch_loses_nothing(
     tiny, data, uninterrupted, tmp_path, monkeypatch
 ):
-    """No row is answered twice, but for those of the batch during a kill."""
+    """No row is answered twice, except those of the batch interrupted by a kill."""
     answered, add = [], OutputFiles.add
     output, resume = tmp_path / "out", False
     batches = type(tiny).batches
@@ -182,7 +182,7 @@ def test_a_run_killed_after_every_batch_loses_nothing(
 def test_a_run_killed_while_a_window_is_committed(
     tiny, data, uninterrupted, tmp_path, monkeypatch, step
 ):
-    """Before, between and after the writes, and in the middle of a line."""
+    """It is killed before, between and after the writes, and in the middle of a line."""
     append, calls = offline_files._append, []
 
     def torn_append(file, records):
@@ -205,7 +205,7 @@ def test_a_run_killed_while_a_window_is_committed(
 
 
 def test_a_killed_process_is_resumed(data, uninterrupted, tmp_path):
-    """SIGKILL, and then to the end."""
+    """A run is killed by SIGKILL, then resumed to the end."""
     output = tmp_path / "out"
     command = [sys.executable, "-m", "paligemma_jax", "predict", "--score", "--resume"]
     command += ["--data", str(data), "--output", str(output)]
@@ -268,9 +268,9 @@ def test_wrong_requests_are_refused(command, data, tmp_path):
     small.write_text(json.dumps({"image": str(PHOTO), "prefix": "ocr"}) + "\n")
     missing.write_text(json.dumps({"image": "none.png", "prefix": "ocr"}) + "\n")
     assert run("--data", small) == 0
-    assert "already contains answers: --resume" in run("--data", small)
+    assert "already contains answers: use --resume" in run("--data", small)
     for flags, change in [
-        (("--max-new-tokens", 2), "begun with other settings: max_new_tokens was 1, now 2"),
+        (("--max-new-tokens", 2), "started with other settings: max_new_tokens was 1, now 2"),
         (("--temperature", 2), "sampler was 'Greedy()', now 'Sample(temperature=2.0"),
         (("--seed", 5), "seed was 0, now 5"),
         (("--stop", 9), "('9',)"),
@@ -297,7 +297,7 @@ def test_no_rows(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_rows(tiny, data, tmp_path):
-    """Memory is flat after the first tenth; all rows are there, in order."""
+    """Memory is flat after the first tenth; all rows are answered, in order."""
     lines = data.read_text().split("\n")
     valid = [json.loads(x) for x in lines if x.startswith('{"image": "') and '"id"' in x]
     many = data.parent / "many.jsonl"

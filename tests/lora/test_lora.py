@@ -39,7 +39,7 @@ RANKS = {"decoder": 2, "vision": 3}
 
 
 def with_random_b(model, seed=0):
-    """The model with random B, which is 0 at first, so that its adapters have an effect."""
+    """Return the model with random B, which is 0 initially, so that its adapters have an effect."""
     rng = np.random.default_rng(seed)
     values = parameters(model)
     for path, value in values.items():
@@ -99,8 +99,8 @@ def test_ranks_scales_and_targets():
 
 @pytest.mark.parametrize("preset", ["3b-224", "28b-896"])
 def test_an_adapter_is_a_small_part_of_the_model(preset):
-    """At the default rank, and rank 8 in the encoder: less than 2 % of the bytes, although it is
-    float32 and the model bfloat16."""
+    """At the default rank, and rank 8 in the encoder, it has less than 2 % of the bytes, although
+    it is float32 and the model bfloat16."""
     config = FinetuneConfig("", "", train="lora", lora_vision_rank=8)
     model = abstract_model_by_name(preset, "bfloat16")
     adapted = jax.eval_shape(lambda model: prepare_model(model, config), model)
@@ -163,7 +163,7 @@ def test_only_the_factors_are_trained(quantized):
 
 @pytest.mark.slow
 def test_adapters_reach_the_accuracy_of_full_fine_tuning(tmp_path, monkeypatch, capsys):
-    """On sums, after as many steps: LoRA and QLoRA are at most 2 points below it."""
+    """On sums, after the same number of steps, LoRA and QLoRA are at most 2 points below it."""
 
     def accuracy(name, *options):
         arguments = ["sums", "--output", str(tmp_path / name), "--steps", "200", *options]
@@ -205,11 +205,11 @@ def test_the_command_trains_and_merges_an_adapter(command, data, tmp_path, optio
         assert correct(answers("adapter", quantize="nf4")) >= 8
     other = ["--output", tmp_path / "other", "--model", run / "adapter"]
     code, _, error = command("finetune", *train, *other)
-    assert code == 2 and "is a LoRA adapter and cannot get another one" in error
+    assert code == 2 and "is a LoRA adapter and cannot get a second one" in error
 
 
 def test_lora_and_the_projector_are_trained_together(data, tmp_path):
-    """The result is a merged model, also if the base is quantized."""
+    """The result is a merged model, even if the base is quantized."""
     run = tmp_path / "run"
     options = dict(train=r"projector/.*|.*/lora_[ab]", quantize="nf4", learning_rate=1e-2)
     assert finetune(small_config(data, run, steps=2, **options)) == run / "model"

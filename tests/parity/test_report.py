@@ -89,7 +89,7 @@ def norm_after_the_sum(self, _, x, queries, window, cache):
 
 
 def doubled_residual_stream(self, _, x, queries, window, cache):
-    """The branches are right, the sum is not."""
+    """The branches are correct, but their sum is not."""
     with stages.scope("attention"):
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
         x = x + stage("output", self.post_attention_norm(y), branch=True)
@@ -128,7 +128,7 @@ def transposed(images, size):
 
 PATCHES = vision.patches
 FIRST_WEIGHTS = "decoder/layers/0/attention/weights"
-# What is planted, and the first stage that must diverge.
+# The planted defects, and the first stage that must diverge.
 DEFECTS = {
     "none": (nullcontext, None),
     "image height and width swapped": (
@@ -207,22 +207,22 @@ def test_streaming_changes_no_bit_of_transformers_and_frees_its_weights(compared
 
 
 def test_the_limit_of_a_small_loss_allows_for_rounding_only(compared, monkeypatch):
-    """A model that is sure of its answers has few digits of its loss in float32. The loss of only
-    the first target is still noticed."""
+    """The small loss of a confident model has few significant digits in float32. A loss of the
+    first target only is still detected."""
     case, reference = compared
     inputs, logits = case.inputs, reference.stages["logits"].copy()
     rows, columns = np.nonzero(inputs.targets)
     logits[rows, columns - 1, inputs.tokens[rows, columns]] += 18
     changed = {"logits": logits}
-    sure = replace(reference, stages=reference.stages | changed, exact=reference.exact | changed)
-    row = stage_errors.loss_error(case, logits, sure, False)
+    sharp = replace(reference, stages=reference.stages | changed, exact=reference.exact | changed)
+    row = stage_errors.loss_error(case, logits, sharp, False)
     assert 1e-6 < row.limits[1] < 0.1 and not row.diverges
 
     def first_target_loss(logits, tokens, targets):
         return token_loss(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1))
 
     monkeypatch.setattr(stage_errors, "token_loss", first_target_loss)
-    assert stage_errors.loss_error(case, logits, sure, False).diverges
+    assert stage_errors.loss_error(case, logits, sharp, False).diverges
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_the_limit_of_a_small_loss_allows_for_rounding_only(compared, monkeypatc
         (("--depth", "2"), "a preset with random weights"),
         (("--gradients", "--dtype", "bfloat16"), "float32"),
         (("--model", "28b-896", "--new", 1000), "--new 0"),
-        (("--numerics", "jax"), "unknown numerics"),
+        (("--numerics", "jax"), "numerics must be one of"),
     ],
 )
 def test_impossible_comparisons_are_refused_in_one_line(command, arguments, message):
@@ -242,8 +242,8 @@ def test_impossible_comparisons_are_refused_in_one_line(command, arguments, mess
 
 
 def test_the_command_reports_parity_and_names_a_divergence(command, tmp_path):
-    """On a complete checkpoint: the table, the numbers, the page, and exit code 1 with the stage's
-    name where a stage is broken."""
+    """On a complete checkpoint, checks the table, the JSON, the page, and exit code 1 with the name
+    of a broken stage."""
     page = tmp_path / "parity.html"
     inputs = ("--model", GOLDEN, "--image", GOLDEN.parent / "image.png")
     inputs += ("--prompt", "caption en", "detect cat")

@@ -127,7 +127,7 @@ def test_int4_matches_qwix():
     unpacked = np.stack([parts["codes"] >> 4, parts["codes"] & 15], -1)
     unpacked = unpacked.reshape(64, 256).astype(int) - 8
     magnitude = np.abs(kernel / np.repeat(parts["scale"], 32, axis=1))
-    inside = magnitude < 7.49  # each block's largest is half way between two codes
+    inside = magnitude < 7.49  # each block's largest is halfway between two codes
     np.testing.assert_array_equal(unpacked[inside], np.asarray(expected.qvalue).astype(int)[inside])
     assert inside.mean() > 0.96
 
@@ -154,7 +154,7 @@ def test_rounding_error_is_as_expected(name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_match_the_dense_matrix(name, monkeypatch):
-    """In strips and at once, for one row and several, forward and backward."""
+    """Tests products in strips and at once, for one row and several, forward and backward."""
     monkeypatch.setattr(codes, "STRIP_BYTES", 4 * 128 * 10)
     monkeypatch.setattr(codes, "STRIP_ROWS", 10)
     kernel, format = weight((48, 128)), WeightFormat.parse(name)
@@ -237,9 +237,9 @@ def test_the_embedded_model_still_reads_digits():
     "quantization,message",
     [
         ("int2", "quantization must be one of int8, int4, nf4, got 'int2'"),
-        ("nf4-48", "quantization blocks must be of 32, 64, 128, got 48 in nf4-48"),
+        ("nf4-48", "quantization block must be one of 32, 64, 128, got 48 in nf4-48"),
         ("int8-double", "int8 has one scale per output and no blocks, got int8-double"),
-        ("nf4,head=int8", "a model has no part 'head'"),
+        ("nf4,head=int8", "unknown part 'head'"),
         ("nf4,int8", "decoder is given twice"),
         ("nf4;int8", "unknown quantization 'nf4;int8'"),
         ("cache=int4", "cache must be int8 or none, got 'int4'"),

@@ -63,7 +63,7 @@ def test_orbax_restores_the_codes(quantized):
 
 
 def test_the_size_on_disk_is_the_size_in_memory(quantized):
-    """And it is what arithmetic gives: 4 + 8/32 bits per number in the decoder's projections."""
+    """Both match arithmetic: 4 + 8/32 bits per number in the decoder's projections."""
     directory = quantized()
     model = parameters(load_model(directory, "bfloat16"))
     memory = {path: value.nbytes for path, value in model.items()}
@@ -100,7 +100,7 @@ def test_a_quantized_checkpoint_can_be_dequantized(quantized, tmp_path, capsys):
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "quantized while loading"])
 def test_codes_and_scales_are_sharded(quantized, stored):
-    """To the bit the values on one device."""
+    """The values equal those on one device bit for bit."""
     source = (str(quantized()), None) if stored else (str(TINY), EVERY_PART)
     result = on_devices.call(8, "compare_loading", *source)
     assert not result["different"]
@@ -111,7 +111,9 @@ def test_codes_and_scales_are_sharded(quantized, stored):
 
 def test_a_warning_lists_matrices_that_blocks_do_not_divide(random_directory):
     """In the random checkpoint 64 divides all projections, but not the rows of the table."""
-    message = r"not quantized, since blocks do not divide them: decoder/embedder \[1600, 56\]$"
+    message = (
+        r"not quantized, because they cannot be divided into blocks: decoder/embedder \[1600, 56\]$"
+    )
     with pytest.warns(UserWarning, match=message):
         model = load_model(random_directory(), quantize="nf4,embedding=nf4")
     assert len(weight_formats(model)) == 4 * 7
