@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("PALIGEMMA_JAX_CACHE", "off")  # what a test compiles, it compiles itself
+os.environ.setdefault("PALIGEMMA_JAX_CACHE", "off")  # each test compiles its own programs
 
 import functools
 import importlib.util
@@ -24,7 +24,8 @@ from support.typecheck import check
 # Check the annotated shapes and dtypes of every call while testing; users pay nothing for them.
 # Modules that check the types of their arguments themselves are left out.
 INFERENCE = ["answer", "batching", "beam", "generate", "request", "sampling", "scoring"]
-TYPED = ["paligemma_jax.model", *(f"paligemma_jax.inference.{name}" for name in INFERENCE)]
+TYPED = ["paligemma_jax.model", "paligemma_jax.sharding"]
+TYPED += [f"paligemma_jax.inference.{name}" for name in INFERENCE]
 install_import_hook(TYPED, f"{check.__module__}.{check.__name__}")
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -33,7 +34,8 @@ WITHOUT_TORCH = importlib.util.find_spec("torch") is None
 
 
 def _needs_torch(file: Path) -> bool:
-    """Whether it imports torch or transformers at its top, itself or through tests/support."""
+    """Whether a file imports torch or transformers at its top, directly or through
+    tests/support."""
     names = re.findall(r"^(?:import|from) (support\.\w+|\w+)", file.read_text(), re.MULTILINE)
     helpers = [
         TESTS / f"{name.replace('.', '/')}.py" for name in names if name.startswith("support.")
@@ -60,8 +62,9 @@ def pytest_report_header() -> str:
 def forget_compiled():
     """Drop compiled programs after each file.
 
-    Each of XLA's programs on a CPU keeps memory maps, of which Linux allows a process 65,530; past
-    them it dies of a segmentation fault. tests/inference/test_generation.py alone takes 19,000.
+    Each of XLA's programs on a CPU keeps memory maps, of which Linux allows a process 65,530;
+    beyond that it dies with a segmentation fault. tests/inference/test_generation.py alone takes
+    19,000.
     """
     yield
     jax.clear_caches()
