@@ -80,7 +80,7 @@ def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> C
         if target not in (None, format):
             raise ValueError(
                 f"{module} is already {format} and cannot be quantized to {target}; "
-                "start from the checkpoint that was quantized"
+                "start from the unquantized checkpoint"
             )
     matrices = quantizable_matrices(checkpoint.config)
     tensors, formats, indivisible = {}, dict(checkpoint.formats), []

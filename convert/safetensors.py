@@ -61,7 +61,7 @@ def _entries(file: Path, header: JsonObject, start: int, size: int) -> dict[str,
         entries[key] = TensorEntry(dtype, shape, load)
         position += nbytes
     if position != size:
-        raise ValueError(f"the header accounts for {position} bytes, the file has {size}")
+        raise ValueError(f"the header accounts for {position} bytes, but the file has {size}")
     return entries
 
 

@@ -43,7 +43,7 @@ class PublishedFiles:
             if isinstance(content, dict) and isinstance(content.get(key), list):
                 return content[key]
         names = ", ".join(map(str, self.files))
-        raise ValueError(f"none of {names} has {key!r}: pass the files as they are published")
+        raise ValueError(f"none of {names} has {key!r}: pass the original files")
 
     def includes(self, split: str) -> bool:
         """Whether to convert the rows of a split."""
