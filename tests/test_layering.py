@@ -1,4 +1,4 @@
-"""Imports run downward through the rooms, and no two files import each other."""
+"""Imports run downward through the layers, and no two files import each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from support.paths import ROOT
 
-# Each room may import from the rooms before it.
-ROOMS = [
+# Each layer may import from the layers before it.
+LAYERS = [
     "model",
     "convert",
     "sharding",
@@ -43,21 +43,21 @@ def module_name(file) -> str:
 FILES = {module_name(f): f for d in ("paligemma_jax", "convert") for f in (ROOT / d).rglob("*.py")}
 
 
-def room(module: str) -> str:
+def layer(module: str) -> str:
     package, *rest = module.split(".")
     return "convert" if package == "convert" else rest[0] if rest else "__init__"
 
 
 def imports(module: str) -> set[str]:
-    """The project's modules that a file imports anywhere, also inside functions."""
-    found = set()
+    """Return the project's modules that a file imports, inside functions too."""
+    modules = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name if name in FILES else node.module for name in names}
+            modules |= {name if name in FILES else node.module for name in names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return (found & FILES.keys()) - {module}
+            modules |= {alias.name for alias in node.names}
+    return (modules & FILES.keys()) - {module}
 
 
 GRAPH = {module: imports(module) for module in FILES}
@@ -68,7 +68,7 @@ def test_imports_run_downward():
         f"{module} -> {other}"
         for module, others in GRAPH.items()
         for other in others
-        if ROOMS.index(room(other)) > ROOMS.index(room(module)) and module != "convert.__main__"
+        if LAYERS.index(layer(other)) > LAYERS.index(layer(module)) and module != "convert.__main__"
     ]
     assert not upward
 
@@ -77,15 +77,21 @@ def test_no_files_import_each_other():
     try:
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
-        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+        pytest.fail(f"circular imports: {' -> '.join(error.args[1])}")
 
 
 def test_convert_imports_only_the_model():
     for module in FILES:
-        if room(module) == "convert" and module != "convert.__main__":
-            assert {room(other) for other in GRAPH[module]} <= {"convert", "model"}, module
+        if layer(module) == "convert" and module != "convert.__main__":
+            assert {layer(other) for other in GRAPH[module]} <= {"convert", "model"}, module
 
 
-def test_only_the_door_is_at_the_top():
-    loose = {file.stem for file in (ROOT / "paligemma_jax").glob("*.py")}
-    assert loose == {"__init__", "__main__", "cli", "errors", "lora"}
+def test_only_entry_points_and_shared_modules_are_at_the_top():
+    top_level = {file.stem for file in (ROOT / "paligemma_jax").glob("*.py")}
+    assert top_level == {"__init__", "__main__", "cli", "errors", "lora"}
+
+
+def test_readme_states_the_length_of_the_model():
+    files = (ROOT / "paligemma_jax" / "model").glob("*.py")
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert f"about {round(lines, -2):,} lines" in (ROOT / "README.md").read_text()
