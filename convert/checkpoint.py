@@ -1,4 +1,4 @@
-"""`Checkpoint`: what every format is read into and written from, and the changes on the way."""
+"""`Checkpoint`: the form that every format is read into and written from, and changes to it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]  # by parameter path, in the order of the files
     files: dict[str, FileContent] = field(default_factory=dict)  # config.json, tokenizer, ...
     shards: dict[str, list[str]] = field(default_factory=dict)  # safetensors file -> its keys
-    notes: tuple[str, ...] = ()  # whatever is unusual
-    # Of quantized matrices by path, as in "decoder/layers/0/mlp/down"; tensors are then its parts.
+    notes: tuple[str, ...] = ()  # anything unusual
+    # By path of a quantized matrix, as in "decoder/layers/0/mlp/down"; `tensors` has its parts.
     formats: dict[str, WeightFormat] = field(default_factory=dict)
 
     @property
@@ -142,10 +142,10 @@ def resample(table: np.ndarray, patches: int) -> np.ndarray:
     """Resize the square grid of position embeddings [P, W] linearly, with aligned corners and
     antialiasing.
 
-    Enlarging is what big_vision does at load (`models/vit.py` resample_posemb: scipy.ndimage.zoom
-    of order 1). Shrinking, where zoom would pick single points, weights the old points by a
-    triangle as wide as the distance between new points. Computed in float32, then rounded to the
-    dtype of `table`.
+    Enlarging matches big_vision at load (`models/vit.py` resample_posemb: scipy.ndimage.zoom of
+    order 1). Shrinking, where zoom would pick single points, weights the old points by a triangle
+    as wide as the distance between new points. Computed in float32, then rounded to the dtype of
+    `table`.
     """
     old, new = round(table.shape[0] ** 0.5), round(patches**0.5)
     points = np.linspace(0, old - 1, new) if new > 1 else np.array([(old - 1) / 2])

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-JsonObject = dict[str, Any]  # values of any JSON type: whoever reads one checks it
+JsonObject = dict[str, Any]  # values of any JSON type, which readers check
 FileContent = Path | bytes  # a file to copy, or its new content
 
 JSON_LIMIT = 2**24  # bytes; the header and index of a 28b model have 0.2 MB
@@ -22,7 +22,7 @@ def load_json(file: Path) -> JsonObject:
     """Load the object in a JSON file.
 
     Raises:
-        ValueError: If there is none; one line.
+        ValueError: The file is missing, or does not contain a JSON object.
     """
     try:
         if file.stat().st_size > JSON_LIMIT:
@@ -39,7 +39,7 @@ def load_json(file: Path) -> JsonObject:
 
 
 def parse_json(content: FileContent) -> JsonObject:
-    """Parse JSON that was checked before."""
+    """Parse JSON that is known to be valid."""
     return json.loads(content if isinstance(content, bytes) else content.read_bytes())
 
 
@@ -69,7 +69,7 @@ def copy_files(directory: Path, files: Mapping[str, FileContent]) -> None:
 
 @contextmanager
 def atomic_output(destination: Path, force: bool, nbytes: int = 0) -> Iterator[Path]:
-    """Yield a path for a new file or directory, and move it to `destination` if all goes well.
+    """Yield a path for a new file or directory, and move it to `destination` on success.
 
     Unfinished output is in `.NAME.unfinished` beside the destination. An interrupted run may leave
     it behind; the next run removes it.

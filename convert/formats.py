@@ -18,7 +18,7 @@ from paligemma_jax.model.precision import Quantization
 
 FORMATS = {"huggingface": huggingface, "jax": orbax, "big_vision": big_vision}
 TABLE = "decoder/embedder/table"
-Stage = Callable[[str, int], AbstractContextManager[Progress]]  # of a name and a number of bytes
+Stage = Callable[[str, int], AbstractContextManager[Progress]]  # takes a name and a number of bytes
 
 
 def detect_format(source: Path) -> str:
@@ -82,7 +82,7 @@ def write(
         to: "jax", "huggingface" or "big_vision".
         force: Replace an existing destination.
         max_shard: Maximum bytes per safetensors file, for "huggingface".
-        progress: Called with every number of bytes written.
+        progress: Called with the number of bytes of each write.
 
     Raises:
         ValueError: If the destination exists, if the disk is too full, or if a number is beyond the
@@ -123,14 +123,14 @@ def convert(
         quantize: A quantization (`Quantization.parse`), for "jax" only. Other formats get a
             quantized source dequantized.
         verify: Read the result back and compare every tensor, bit by bit.
-        progress: Called with the name and the bytes of a stage; returns a context manager of a
-            function that is called with every number of bytes done, as of a tqdm bar.
+        progress: Called with the name and the bytes of a stage; returns a context manager that
+            yields a function to call with the bytes of each write.
 
     Returns:
         The checkpoint that was written, with its tensors still in the source.
 
     Raises:
-        ValueError: For anything that is wrong. The destination is then unchanged.
+        ValueError: The conversion is not possible. The destination is then unchanged.
     """
     source, destination = Path(source).expanduser(), Path(destination).expanduser()
     if destination.resolve() in (source.resolve(), *source.resolve().parents):

@@ -183,7 +183,7 @@ def _start_file(file: Path, contents: Mapping[str, tuple[str, Tensor]]) -> list[
 
 
 def _split(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """Split the tensors into files of at most `limit` bytes each, unless a single tensor has more.
+    """Split the tensors into files of at most `limit` bytes each, unless a single tensor is larger.
     Order and names are those of the source, if it had any."""
     keys = [key for shard in checkpoint.shards.values() for key in shard]
     keys = keys or sorted(sizes.keys() - {HEAD}, key=_natural_order)
@@ -210,7 +210,7 @@ def _natural_order(key: str) -> list[int | str]:
 def _index(
     checkpoint: Checkpoint, shards: Mapping[str, list[str]], sizes: Mapping[str, int]
 ) -> dict[str, FileContent]:
-    """The index of the shards: the source's own if it is still right. Empty for a single file."""
+    """The index of the shards: the source's own if it is still valid. Empty for a single file."""
     old = parse_json(checkpoint.files.get(INDEX, b"{}"))
     size = sum(sizes[canonical_name(key)] for keys in shards.values() for key in keys)
     weight_map = {key: name for name, keys in shards.items() for key in keys}
@@ -221,7 +221,7 @@ def _index(
 
 
 def _config_json(checkpoint: Checkpoint) -> FileContent:
-    """The source's config.json, with the numerics added, if it is still right; or a new one."""
+    """The source's config.json, with the numerics added, if it is still valid; or a new one."""
     config, files = checkpoint.config, checkpoint.files
     try:
         old = parse_json(files["config.json"])

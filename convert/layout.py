@@ -33,7 +33,7 @@ def reorder(array: np.ndarray, source: str, target: str, sizes: Mapping[str, int
 
 def axis_sizes(config: PaliGemmaConfig, path: str) -> dict[str, int]:
     """The size of every axis letter (`model/layers.py`) for the parameter at `path`. Heads and MLP
-    width are those of its tower."""
+    width depend on its tower."""
     vision, decoder = config.vision, config.decoder
     tower = vision if path.startswith("vision") else decoder
     return {

@@ -33,7 +33,7 @@ from paligemma_jax.model.precision import WeightFormat
 CONFIG, PARAMS, FILES = "paligemma.json", "params", "huggingface"
 VERSION = 1
 FILL = "store_array_data_equal_to_fill_value"  # if not set, a missing chunk is all zeros
-# By the names of zarr and of tensorstore.
+# By their names in zarr and in tensorstore.
 DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"}
 DTYPE_NAMES |= {name: name for name in PART_DTYPES}
 

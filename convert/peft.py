@@ -105,7 +105,7 @@ def save_adapter(
     Args:
         directory: Replaced if it exists.
         adapter: Factors by the path of the module.
-        config: Of the model.
+        config: Config of the model.
         base: The name of the base checkpoint.
     """
     weights = {weight.path: weight for weight in _linear_weights(config).values()}
@@ -159,7 +159,7 @@ def _linear_weights(config: PaliGemmaConfig) -> dict[str, Weight]:
 def _load_sides(
     file: Path, config: PaliGemmaConfig
 ) -> tuple[dict[tuple[str, str], np.ndarray], list[str]]:
-    """The factors in the model's layout by path and side ("A" or "B"), and what is wrong."""
+    """Return the factors in the model's layout by path and side ("A" or "B"), and the errors."""
     weights, sides, errors = _linear_weights(config), {}, []
     for key, entry in load_header(file).items():
         name = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)(\.default)?\.weight", key)
@@ -196,7 +196,7 @@ def _layouts(weight: Weight) -> dict[str, tuple[str, str]]:
 
 
 def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The most common value, and the others by a regular expression of their module."""
+    """Return the most common value, and the others by a regular expression for their module."""
     [(common, _)] = Counter(values.values()).most_common(1)
     others = {f"^{re.escape(name)}$": v for name, v in values.items() if v != common}
     return common, others
@@ -204,7 +204,7 @@ def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
 def _scale(settings: JsonObject, module: str, rank: int) -> float:
     """The scale that peft would use: its patterns are suffixes of module names, or regular
-    expressions of them."""
+    expressions for them."""
 
     def setting(name: str, default: float) -> float:
         for pattern, value in (settings.get(f"{name}_pattern") or {}).items():

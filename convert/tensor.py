@@ -31,7 +31,7 @@ STRIP = 64  # elements; transposing in strips of this width stays in the cache (
 THREADS = min(4, os.cpu_count() or 1)
 
 Index = tuple[slice, ...]
-Progress = Callable[[int], object]  # called with every number of bytes written
+Progress = Callable[[int], object]  # called with the number of bytes of each write
 
 
 def no_progress(nbytes: int) -> None:
@@ -98,7 +98,8 @@ def map_file(
 
 
 def from_array(array: np.ndarray | Array, position: tuple[int, ...] = ()) -> Tensor:
-    """array[position] in memory as a Tensor. Of a jax array, only slices are copied to the host."""
+    """array[position] in memory as a Tensor. For a jax array, only the slices used are copied to
+    the host."""
 
     def raw(index: Index) -> np.ndarray:
         return np.asarray(array[(*position, *index)])
@@ -115,7 +116,7 @@ def select(tensor: Tensor, position: tuple[int, ...]) -> Tensor:
 
 
 def relayout(tensor: Tensor, source: str, target: str, sizes: dict[str, int]) -> Tensor:
-    """The same numbers in another layout (`convert.layout`)."""
+    """The same tensor in another layout (`convert.layout`)."""
     if source == target:
         return tensor
 
@@ -217,7 +218,7 @@ def run_jobs(jobs: Iterable[Job], progress: Progress) -> None:
 
 
 def name_errors(path: str, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks of a tensor; a ValueError raised meanwhile names the tensor."""
+    """Yield the blocks of a tensor, and add its path to any ValueError raised."""
     try:
         yield from blocks
     except ValueError as error:

@@ -71,7 +71,7 @@ def _print_help(arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _joined_help_lines() -> Iterator[None]:
-    """Let tyro wrap help texts to the terminal; by itself it keeps the docstrings' line breaks."""
+    """Let tyro wrap help texts to the terminal; by default it keeps the docstrings' line breaks."""
     originals = docstring_parser.parse, docstring_parser.parse_from_object
     docstring_parser.parse, docstring_parser.parse_from_object = map(_joining, originals)
     try:
@@ -81,7 +81,7 @@ def _joined_help_lines() -> Iterator[None]:
 
 
 def _joining(parse: Callable) -> Callable:
-    """A parser of docstrings that returns each description as one line per paragraph."""
+    """Return a docstring parser that joins the lines of each paragraph."""
 
     def parse_and_join(source: object) -> docstring_parser.Docstring:
         docstring = parse(source)

@@ -24,13 +24,13 @@ from paligemma_jax.processing.processor import Inputs
 
 
 def fixed_length_request(model: PaliGemma, rows: int, new: int) -> Request:
-    """A request for exactly `new` tokens in every row."""
+    """Return a request that generates exactly `new` tokens in every row."""
     return make_request(model, rows, DecodingOptions(new, min_new_tokens=new))
 
 
 def step_bytes(model: PaliGemma, cached: int, rows: int) -> int:
-    """Return the bytes that decoding one token of each row reads (`decode_bytes`), with weights and
-    cache as they are stored, quantized or not."""
+    """Return the bytes read to decode one token per row (`decode_bytes`), with weights and cache in
+    their stored format."""
     config = model.config
     numbers = decode_bytes(config, cached, rows, 1) - decode_bytes(config, 0, rows, 1)
     itemsize = jnp.dtype(config.dtype).itemsize
@@ -63,8 +63,8 @@ def measure_cached(model: PaliGemma, rows: int, config: BenchConfig) -> Iterator
 def _decoder(
     model: PaliGemma, rows: int, cached: int, new: int, request: Request, limit: Array
 ) -> Run:
-    """A function that decodes after `cached` tokens of zeros, since to prefill thousands of tokens
-    would take longer than everything else."""
+    """Return a function that decodes from a zero-filled cache of `cached` tokens. Prefilling
+    thousands of tokens would take longer than everything else."""
 
     def prefill() -> DecodeState:
         mask = jnp.ones((rows, cached), bool)
@@ -87,7 +87,7 @@ def _decoder(
 
 
 def _after_prefill(state: DecodeState, cached: int) -> DecodeState:
-    """Mark the first `cached` slots as those of a prefill."""
+    """Mark the first `cached` slots as filled by a prefill."""
     valid = state.cache.span.valid
     slots = jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
     used = slots < cached

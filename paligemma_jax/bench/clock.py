@@ -1,4 +1,4 @@
-"""Time contenders in turn, and the machine itself."""
+"""Time contenders in alternation, and measure the machine itself."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxtyping import Float
 from paligemma_jax.sharding.devices import best_time, matrix_rate
 
 OURS = "paligemma-jax"  # the name of this implementation in reports
-Run = Callable[[], tuple[float, float]]  # runs once; seconds to the first token, and after it
-Record = dict[str, Any]  # what --json prints: numbers, texts and records by name
+Run = Callable[[], tuple[float, float]]  # returns seconds to the first token, and after it
+Record = dict[str, Any]  # printed by --json: numbers, strings and nested records
 
 
 def alternate(contenders: Mapping[str, Run], repeats: int) -> dict[str, Float[np.ndarray, "2 N"]]:

@@ -1,4 +1,4 @@
-"""The same model in transformers, with the same weights in the same dtype, to compare with."""
+"""The transformers counterpart of a model, with the same weights and dtype, for comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def transformers_model(model: PaliGemma) -> PaliGemmaForConditionalGeneration:
-    """Return transformers' model with the parameters of `model`, whose layers are a list.
+    """Return the transformers model with the parameters of `model`, whose layers must be a list.
 
     Tensors are copied one at a time, to the GPU if torch sees one. Attention is eager, which is
     transformers' default for Gemma 2 because only it supports the softcap.

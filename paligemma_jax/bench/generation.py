@@ -82,7 +82,7 @@ def _measure_model(
         from paligemma_jax.bench.contender import transformers_model
 
         torch_model = transformers_model(model)
-    for layers in sorted(set(config.layers)):  # the list first: stacking uses it up
+    for layers in sorted(set(config.layers)):  # the list first: stacking consumes it
         model = stack_model(model) if layers == "stack" else model
         common = {
             "model": f"{name} {quantization}" if quantization else name,
@@ -175,6 +175,6 @@ def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Run, R
 
 
 def memory_bytes(program: jax.stages.Compiled) -> int:
-    """Return the device's peak so far if it reports that, else the memory of a program."""
+    """Return the device's peak memory if it reports one, else the memory of the program."""
     stats = jax.local_devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else program_bytes(program)["memory_bytes"]

@@ -86,7 +86,8 @@ def _cells(row: Record) -> tuple[str, ...]:
 
 
 def _cached_cells(row: Record, rows: list[Record]) -> tuple[str, ...]:
-    """With time and bytes relative to the first row of the same model, layers and batch."""
+    """Return the cells of a row, with time and bytes relative to the first row of the same model,
+    layers and batch."""
     case = ("model", "layers", "batch")
     first = next(other for other in rows if all(other[key] == row[key] for key in case))
     time = row["step_s"]["median"] / first["step_s"]["median"]
@@ -119,8 +120,8 @@ def _training_cells(row: Record) -> tuple[str, ...]:
 
 def _spread(values: dict[str, float], unit: float = 1.0) -> str:
     digits = 0 if values["median"] * unit >= 100 else 2
-    middle, least, most = (f"{values[name] * unit:.{digits}f}" for name in ("median", "min", "max"))
-    return f"{middle} ({least} - {most})"
+    median, low, high = (f"{values[name] * unit:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median} ({low} - {high})"
 
 
 def _align(rows: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Measure training steps: tokens per second, model FLOPs utilization, memory; and against
+"""Measure the speed, model FLOPs utilization and memory of training steps, also against
 transformers (with peft for LoRA).
 
 For the published sizes on an accelerator:
@@ -85,7 +85,7 @@ def _measure_case(
 
 
 def with_targets(inputs: Inputs, count: int) -> Inputs:
-    """Make the last `count` tokens of each row its answer."""
+    """Turn the last `count` tokens of each row into targets."""
     length = inputs.tokens.shape[1]
     targets = np.broadcast_to(np.arange(length) >= length - count, inputs.tokens.shape)
     return replace(inputs, targets=targets, prefix=~targets)
@@ -126,7 +126,7 @@ def compile_step(
     """Compile a training step.
 
     Returns:
-        A function that runs a step, if `start`; the seconds it took to compile, and its memory.
+        A function that runs a step, or None without `start`; and the compile time and memory.
     """
     trainer, state, frozen = trainer_shapes(model, config)
     begin = time.perf_counter()

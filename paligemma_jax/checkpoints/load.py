@@ -1,4 +1,4 @@
-"""Load a model: read a checkpoint tensor by tensor and put each one where it belongs."""
+"""Load a model: read a checkpoint tensor by tensor and place each tensor on its devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ def abstract_model(
     """Return a model with shapes in place of arrays, which takes no memory.
 
     Args:
-        config: The model's config.
         formats: The format of each quantized module, by its path.
         dtype: Dtype of the parameters that are not quantized.
     """
@@ -70,7 +69,8 @@ def load_model(
         numerics: "transformers" or "big_vision". Default: the checkpoint's.
         mesh: Devices to load onto (see `paligemma_jax.sharding.mesh.resolve_mesh`). Only the slices
             of this process's devices are read.
-        keep_float32: Which parameters, by path, stay in float32 whatever `dtype` is. For training.
+        keep_float32: Selects the parameters, by path, that stay in float32 regardless of `dtype`.
+            For training.
         quantize: What to quantize to 8 or 4 bits (see `Quantization`). Matrices are quantized while
             they are read, some rows at a time.
 

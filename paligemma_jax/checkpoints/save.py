@@ -1,4 +1,4 @@
-"""Save a model as a checkpoint of any format, from one process or several together."""
+"""Save a model as a checkpoint of any format, from one or several processes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def save_model(
 ) -> None:
     """Write a model, stacked or not, in the dtype of its parameters.
 
-    Several processes write together, each its own shards, and replace what is in `directory`.
+    In a multi-process run, each process writes its own shards, and an existing `directory` is
+    replaced.
 
     Args:
         directory: Where to write; the checkpoint appears there when it is complete.
-        model: The model to save.
         like: The checkpoint it was trained from, whose tokenizer and processor files are copied.
         to: The format: "jax" (this project's), "huggingface" or "big_vision".
         force: Replace what is in `directory`.
@@ -55,7 +55,7 @@ def save_model(
 
 
 def _tensors(arrays: dict[str, Array]) -> dict[str, Tensor]:
-    """The arrays as tensors by the paths of a model that is not stacked."""
+    """Return the arrays as tensors, under the paths of an unstacked model."""
     tensors = {}
     for path, array in arrays.items():
         if re.match(r"\w+/layers/(?!\d)", path):  # stacked: the layers are the first axis

@@ -20,22 +20,22 @@ HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "vae-*.npz"]
 class CheckpointSource:
     """Where the parts of a checkpoint are. Made by `resolve`, once per load, and passed on."""
 
-    reference: str  # as the user named it
-    weights: Path  # of an adapter, those of its base checkpoint
+    reference: str  # as given by the user
+    weights: Path  # for an adapter, those of its base checkpoint
     adapter: Path | None  # directory of a LoRA adapter
     tokenizer_dir: Path
     codec_file: Path | None  # mask codec: vae-oid.npz, or another vae-*.npz or vae-*.safetensors
 
     @cached_property
     def config(self) -> PaliGemmaConfig:
-        """The model's config. In a Hugging Face directory only config.json is read for it."""
+        """The model's config. For a Hugging Face directory, only config.json is read."""
         if formats.detect_format(self.weights) == "huggingface":
             return load_config(self.weights)
         return self.checkpoint.config
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The opened checkpoint: names, shapes and dtypes are checked, tensors not read yet."""
+        """The opened checkpoint: names, shapes and dtypes are checked; no tensor is read yet."""
         is_huggingface = formats.detect_format(self.weights) == "huggingface"
         return formats.read(self.weights, self.config if is_huggingface else None)
 
@@ -48,7 +48,7 @@ def resolve(
     Args:
         reference: "tiny" (the embedded model), a directory, an .npz file, or a hub id such as
             "google/paligemma2-3b-mix-224". A resolved source is returned unchanged.
-        presets: Names that the caller accepts as well, listed in the error.
+        presets: Other names that the caller accepts, to list in the error.
 
     Raises:
         ValueError: There is no such checkpoint, or it cannot be downloaded.

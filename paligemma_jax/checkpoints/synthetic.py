@@ -76,7 +76,7 @@ def abstract_model_by_name(name: str, dtype: str, depth: int | None = None) -> P
 
 
 def with_depth(config: PaliGemmaConfig, layers: int) -> PaliGemmaConfig:
-    """The config with this many layers in each tower."""
+    """Return the config with `layers` layers in each tower."""
     vision = replace(config.vision, num_hidden_layers=layers)
     return replace(config, vision=vision, decoder=replace(config.decoder, num_hidden_layers=layers))
 
@@ -86,9 +86,9 @@ def random_model(
 ) -> PaliGemma:
     """Make a model of random weights, one parameter at a time, on the device, in its final dtype.
 
-    Matrices have variance 1/fan_in, norms do nothing, and biases are 0. Each matrix that
-    `quantization` names is quantized before the next is made; one that blocks do not divide keeps
-    its dtype, with a warning.
+    Matrices have variance 1/fan_in, norms have unit scale, and biases are 0. Each matrix selected
+    by `quantization` is quantized before the next is made. A matrix whose size is not a multiple of
+    the block keeps its dtype, with a warning.
     """
     file_shapes = {weight.path: weight.file_shape for weight in huggingface_weights(config)}
     keys = iter(jax.random.split(jax.random.key(seed, impl="rbg"), 10_000))
@@ -122,7 +122,7 @@ def random_model(
 
 
 def synthetic_inputs(config: PaliGemmaConfig, batch: int, prompt: int, seed: int = 0) -> Inputs:
-    """Make inputs of `batch` rows, each with one random image and `prompt` random text tokens."""
+    """Make inputs of `batch` rows, each with a random image and `prompt` random text tokens."""
     rng, size, patches = (
         np.random.default_rng(seed),
         config.vision.image_size,
@@ -143,5 +143,5 @@ def _random_config(name: str, dtype: str, depth: int | None) -> PaliGemmaConfig:
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _uniform(key: Array, std: float, shape: tuple[int, ...], dtype: str) -> Array:
-    """Uniform numbers of this standard deviation, in a third of the time of normal ones."""
+    """Draw uniform numbers with this standard deviation; normal ones take three times as long."""
     return jax.random.uniform(key, shape, dtype, -1, 1) * jnp.asarray(3**0.5 * std, dtype)

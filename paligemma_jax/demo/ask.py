@@ -27,7 +27,7 @@ TASKS = {
     "Segment": "segment ",
 }
 METHODS = ("Greedy", "Sample", "Beam")
-MAX_PROGRAMS = 64  # each holds memory maps, of which Linux gives a process 65,530
+MAX_PROGRAMS = 64  # each uses memory maps; Linux limits a process to 65,530
 MAX_SIDE = 1600  # pixels of the picture that boxes are drawn on
 
 
@@ -61,7 +61,7 @@ class Settings:
         return replace(self, **integers)
 
     def strategy(self) -> Greedy | Sample | Beam:
-        """Return the decoding strategy. Values are rounded: each new one compiles a program."""
+        """Return the decoding strategy. Rounds values, since each new one compiles a program."""
         if self.method == "Sample":
             top_p = None if self.top_p == 1 else round(float(self.top_p), 2)
             return Sample(round(float(self.temperature), 1), int(self.top_k) or None, top_p)
@@ -84,7 +84,7 @@ class Reply:
 
 
 def with_task(task: str, prompt: str) -> str:
-    """Return the prompt of a task. It keeps the object: "detect cat" becomes "segment cat"."""
+    """Switch a prompt to a task, keeping its object: "detect cat" becomes "segment cat"."""
     prefix, prompt = TASKS[task], (prompt or "").lstrip()
     if not prefix.endswith(" "):
         return prefix
@@ -166,7 +166,7 @@ def _limit_programs(key: Hashable) -> None:
 
 
 def error_message(error: Exception) -> str:
-    """Return the message for the visitor. Errors that are not theirs are logged in full."""
+    """Return the message for the visitor. Internal errors are logged in full."""
     if isinstance(error, ValueError):
         return str(error)
     logging.getLogger(__name__).exception("the demo failed to answer", exc_info=error)

@@ -1,4 +1,4 @@
-"""What happens on a click. Handlers return one update per output component, in order."""
+"""Event handlers of the page. Each returns one update per output component, in order."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Panel:
         return [gr.update(visible=False, value=None), text, ""]
 
     def update(self, reply: Reply, previous: Reply) -> Updates:
-        """Draw only when there is one more box, or at the end, when scores and masks are known."""
+        """Draw only when a box was added, or at the end, when scores and masks are known."""
         drawing: object = gr.skip()
         finished = reply.done and not previous.done
         if reply.detections and (finished or len(reply.detections) != len(previous.detections)):
@@ -117,7 +117,7 @@ def _controls(running: bool = False, answered: bool = False, invite: bool = Fals
 
 
 def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: int) -> None:
-    """Attach the handlers. All that compute share one queue; Stop cancels the answers in it."""
+    """Attach the handlers. Those that compute share one queue; Stop cancels the answers in it."""
     queue: Options = dict(
         concurrency_limit=users, concurrency_id="answer", api_visibility="private"
     )

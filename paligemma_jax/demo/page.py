@@ -1,4 +1,4 @@
-"""The layout of the page. `events.py` has what happens on a click."""
+"""The layout of the page. Event handlers are in `events.py`."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Bl
 def upload(**options: Any) -> gr.Image:  # Any: passed on to gr.Image
     """Return an image input whose value is the path of the uploaded file.
 
-    Nothing is decoded before `Limits` has seen it, and no URL is fetched. The methods are replaced
-    on the instance: for a subclass Gradio writes a .pyi file beside the module.
+    Nothing is decoded before `Limits` has checked it, and no URL is fetched. The methods are
+    replaced on the instance because Gradio writes a .pyi file for a subclass.
     """
     options |= dict(sources=["upload", "clipboard", "webcam"], buttons=["fullscreen"])
     image: Any = gr.Image(type="filepath", **options)  # Any: two methods are replaced
@@ -66,7 +66,7 @@ def upload(**options: Any) -> gr.Image:  # Any: passed on to gr.Image
 
 
 def _more_pictures(count: int) -> list[gr.Image]:
-    """Return inputs for the second picture and on."""
+    """Return inputs for the pictures after the first."""
     with gr.Accordion("More pictures", open=False, visible=count > 0), gr.Row():
         return [upload(label=f"Picture {n + 2}", height=150, min_width=140) for n in range(count)]
 
@@ -110,7 +110,7 @@ def _panels(names: Sequence[str]) -> list[Panel]:
 
 
 def _invitation() -> tuple[gr.Column, list[gr.Button]]:
-    """Return what stands in place of an answer before the first one."""
+    """Return the placeholder shown before the first answer."""
     with gr.Column(elem_id="invitation") as invitation:
         gr.HTML(html.INVITATION)
         with gr.Row(elem_id="examples"):

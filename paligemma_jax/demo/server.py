@@ -1,4 +1,4 @@
-"""The web server: on this machine only by default, and restricted to the routes of the page."""
+"""The web server, bound to this machine by default and restricted to the routes of the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from paligemma_jax.demo.limits import Limits
 from paligemma_jax.inference.predictor import Predictor
 
 STYLE = Path(__file__).with_name("style.css")
-# The routes that the page requests. Gradio has three times as many: to proxy, record, fetch URLs.
+# The routes that the page requests. Gradio has three times as many, for proxying, recording and
+# fetching URLs.
 ROUTES = re.compile(
     r"/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json|(assets|static)/.*|"
     r"gradio_api/(info|queue/(join|data)|upload|upload_progress|file=(?!\w+:/).*|"
@@ -34,7 +35,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 @dataclass
 class RouteFilter:
-    """ASGI middleware: 404 for other routes and 413 for long bodies, of which nothing is kept."""
+    """ASGI middleware that answers 404 to other routes and 413 to long bodies."""
 
     app: Callable[[Message, Receive, Send], Awaitable[None]]
     limits: Limits

@@ -29,7 +29,7 @@ class Token:
 def token_probabilities(
     predictor: Predictor, images: Sequence[Image.Image], prompt: str, text: str
 ) -> list[Token]:
-    """Return the tokens of an answer, end included. The tokenizer splits `text` anew."""
+    """Return the tokens of an answer, including the end. `text` is tokenized again."""
     tokenizer = predictor.processor.tokenizer
 
     def piece(token: int) -> str | None:
@@ -62,7 +62,7 @@ def _teacher_forced(
 ) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
     """Return the tokens [N] of an answer, their log-probabilities, and the top tokens [N, K].
 
-    K is one more than `ALTERNATIVES`, for the token itself may be among them.
+    K is one more than `ALTERNATIVES`, because the token itself may be among them.
     """
     processor = predictor.processor
     (row,) = processor.encode([images], [prompt], [text])

@@ -1,4 +1,4 @@
-"""From generated tokens to answers: text, where it ends, and its pieces."""
+"""Turn generated tokens into answers: their text, end and pieces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Answer:
     def pieces(self, tokenizer: Tokenizer) -> Iterator[tuple[str, float]]:
         """The text and log-probability of each token. The texts join to the answer's.
 
-        A character that takes several tokens is the text of the last one.
+        A character that takes several tokens belongs to the last one.
         """
         start, last = 0, len(self.tokens)
         for n, log_probability in enumerate(self.log_probabilities, 1):
@@ -46,9 +46,8 @@ class Detokenizer:
     stops: tuple[str, ...]
 
     def length(self, tokens: list[int]) -> int:
-        """Number of tokens up to and including eos or the one that completes a stop text.
-
-        One more than there are if the answer continues.
+        """Return the number of tokens up to eos or the token that completes a stop text, inclusive;
+        len(tokens) + 1 if the answer continues.
         """
         ends = (n for n, token in enumerate(tokens, 1) if token in self.eos_ids)
         end = next(ends, len(tokens) + 1)
@@ -77,7 +76,7 @@ class Detokenizer:
         """The text of one answer in pieces, each as soon as no later token can change it.
 
         Args:
-            chunks: Successive tokens. After a stop text no more are requested.
+            chunks: Successive tokens. None are requested after a stop text.
         """
         tokens: list[int] = []
         sent, held_back = 0, max(map(len, self.stops), default=1) - 1

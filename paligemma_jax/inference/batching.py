@@ -30,7 +30,7 @@ AHEAD = 2  # batches whose images are opened before their turn
 
 # (inputs without images, features [B, n, P, D], prompt numbers int[B]) -> arrays [B, ...]
 RunBatch = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]
-# The entries of one prompt in these arrays, or why its image cannot be read.
+# The rows of one prompt in these arrays, or the error of its image.
 BatchResult = tuple[np.ndarray, ...] | ValueError
 
 
@@ -45,7 +45,7 @@ def run_batches(
     """Run all prompts, batch by batch.
 
     Args:
-        run: Computes a batch. Batches are filled up to a `padded_batch_size`.
+        run: Computes a batch. Batches are padded to a `padded_batch_size`.
         batch_size: Maximum number of prompts in a batch.
         progress: Whether to report progress; by default for several batches on a terminal.
 
@@ -117,7 +117,7 @@ def _run_batch(
     # All prompts of a batch have the same number of images.
     features = features.reshape(len(chosen), -1, *features.shape[1:])
     arrays = run(pad_batch(processor, chosen), features, numbers)
-    # `arrays` also has the rows that only fill the batch up.
+    # `arrays` also contains the padding rows.
     results.update(zip(readable, zip(*arrays, strict=True), strict=False))
     return results
 
@@ -141,7 +141,7 @@ class ImageCache:
                 self.opened[key] = self.threads.submit(_open, image, self.image_size)
 
     def error(self, image: ImageSource) -> ValueError | None:
-        """Why an image cannot be read, or None."""
+        """The error of an image that cannot be read, or None."""
         error = self.opened[_key(image)].exception()
         if error is not None and not isinstance(error, ValueError):
             raise error
@@ -162,11 +162,11 @@ class ImageCache:
         return _stack([self.encoded[key] for key in keys])
 
     def padded_batch_size(self, size: int) -> int:
-        """The size that a batch of images or prompts is filled up to."""
+        """The size that a batch of images or prompts is padded to."""
         return padded_batch_size(size, mesh_of(self.model))
 
     def release(self, images: list[ImageSource]) -> None:
-        """Count one use of each image, and drop those that are not used again."""
+        """Count one use of each image, and drop the images without further uses."""
         self.uses.subtract(map(_key, images))
         for key in set(map(_key, images)):
             if self.uses[key] <= 0:
@@ -184,5 +184,5 @@ def _stack(arrays: list[Array]) -> Array:
 
 
 def _key(image: ImageSource) -> Hashable:
-    """Equal for the same image: the name of a path, or the identity of an object."""
+    """A key that is equal for the same image: its path, or the identity of the object."""
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)

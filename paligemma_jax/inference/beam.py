@@ -19,7 +19,7 @@ from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
 
-# Score of an empty place: finite, so that sums of it stay ordered (as in transformers).
+# Score of an empty slot: finite, so that its sums stay ordered (as in transformers).
 EMPTY = -1.0e9
 
 
@@ -55,7 +55,7 @@ class BeamState:
     step: Int[Array, ""]  # number of tokens of each running answer
     running: Beams
     finished: Beams
-    filled: Bool[Array, "B W"]  # whether a place of `finished` has an answer
+    filled: Bool[Array, "B W"]  # whether a slot of `finished` has an answer
     open: Bool[Array, " B"]  # whether a running answer can still beat the finished ones
     logits: Float32[Array, "rows V"]  # [B * W, V]: for the next token of the running answers
     cache: KVCache

@@ -33,7 +33,7 @@ class DecodeState:
     """The state of decoding between two tokens."""
 
     step: Int[Array, ""]  # number of tokens chosen so far
-    token: Int[Array, " B"]  # the last one, not in the cache yet
+    token: Int[Array, " B"]  # the last token, not in the cache yet
     log_probability: Float32[Array, " B"]  # of the last token
     done: Bool[Array, " B"]  # whether a row has produced eos
     seen: (
@@ -55,12 +55,12 @@ def generate(
     """Generate the answer to every row.
 
     Args:
-        inputs: Without targets. Pads may be on either side.
+        inputs: Inputs without targets. Pads may be on either side.
         options: `stop` is ignored: that needs a tokenizer, see `answer_lengths`.
-        seeds: What random draws depend on besides the prompt; by default 0, 1, 2, ...
+        seeds: Random seeds, one per prompt; by default 0, 1, 2, ...
         slots: Length of the cache; by default T + max_new_tokens, rounded up to a bucket. One
             program is compiled for each B, T and `slots`.
-        features: Of the images, if they are encoded already.
+        features: Features of the images, if they are encoded already.
         answer_lengths: Ends answers where eos does not. Called every `CHUNK` tokens; not used by
             Beam.
     """
@@ -244,7 +244,7 @@ def _choose(
 
 
 def seen_ids(model: PaliGemma, inputs: Inputs) -> Bool[Array, "B V"]:
-    """Which ids are among the valid tokens of each row."""
+    """Return which ids occur among the valid tokens of each row."""
     rows = len(inputs.tokens)
     nothing = jnp.zeros((rows, model.config.decoder.vocab_size), bool)
     return nothing.at[jnp.arange(rows)[:, None], inputs.tokens].max(inputs.valid)

@@ -1,4 +1,4 @@
-"""`load`: from the name of a checkpoint to a `Predictor`."""
+"""Load a checkpoint as a `Predictor`."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def load(
             (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
         mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a
             `jax.sharding.Mesh` with these axes. Each device reads its slices only.
-        quantize: Weights to hold in 8 or 4 bits: "int8", "int4" or "nf4" for the decoder's
-            projections, or more in detail, as in "nf4-32-double,embedding=int8,vision=int8"
+        quantize: Weights to store in 8 or 4 bits: "int8", "int4" or "nf4" for the decoder's
+            projections, or a list by part, such as "nf4-32-double,embedding=int8,vision=int8"
             (`paligemma_jax.model.precision.Quantization`).
         layers: "list" decodes fastest. "stack" has one block of stacked weights per tower, whose
-            compile time does not grow with depth. Stacking needs the memory of both for a moment.
+            compile time does not grow with depth. Stacking briefly needs more memory.
 
     Raises:
         ValueError: The checkpoint or an option cannot be used.
@@ -54,7 +54,7 @@ def load(
     devices.check_devices()
     enable_compilation_cache()
     checkpoint = resolve(source)
-    processor = make_processor(checkpoint)  # before the weights, so that errors come at once
+    processor = make_processor(checkpoint)  # before the weights, so that errors are raised early
     model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize)
     if layers == "stack":
         model = distribute(stack_model(model), mesh_of(model))
@@ -62,7 +62,7 @@ def load(
 
 
 def make_processor(source: CheckpointSource) -> Processor:
-    """The processor of a checkpoint. ValueError if its tokenizer and its config disagree."""
+    """Make the processor of a checkpoint. ValueError if its tokenizer and config disagree."""
     config, file = source.config, source.tokenizer_dir / "tokenizer.model"
     tokenizer = Tokenizer(file, config.image_token_id)
     ids, rows = tokenizer.vocab_size, config.decoder.vocab_size

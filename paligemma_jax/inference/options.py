@@ -22,7 +22,7 @@ class DecodingOptions:
     Args:
         max_new_tokens: Maximum length of an answer in tokens, including the end token.
         sampler: `Greedy`, `Sample`, `Beam` or `BestOf`.
-        min_new_tokens: Number of tokens before which an answer cannot end with eos.
+        min_new_tokens: Minimum number of tokens before eos.
         stop: A text or texts that end an answer. The text of the answer is what precedes the first
             of them; its tokens and score include the token that completes it, and BestOf ranks by
             that score. Beam ignores stop texts while it searches, and its answer is cut afterwards
@@ -65,7 +65,7 @@ class DecodingOptions:
         options: DecodingOptions | None = None,
         **fields: Keyword,
     ) -> DecodingOptions:
-        """Options from arguments: `options`, by default the defaults, with the other fields given.
+        """Build options from `options` (or the defaults) with the given fields replaced.
 
         A field that is None counts as not given.
         """
@@ -80,11 +80,11 @@ class DecodingOptions:
 
     @property
     def copies(self) -> int:
-        """Number of answers that are decoded for each prompt, to choose the best."""
+        """Number of answers to decode per prompt, of which the best is kept."""
         return self.sampler.width if isinstance(self.sampler, Beam | BestOf) else 1
 
     def settings(self) -> dict[str, object]:
-        """The options as JSON values, to compare those of two runs."""
+        """The options as JSON values, to compare two runs."""
         return dict(
             max_new_tokens=self.max_new_tokens,
             sampler=repr(self.sampler),
@@ -94,7 +94,7 @@ class DecodingOptions:
         )
 
     def for_rows(self, rows: np.ndarray) -> DecodingOptions:
-        """The options of some of the prompts, by number."""
+        """The options for the prompts at the indices `rows`."""
         if self.allowed is None or self.allowed.ndim == 1:
             return self
         return replace(self, allowed=self.allowed[rows])

@@ -1,4 +1,4 @@
-"""What `load` returns: a model with its processor, from images and text to answers."""
+"""`Predictor`: a model with its processor, which answers prompts about images."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class Predictor:
     ) -> list[Answer]:
         """Answer every prompt, in order, with tokens and scores.
 
-        There may be any number of prompts: they are sorted by length and batched. An image that is
-        given twice (the same path or object) is encoded once. Prompts about one image do not share
+        There may be any number of prompts: they are sorted by length and batched. An image that
+        occurs twice (the same path or object) is encoded once. Prompts about one image do not share
         a prefix: image tokens attend to the prompt, so their keys and values differ.
 
         Args:
@@ -123,7 +123,7 @@ class Predictor:
         batch_size: int = 16,
         progress: bool | None = None,
     ) -> Iterator[dict[int, Answer]]:
-        """Answer what `processor.encode` returned. Yields the answers of each batch by number."""
+        """Answer encoded prompts. Yields the answers of each batch by prompt number."""
         return answer_batches(
             self.model, self.processor, prompts, options, seeds, batch_size, progress
         )
@@ -153,19 +153,19 @@ class Predictor:
         yield from stream_answer(self.model, self.processor, encoded, decoding, seed)
 
     def detect(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
-        """Detect things ("cat"; "cat ; dog") on an image: boxes in pixels, with scores.
+        """Detect objects ("cat"; "cat ; dog") in an image: boxes in pixels, with scores.
 
         Further arguments are those of `answers`.
         """
         return self._answer_detections(image, f"detect {label}", options)
 
     def segment(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
-        """Detect things with their masks. ValueError if the checkpoint has no mask codec."""
+        """Detect objects with their masks. ValueError if the checkpoint has no mask codec."""
         _ = self.codec  # raises before the model runs
         return self._answer_detections(image, f"segment {label}", options)
 
     def detections(self, answer: Answer | str, image: ImageSource) -> Detections:
-        """The detections in an answer about an image, in its pixels.
+        """Parse the detections in an answer about an image, in pixels.
 
         They have scores if `answer` is an `Answer`, and masks if it has `<seg>` tokens, which needs
         a mask codec: ValueError if the checkpoint has none.

@@ -1,4 +1,4 @@
-"""What a batch asks of the compiled programs, and what it gets."""
+"""The traced options of a generation batch, and its results."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Request:
     seeds: Int[AnyArray, " B"]
     copies: Int[AnyArray, " B"]  # number of the answer among those to its prompt
     allowed: Bool[AnyArray, "*rows V"]  # [V] or [B, V]
-    min_new_tokens: Int[AnyArray, ""]  # no eos before that many tokens
+    min_new_tokens: Int[AnyArray, ""]  # no eos before this many tokens
 
     def mask(
         self, logits: Float32[Array, "B V"], step: Int[Array, ""] | int, eos: Int[Array, " E"]
     ) -> Float32[Array, "B V"]:
-        """Set the logits of tokens that may not come at `step` to -inf."""
+        """Set the logits of tokens that are not allowed at `step` to -inf."""
         is_eos = jnp.isin(jnp.arange(logits.shape[1]), eos)
         too_early = is_eos & (step < self.min_new_tokens)
         return jnp.where(self.allowed & ~too_early, logits, -jnp.inf)
@@ -54,7 +54,7 @@ class Request:
 
         def row_key(seed: Array, copy: Array) -> Array:
             key = jax.random.key(seed)
-            # The first of several answers is the one that there would be alone.
+            # The first of several answers equals a single answer.
             key = jnp.where(copy, jax.random.fold_in(key, copy), key)
             return jax.random.fold_in(key, step)
 
@@ -67,12 +67,12 @@ def make_request(
     options: DecodingOptions = DecodingOptions(),
     seeds: Int[AnyArray, " B"] | None = None,
 ) -> Request:
-    """Make the request of a batch, out of host arrays.
+    """Make the request of a batch from host arrays.
 
     Args:
         prompts: Number of prompts.
         options: Their decoding options.
-        seeds: What random draws depend on besides the prompt; by default 0, 1, 2, ...
+        seeds: Random seeds, one per prompt; by default 0, 1, 2, ...
 
     Raises:
         ValueError: No token is allowed.

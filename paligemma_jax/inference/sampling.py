@@ -32,7 +32,7 @@ def _require(condition: bool | np.bool_, owner: object, field: str, requirement:
 
 @dataclass(frozen=True)
 class Greedy:
-    """The most likely token; among equals the one with the lowest id, as in transformers."""
+    """The most likely token; ties go to the lowest id, as in transformers."""
 
     def __call__(
         self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: Key[Array, " B"]

@@ -47,7 +47,7 @@ def score(
     One program is compiled for each B, T and bucket of 32 targets.
 
     Args:
-        features: Of the images, if they are encoded already.
+        features: Features of the images, if they are encoded already.
     """
     features = encode_inputs(model, inputs) if features is None else features
     return to_host(_score(model, inputs, features, _max_targets(inputs)))
@@ -126,7 +126,7 @@ def _alternatives(
 
 
 def check_inputs(config: PaliGemmaConfig, inputs: Inputs) -> None:
-    """Check what a compiled program would silently clip.
+    """Check for errors that a compiled program would silently clip.
 
     Raises:
         ValueError: A token is outside the vocabulary, or image tokens do not match the images.
@@ -147,5 +147,5 @@ def check_inputs(config: PaliGemmaConfig, inputs: Inputs) -> None:
 
 
 def _max_targets(inputs: Inputs) -> int:
-    """The largest number of targets of a row, rounded up to a bucket."""
+    """The largest number of targets in a row, rounded up to a bucket."""
     return min(round_up(int(inputs.targets.sum(axis=1).max())), inputs.targets.shape[1])

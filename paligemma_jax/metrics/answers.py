@@ -11,7 +11,7 @@ import numpy as np
 
 from paligemma_jax.metrics.scores import Metric, References, Scores, Texts, mean_fraction, ratio
 
-# ---- VQA: https://visualqa.org/evaluation.html, with all peculiarities of its published code
+# ---- VQA: https://visualqa.org/evaluation.html, with all quirks of its published code
 # (GT-Vision-Lab/VQA, vqaEval.py).
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
@@ -60,7 +60,7 @@ def normalise(answer: str) -> str:
 @partial(Metric, title="VQA accuracy")
 def vqa(predictions: Texts, references: References) -> Scores:
     """VQA accuracy: min(1, number of people who gave this answer / 3), averaged over leaving out
-    one person at a time.
+    each person in turn.
 
     Answers are normalised where people disagree.
 

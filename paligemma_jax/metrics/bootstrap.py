@@ -32,10 +32,10 @@ class Difference(Interval):
 def interval(
     scores: Scores, samples: int = 1000, seed: int = 0, members: Sequence[int] | None = None
 ) -> Interval:
-    """The metric of some cases with its interval.
+    """Compute the metric of some cases with its interval.
 
-    Where every case scores 0, or every case 1, resampling changes nothing. Then the interval is
-    Wilson's (1927): all of 60 cases correct is 94.0 to 100.0 %.
+    Where every case scores 0, or every case 1, resampling changes nothing. Then Wilson's interval
+    (1927) is used: 94.0 to 100.0 % for 60 correct cases of 60.
 
     Args:
         samples: Number of resamplings.
@@ -52,7 +52,7 @@ def interval(
 
 
 def difference(ours: Scores, theirs: Scores, samples: int = 1000, seed: int = 0) -> Difference:
-    """The difference of two runs on the same cases, which are resampled together.
+    """Compute the difference of two runs on the same cases, which are resampled together.
 
     So cases that are difficult for both runs do not widen the interval.
     """

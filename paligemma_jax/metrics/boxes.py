@@ -1,4 +1,4 @@
-"""Metrics of boxes and masks. A box is y0, x0, y1, x1 in any unit: scaling an axis changes no IoU.
+"""Metrics of boxes and masks. A box is y0, x0, y1, x1 in any unit.
 
 Axes: N images, D detected objects, R reference objects, T thresholds.
 """
@@ -56,7 +56,7 @@ def _score(detection: LabelledBox) -> float:
 def _hits(
     detections: Sequence[LabelledBox], references: Sequence[LabelledBox], thresholds: np.ndarray
 ) -> np.ndarray:
-    """bool[T, D]: whether each detection, best score first, matches a reference that is free."""
+    """bool[T, D]: whether each detection, best score first, matches an unmatched reference."""
     table = overlaps([item.box for item in detections], [item.box for item in references])
     hits = np.zeros((len(thresholds), len(detections)), bool)
     for hit, threshold in zip(hits, thresholds, strict=True):
@@ -64,7 +64,7 @@ def _hits(
         for d, ious in enumerate(table):
             candidates = np.where(free & (ious >= min(threshold, 1 - 1e-10)), ious, -1)
             if candidates.max(initial=-1) >= 0:
-                # The last of equal ones, as in pycocotools.
+                # The last of equal IoUs, as in pycocotools.
                 free[len(candidates) - 1 - candidates[::-1].argmax()] = False
                 hit[d] = True
     return hits

@@ -40,8 +40,8 @@ TOKEN = re.compile(
 def tokenize(caption: str) -> list[str]:
     """Split into lower-case tokens without punctuation; contractions are split ("do n't").
 
-    Has the rules that captions need, not all of PTBTokenizer's: that knows more abbreviations, and
-    detects the end of a sentence within a line.
+    Implements only the rules that captions need: PTBTokenizer knows more abbreviations, and detects
+    the end of a sentence within a line.
     """
     text = FUSED.sub(r"\1 \2", caption.lower().translate(STRAIGHT))
     tokens: list[str] = TOKEN.findall(text)

@@ -31,8 +31,8 @@ class Metric:
     """A function `(predictions, references) -> float`, made from one that returns `Scores`.
 
     Args:
-        scores: `(predictions, references, **options) -> Scores`. A reference that is a string
-            arrives as a list of one.
+        scores: `(predictions, references, **options) -> Scores`. A string reference is passed as a
+            list of one.
         title: Name in reports.
         case_title: Name of a single case's score, if it differs.
         compares: What predictions and references are, per case: texts and lists of texts, lists of
@@ -85,7 +85,7 @@ def mean(values: Iterable[float]) -> Scores:
 
 
 def mean_fraction(values: Iterable[float]) -> Scores:
-    """The same for values from 0 to 1, whose mean cannot be below or above them."""
+    """Like `mean`, for values from 0 to 1, whose mean has the same bounds."""
     scores = mean(values)
     return Scores(scores.each, scores.total, np.ones(len(scores.each), bool))
 

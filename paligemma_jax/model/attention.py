@@ -11,7 +11,7 @@ from paligemma_jax.model.masks import TokenSpan, prefix_lm_mask
 from paligemma_jax.model.stages import collecting_attention, stage
 
 CHUNK = 512  # queries at a time, so that memory grows with T and not with T squared
-MASKED = -2.3819763e38  # finite: a row that sees nothing (a pad) gets a mean, not NaN
+MASKED = -2.3819763e38  # finite: a row that attends to nothing (a pad) gets a mean, not NaN
 
 MaskRule = tuple[TokenSpan, TokenSpan, Array | int]  # the arguments of `prefix_lm_mask`
 
@@ -41,7 +41,7 @@ def attend(
         a = jnp.pad(a, [(0, 0), (0, chunks * CHUNK - T), *[(0, 0)] * (a.ndim - 2)])
         return jnp.moveaxis(a.reshape(a.shape[0], chunks, CHUNK, *a.shape[2:]), 1, 0)
 
-    @jax.checkpoint  # else the gradient keeps the scores of every chunk
+    @jax.checkpoint  # otherwise the backward pass stores the scores of every chunk
     def attend_chunk(chunk: tuple[Array, TokenSpan | None]) -> Array:
         queries, span = chunk
         return _attend(queries, k, v, scale, softcap, mask and (span, *mask[1:]))

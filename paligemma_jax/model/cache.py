@@ -1,4 +1,4 @@
-"""The KV cache: a value that goes in and comes out."""
+"""The KV cache, a pytree that the model takes and returns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paligemma_jax.model.masks import TokenSpan
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Array:
-    """Keys or values in 8 bits, with one scale per head and slot: its largest magnitude is 127."""
+    """Keys or values in 8 bits, with one scale per head and slot that maps its maximum to 127."""
 
     codes: Int8[Array, "*slots H"]
     scale: Float32[Array, "*slots 1"]
@@ -53,7 +53,7 @@ class KVCache:
 
         Args:
             k, v: Keys and values of T slots.
-            span: Of the T tokens.
+            span: Span of the T tokens.
             slots: At least T.
             dtype: "int8", or None to keep the arrays' own.
         """

@@ -34,8 +34,8 @@ from jax import Array
 from paligemma_jax.model.precision import WeightFormat
 
 NESTED_BLOCK = 256  # scales per scale of scales
-STRIP_BYTES = 2**22  # of rows that a CPU widens at a time: they stay in its cache until multiplied
-# Rows of 4-bit codes in a strip for a single x, which takes less time with small ones: nf4 2.9 ms
+STRIP_BYTES = 2**22  # of rows widened at a time on a CPU, to stay in its cache until multiplied
+# Rows of 4-bit codes in a strip for a single x, for which small strips are faster: nf4 2.9 ms
 # instead of 3.7, int4 1.6 instead of 2.1 (docs/quantization.md).
 STRIP_ROWS = 128
 
@@ -65,8 +65,8 @@ NF4 = np.array(
 
 @cache
 def dynamic_map() -> np.ndarray:
-    """float32[256]: the values of quantized scales' codes, bitsandbytes' `create_dynamic_map`
-    (arXiv:1511.04561) to the bit.
+    """float32[256]: the values of quantized scales' codes, bit-identical to bitsandbytes'
+    `create_dynamic_map` (arXiv:1511.04561).
 
     Seven decades of both signs, each twice as fine as the one below. Computed in float64, because
     torch's `linspace` multiplies and adds with one rounding.
@@ -155,8 +155,8 @@ def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, .
 
 
 def _values(format: WeightFormat, codes: Array) -> Array:
-    """Values of the codes 0..15 in units of their scale. nf4 takes 15 selections instead of a
-    table: a CPU vectorizes them, and other compilers fuse them into the product."""
+    """Values of the codes 0..15 in units of their scale. nf4 uses 15 selects instead of a table
+    lookup: a CPU vectorizes them, and other compilers fuse them into the product."""
     if format.kind == "int4":
         return codes.astype(jnp.int8).astype(jnp.float32) - 8
     values: list = list(NF4)

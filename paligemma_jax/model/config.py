@@ -76,7 +76,7 @@ class Numerics:
     capped_decode: bool  # and on later tokens' (big_vision caps there if the config says so)
     first_position: int  # RoPE position of the first token; equal in exact arithmetic
     scale_query: bool  # scale the query (big_vision) or the scores
-    float32_activations: bool  # big_vision computes in float32 whatever the weights are
+    float32_activations: bool  # big_vision computes in float32 for any weight dtype
 
 
 NUMERICS = {
@@ -101,7 +101,7 @@ NUMERICS = {
 
 @dataclass(frozen=True)
 class PaliGemmaConfig:
-    """A whole PaliGemma."""
+    """The configuration of a PaliGemma model."""
 
     vision: VisionConfig = field(default_factory=VisionConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -128,8 +128,7 @@ class PaliGemmaConfig:
 
     @classmethod
     def preset(cls, name: str) -> PaliGemmaConfig:
-        """The config called "3b-224", "10b-448", "28b-896", "pg1-3b-224" (PaliGemma 1), "tiny" (the
-        embedded default), ... (`PRESETS`)."""
+        """Return a config of `PRESETS`, such as "3b-224", "pg1-3b-224" (PaliGemma 1) or "tiny"."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
         return PRESETS[name]
@@ -193,5 +192,5 @@ PRESETS = {
 
 
 def with_resolution(config: PaliGemmaConfig, image_size: int) -> PaliGemmaConfig:
-    """`config` for square images of `image_size` pixels."""
+    """Return `config` for square images of `image_size` pixels."""
     return replace(config, vision=replace(config.vision, image_size=image_size))

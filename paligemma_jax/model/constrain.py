@@ -1,7 +1,7 @@
-"""The model's one word about devices: `constrain` names the axes of an array.
+"""The model's only reference to devices: `constrain` names the axes of an array.
 
-Modules know no mesh. Whoever runs them on one says what the names mean with `constrain_with`
-(`sharding/compiled.py` does); everywhere else `constrain` returns its argument.
+Modules do not depend on a mesh. Code that runs them on one gives the names a meaning with
+`constrain_with` (`sharding/compiled.py`); otherwise `constrain` returns its argument.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _constraint: ContextVar[Constraint | None] = ContextVar("constraint", default=No
 def constrain(axes: str, x: Array) -> Array:
     """Return `x`, placed on devices by the letters of its first axes, as in "B T D" (`layers.py`).
 
-    "-" is an axis that stays whole. B and T also stand for the images and patches of the vision
+    "-" is an axis that is not split. B and T also stand for the images and patches of the vision
     tower (M and P).
     """
     constraint = _constraint.get()
@@ -41,8 +41,8 @@ def constrain_with(constraint: Constraint | None) -> Iterator[None]:
 
 
 def gather_tokens(x: Array) -> Array:
-    """[B, T, D], split by tokens -> whole sequences. Both layouts are named, so the gradient takes
-    the same way back."""
+    """Gather [B, T, D], split by tokens, into complete sequences. Both layouts are constrained, so
+    that the gradient is scattered again."""
     return constrain("B", constrain("B T", x))
 
 
@@ -52,7 +52,7 @@ def scatter_tokens(x: Array) -> Array:
 
 
 def over_all_tokens(sublayer: Sublayer) -> Sublayer:
-    """Decorate a method (x, ...) -> y or (y, ...) that needs whole sequences: its input is
+    """Decorate a method (x, ...) -> y or (y, ...) that needs complete sequences: its input is
     gathered, its output scattered again, so that norms and residuals run on each device's own
     tokens (sequence parallelism, arXiv:2205.05198).
     """

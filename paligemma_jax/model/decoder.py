@@ -23,7 +23,7 @@ from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, stage
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
-LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, keys, the new token's slot
+LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, key span, new token's slot
 
 
 class Attention(nnx.Module):
@@ -117,7 +117,7 @@ class Embedder(nnx.Module):
         """Table rows of `tokens`, unscaled.
 
         On a mesh they are first split along D, as the table is, and then by batch: only activations
-        travel between devices, not the table.
+        move between devices, not the table.
         """
         return constrain("B", constrain("B - D", self.table[...][tokens])).astype(dtype)
 
@@ -129,9 +129,9 @@ class Embedder(nnx.Module):
     def decode(
         self, x: Float[Array, "... D"], part: Array | int = 0, parts: int = 1
     ) -> Float32[Array, "... _"]:
-        """Logits of the whole vocabulary, or of tokens part, part + parts, part + 2 * parts, ...
+        """Compute the logits of all tokens, or of tokens part, part + parts, part + 2*parts, ...
 
-        Strided, so that devices which hold slices of the table each compute a share of every part.
+        Strided, so that each device with a slice of the table computes a share of every part.
         """
         table = self.table[...]
         table = table if parts == 1 else table.reshape(-1, parts, table.shape[1])[:, part]
@@ -139,7 +139,7 @@ class Embedder(nnx.Module):
         return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
     def decode_at(self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]) -> Float32[Array, "*B"]:
-        """The logit of one token for each x."""
+        """Compute the logit of one token for each x."""
         rows = self.rows(tokens, x.dtype)
         return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=jnp.float32)
 
@@ -159,7 +159,7 @@ class Decoder(nnx.Module):
 
         Args:
             x: Embeddings.
-            queries: Their span.
+            queries: Span of the tokens.
             cache: Without it the tokens attend to each other. With it (T = 1, the cache already
                 extended by this token) they attend to its slots.
 
@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
         return stage("norm", self.norm(x)), k, v
 
     def logits(self, x: Float[Array, "... D"], capped: bool) -> Float32[Array, "... V"]:
-        """Logits, with the final softcap if the config has one and `capped`."""
+        """Compute logits, with the final softcap if `capped` and the config has one."""
         return self._cap(self.embedder.decode(x), capped)
 
     def log_probabilities(
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
         chunk: int = 2**15,
         smoothing: float = 0.0,
     ) -> Float32[Array, "*B"]:
-        """The log-probability of one token for each x.
+        """Compute the log-probability of one token for each x.
 
         The vocabulary is processed in chunks, so that [..., V] never exists, forward or backward,
         and the table is read once.

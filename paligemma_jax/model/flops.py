@@ -1,4 +1,4 @@
-"""Work and memory traffic of a model at any implementation's limit, counted from its config."""
+"""Minimum FLOPs and memory traffic of a model, counted from its config."""
 
 from __future__ import annotations
 

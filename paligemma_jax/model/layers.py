@@ -1,4 +1,4 @@
-"""The parts that both towers use: linear layers, norms, rotary positions."""
+"""Layers that both towers share: linear layers, norms, rotary positions."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from jaxtyping import Float, Int
 class Linear(nnx.Module):
     """x [..., in...] -> x @ kernel + bias [..., out...] in x's dtype.
 
-    Every matrix product of the model is one of these, so LoRA and quantization have one thing to
-    replace. The kernel is [out..., in...], as in torch: on a CPU the product then runs at the speed
-    of memory (with [in..., out...] at 0.65 to 0.9 of it; GPUs and TPUs do not mind).
+    Every matrix product of the model is a `Linear`, so LoRA and quantization replace one class. The
+    kernel is [out..., in...], as in torch: on a CPU the product then runs at the speed of memory
+    (with [in..., out...], at 0.65 to 0.9 of it; on GPUs and TPUs the layout does not matter).
 
     Args:
         axes: Letters of the kernel's axes, outputs first, as in "NHD".
         shape: Their sizes.
-        contracted: How many of the last axes are summed over.
+        contracted: Number of trailing axes to sum over.
         bias: Whether to add a bias [out...].
 
     Weights are drawn from N(0, 1/fan_in).

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TokenSpan:
-    """What a mask needs to know about a sequence of tokens."""
+    """The properties of a sequence of tokens that determine a mask."""
 
     positions: Int[Array, "B T"]  # contiguous over a row's valid tokens; arbitrary on pads
     prefix: Bool[Array, "B T"]  # True on image and prompt

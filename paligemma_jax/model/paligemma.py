@@ -25,8 +25,8 @@ Features: TypeAlias = Float[Array, "*images P D"]
 
 
 class PaliGemma(nnx.Module):
-    """The whole model. A row is image tokens, bos, prompt, newline and answer, with pads on either
-    side; all arrays are batch-first.
+    """The complete model. A row is image tokens, bos, prompt, newline and answer, with pads on
+    either side; all arrays are batch-first.
 
     The methods share these arguments:
         tokens: int32[B, T] ids. `config.image_token_id` marks the places of image features.

@@ -86,7 +86,7 @@ def unstack_layers(layers: PyTree) -> nnx.List:
 
 def stack_model(model: Model, delete: bool = True) -> Model:
     """The model with the layers of both towers stacked. With `delete`, the arrays of the list are
-    freed tower by tower, so that memory holds the weights little more than once."""
+    freed tower by tower, which keeps peak memory close to one copy of the weights."""
     model = copy_tree(model)
     for tower in (model.vision, model.decoder):  # type: ignore[attr-defined]
         layers, tower.layers = tower.layers, stack_layers(tower.layers)

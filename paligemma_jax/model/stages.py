@@ -2,7 +2,7 @@
 
 Used by `Predictor.stages` and by the parity report. State is one context variable: a
 `collect_stages` block sees the stages of the model calls that are traced inside it, so under
-`jax.jit` the whole block belongs inside the traced function.
+`jax.jit` the complete block belongs inside the traced function.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def collecting_attention() -> bool:
 
 
 def stage(name: str, value: Array, branch: bool = False) -> Array:
-    """Name an intermediate result. Returns `value`, or what is fed in its place."""
+    """Name an intermediate result. Returns `value`, or the value fed in its place."""
     collection = _collection.get()
     if collection is None or (branch and not collection.branches):
         return value
@@ -93,8 +93,8 @@ def scope(name: str) -> Iterator[None]:
 
 
 def branch(name: str) -> Callable[[Sublayer], Sublayer]:
-    """Decorate a block's method that returns what is added to the residual stream, alone or first
-    of a tuple: it runs in the scope `name`, and its result is the stage `name`/output."""
+    """Decorate a block's method that returns what is added to the residual stream, alone or as the
+    first of a tuple: it runs in the scope `name`, and its result is the stage `name`/output."""
 
     def decorate(sublayer: Sublayer) -> Sublayer:
         @wraps(sublayer)

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 Model = TypeVar("Model")
-Leaf = Any  # an array, a jax.ShapeDtypeStruct, a sharding, ...: whatever the tree holds
+Leaf = Any  # an array, a jax.ShapeDtypeStruct, a sharding, ...: whatever the tree contains
 
 
 def parameters(model: PyTree) -> dict[str, Leaf]:
@@ -30,7 +30,7 @@ def copy_tree(model: Model) -> Model:
 
 
 def replace_modules(model: Model, make: Callable[[str, nnx.Module], nnx.Module | None]) -> Model:
-    """A copy of the model in which `make(path, module)` replaces every module for which it is not
+    """Return a copy of the model with each module replaced by `make(path, module)`, unless that is
     None. Replaced modules are not searched further; arrays are shared with the original."""
 
     def visit(module: nnx.Module, path: str) -> None:
@@ -53,16 +53,16 @@ def replace_modules(model: Model, make: Callable[[str, nnx.Module], nnx.Module |
 
 def modules(model: PyTree, kind: type | tuple[type, ...]) -> dict[str, Any]:
     """Every module of these types by its path. Modules inside such a module are not listed."""
-    found: dict[str, Any] = {}
+    by_path: dict[str, Any] = {}
 
     def visit(path: str, module: nnx.Module) -> nnx.Module | None:
         if not isinstance(module, kind):
             return None
-        found[path] = module
-        return module  # as it is, and not searched further
+        by_path[path] = module
+        return module  # unchanged, and not searched further
 
     replace_modules(model, visit)
-    return found
+    return by_path
 
 
 def _path(path: tuple) -> str:

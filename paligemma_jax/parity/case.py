@@ -46,8 +46,7 @@ class ParityCase:
 
 
 def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0) -> ParityCase:
-    """Make random weights, pixels and ids for any config. Needs no files; each weight is made when
-    it is used."""
+    """Make random weights (on use), pixels and ids for any config. Needs no files."""
     inputs = synthetic_inputs(config, 1, prompt + suffix, seed)
     length = inputs.tokens.shape[1] - suffix
     targets = np.broadcast_to(np.arange(length + suffix) >= length, inputs.tokens.shape)

@@ -1,5 +1,4 @@
-"""Run this model stage by stage, reading each layer's weights from the checkpoint when it is
-called."""
+"""Run this model stage by stage, reading each layer's weights when it is called."""
 
 from __future__ import annotations
 

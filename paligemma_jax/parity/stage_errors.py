@@ -71,7 +71,7 @@ def loss_error(
 
     A loss is the mean over n targets of differences between numbers as large as the logits, so a
     small loss has few significant digits in float32, in transformers as here. (The caption loss of
-    `tiny` is 1e-4, of which 1e-3 is rounding.) The limits allow for that.
+    `tiny` is 1e-4, with a relative rounding error of 1e-3.) The limits allow for that.
     """
     inputs, own = case.inputs, reference.stages["logits"]
 

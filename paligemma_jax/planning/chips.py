@@ -1,4 +1,4 @@
-"""Published figures of accelerators, and the names of slices: "v5e:4x4", "h200x8"."""
+"""Published specifications of accelerators, and the names of slices: "v5e:4x4", "h200x8"."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """One accelerator, by its maker's figures."""
+    """The published specifications of an accelerator."""
 
     memory: float  # bytes; on TPUs what libtpu 0.0.42 gives a program of 16, 95 and 32 GB
     flops: float  # bfloat16 FLOP/s, dense
@@ -38,7 +38,7 @@ SHAPE_EXAMPLES = {0: "x8", 2: ":2x4", 3: ":2x2x2"}  # by the number of axes
 
 @dataclass(frozen=True)
 class Slice:
-    """Several chips of a kind, linked to each other."""
+    """Several linked chips of one kind."""
 
     name: str
     chip: Chip
@@ -66,14 +66,14 @@ class Slice:
 
 
 def simulate_devices(count: int) -> None:
-    """Let CPU devices stand for `count` chips, and do not search for a TPU.
+    """Let CPU devices stand in for `count` chips, and do not search for a TPU.
 
     Call it before jax is imported.
     """
     if "jax" not in sys.modules:
         flags = f"{os.environ.get('XLA_FLAGS', '')} {device_count_flag(count)}"
         os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    # To compile for a TPU is no reason to query the metadata server, or to lock the device.
+    # Compiling for a TPU needs neither the metadata server nor a lock on the device.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 

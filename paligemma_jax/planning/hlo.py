@@ -44,7 +44,7 @@ Computation = dict[str, Operation]  # by name, in order
 
 @dataclass(frozen=True)
 class ProgramWork:
-    """Work of one run of a program on one device."""
+    """The work of one run of a program on one device."""
 
     flops: float
     sent_bytes: dict[str, float]  # by kind of collective
@@ -130,7 +130,7 @@ def _calls(operation: Operation, computations: dict[str, Computation]) -> Iterat
 
 
 def _trip_count(operation: Operation, condition: Computation, body: Computation) -> int:
-    """How often a loop runs; 1 for other operations, and if it is not known.
+    """The number of iterations of a loop; 1 for other operations, and if it is unknown.
 
     Either the compiler states it, or it is the constant that the counter (from 0) is compared with,
     divided by the step. On TPUs, a product whose slices go around a ring in both directions is a

@@ -1,4 +1,4 @@
-"""Plan a workload: does it fit a slice of accelerators, and how fast can it be at best?"""
+"""Plan a workload: whether it fits a slice of accelerators, and how fast it can run at best."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def _reported_bytes(error: str) -> int:
 
 
 def _find_devices(chips: Slice, estimate: bool) -> Devices:
-    """The devices to compile for: CPU devices that stand for the chips, or descriptions of TPUs."""
+    """The devices to compile for: CPU devices in place of the chips, or descriptions of TPUs."""
     if estimate:
         devices = jax.devices("cpu")
         if len(devices) < chips.count:

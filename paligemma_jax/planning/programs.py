@@ -1,5 +1,5 @@
-"""Compile the programs of `inference/generate.py` and `training/trainer.py` from shapes alone, for
-chips that need not exist."""
+"""Compile the programs of `inference/generate.py` and `training/trainer.py` from shapes alone,
+without the chips."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def training_programs(
 def generation_programs(
     config: PlanConfig, model: PaliGemma, mesh: Mesh, chip: Chip
 ) -> Iterator[tuple[str, ProgramCost]]:
-    """Compile the image encoder, the prefill and the decode loop, of which one step counts."""
+    """Compile the image encoder, the prefill and the decode loop (counted as one step)."""
     if config.quantize:
         model = jax.eval_shape(partial(quantize_model, quantization=config.quantize), model)
     if config.layers == "stack":

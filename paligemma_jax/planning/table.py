@@ -70,8 +70,8 @@ def plan_batches(
 ) -> Iterator[PlanResult]:
     """Plan one row per chip and, if that fits, larger powers of two up to the largest that fits.
 
-    To compile few programs, the next batch is read off the line of memory over batch size: first
-    through the arguments alone at batch 0, then through the last two plans.
+    To compile few programs, the next batch is extrapolated from a line of memory over batch size:
+    first through the arguments alone at batch 0, then through the last two plans.
     """
     batch = Slice.parse(config.on).count
     result = plan_once(replace(config, batch=batch))

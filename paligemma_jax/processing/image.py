@@ -27,8 +27,8 @@ def load_image(source: ImageSource) -> Image.Image:
       (image_transforms.convert_to_rgb).
 
     Other modes are converted with PIL's `convert("RGB")`. For 16-bit grayscale that makes every
-    value above 255 white, so scale such images first. Of an animation, the current (first) frame is
-    used.
+    value above 255 white, so scale such images first. For an animation, the current (first) frame
+    is used.
 
     Raises:
         ValueError: The source is not an image, or cannot be decoded completely.
@@ -86,7 +86,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _decode(read: Callable[[], Image.Image], name: str) -> Image.Image:
-    """Return read(). Whatever a decoder raises (OSError, SyntaxError, ...) is a ValueError."""
+    """Return read(), with any exception of a decoder (OSError, SyntaxError, ...) as a
+    ValueError."""
     try:
         image = read()
     except Image.DecompressionBombError as error:

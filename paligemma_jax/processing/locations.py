@@ -43,7 +43,7 @@ COLORS = (
 
 @dataclass(frozen=True)
 class Detection:
-    """One detected thing."""
+    """A detected object."""
 
     label: str
     box: Box  # left, top, right, bottom in pixels of the original image
@@ -66,8 +66,8 @@ class Detections(list[Detection]):
 def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
     """Parse the detections in an answer. Any text is accepted.
 
-    Nothing is repaired: a box is skipped if it has no area, or other than four numbers, or numbers
-    above 1023. A mask of other than 16 codes below 128 is skipped too, but its box is kept.
+    Nothing is repaired: a box is skipped unless it has an area and exactly four numbers up to 1023.
+    A mask without exactly 16 codes below 128 is skipped too, but its box is kept.
 
     Args:
         text: The text, or its tokens with their log-probabilities, for detections with scores.
@@ -110,7 +110,7 @@ def location_text(detections: Iterable[Detection], size: Size) -> str:
     A box thinner than a bin may lose its area in rounding, and is then skipped when parsed.
 
     Raises:
-        ValueError: A box has no area or is not on the image, or a label contains ; or <.
+        ValueError: A box has no area or is not within the image, or a label contains ; or <.
     """
     parts = []
     for detection in detections:
@@ -132,7 +132,7 @@ def location_bins(box: Box, size: Size) -> list[float]:
     """Convert a box in pixels to y0 x0 y1 x1 in bins, not rounded yet.
 
     Raises:
-        ValueError: It has no area, or is not on the image.
+        ValueError: The box has no area, or is not within the image.
     """
     (left, top, right, bottom), (width, height) = box, size
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):

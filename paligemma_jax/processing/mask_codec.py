@@ -90,7 +90,7 @@ class MaskCodec(nnx.Module):
         return self.to_code(x)
 
     def nearest(self, x: Float32[Array, "*B E"]) -> Int32[Array, "*B"]:
-        """The code that is nearest to each vector."""
+        """Return the nearest code to each vector."""
         codebook = self.codebook[...]
         return jnp.argmin((codebook**2).sum(1) - 2 * x @ codebook.T, axis=-1)
 
@@ -185,7 +185,7 @@ def tensors(codec: MaskCodec) -> dict[str, np.ndarray]:
 
 
 def from_tensors(arrays: Mapping[str, np.ndarray], source: str | Path = "the file") -> MaskCodec:
-    """Make a float32 codec from published names and layouts, as wide as they are.
+    """Make a float32 codec from published names and layouts, with the widths of the arrays.
 
     Args:
         arrays: Arrays with other names are ignored.

@@ -1,4 +1,4 @@
-"""Modules with weights in 8 or 4 bits, called as the ones they replace; they do not train.
+"""Modules with weights in 8 or 4 bits, called like the modules they replace, but not trainable.
 
 The arithmetic is in `model/codes.py`, the formats and their names in `model/precision.py`.
 """

@@ -47,8 +47,8 @@ def quantize_modules(model: Model, formats: Mapping[str, WeightFormat]) -> Model
 def quantize_model(model: Model, quantization: str | Quantization) -> Model:
     """Quantize every part that `quantization` names, the cache included.
 
-    What is quantized already stays as it is. So does a matrix that blocks do not divide, with a
-    warning that names it.
+    Parts that are already quantized do not change. Neither does a matrix whose size is not a
+    multiple of the block; a warning names it.
     """
     if isinstance(quantization, str):
         quantization = Quantization.parse(quantization)

@@ -18,7 +18,7 @@ from paligemma_jax.sharding.rules import Leaf, partition_spec, shardings
 def distribute(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Put a tree of parameters or optimizer state on a mesh. None leaves it unchanged.
 
-    Arrays on a mesh are resharded. Of other arrays, every process must have the full value.
+    Arrays on a mesh are resharded. For other arrays, every process must have the full value.
     """
     if mesh is None:
         return tree
@@ -39,7 +39,7 @@ def shard_batch(batch: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def local_rows(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the rows of a batch that this process' devices compute."""
+    """Return the rows of a batch that the devices of this process compute."""
     if mesh is None:
         return list(range(rows))
     slices = _batch_sharding((rows,), mesh).addressable_devices_indices_map((rows,))

@@ -24,7 +24,7 @@ DEVICE_FILES = {"cuda": ("/proc/driver/nvidia/version",), "tpu": ("/dev/accel0",
 def check_devices() -> None:
     """Check that JAX sees the accelerator of this machine.
 
-    Warns if there is an accelerator and JAX runs on the CPU without having been asked to.
+    Warns if there is an accelerator but JAX runs on the CPU without being configured to.
 
     Raises:
         ValueError: $JAX_PLATFORMS names a device that JAX cannot use.
@@ -32,7 +32,7 @@ def check_devices() -> None:
     requested = jax.config.values["jax_platforms"] or ""
     try:
         backend = jax.default_backend()
-    except (RuntimeError, AssertionError):  # jax 0.10 asserts if the plugin of CUDA is missing
+    except (RuntimeError, AssertionError):  # jax 0.10 asserts if the CUDA plugin is missing
         platform = requested.split(",")[0].replace("gpu", "cuda")
         hint = INSTALL_HINTS.get(platform, "it must be cpu, cuda or tpu")
         raise ValueError(
@@ -62,7 +62,7 @@ def peak_resident_bytes() -> int:
 
 
 def program_bytes(program: jax.stages.Compiled) -> dict[str, int]:
-    """Return the memory of a compiled program on each device, by the compiler's analysis.
+    """Return the memory of a compiled program on each device, from the compiler's analysis.
 
     `output_bytes` are of results that do not reuse the memory of an argument; `memory_bytes` are
     of arguments, temporaries and results.

@@ -1,4 +1,4 @@
-"""Meshes: make one, parse one, and the batch sizes that one can split."""
+"""Make and parse meshes, and compute the batch sizes that they divide."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def resolve_mesh(
 
     Args:
         mesh: Axis sizes, 1 if left out; "auto"; a `Mesh` with axes of these names, which is
-            returned unchanged; or None, which stays None.
+            returned unchanged; or None, for no mesh.
         devices: By default those of all processes for training, and those of this process for
             inference, where each process answers on its own.
         rows: The batch size for "auto" in training; 0 puts all devices on `fsdp`.

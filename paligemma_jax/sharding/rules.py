@@ -78,7 +78,7 @@ def partition_spec(
     """Return the mesh axes that split each axis of an array.
 
     Each letter gets the mesh axes of `AXIS_RULES` that divide it and that no other axis of the
-    array uses. B comes last: it takes the data axes that the other letters leave.
+    array uses. B comes last, with the data axes that the other letters leave.
     """
     spec: list[tuple[str, ...]] = [()] * min(len(axes), len(shape))
     for i in sorted(range(len(spec)), key=lambda i: axes[i] == "B"):

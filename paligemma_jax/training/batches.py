@@ -28,7 +28,7 @@ class Batch:
     """The arrays of B examples; a pytree.
 
     `inputs.images` and `features` have a leading axis [B, n] if all examples have n images, else
-    [M] for the images of the whole batch.
+    [M] for all images of the batch.
     """
 
     inputs: Inputs
@@ -37,7 +37,7 @@ class Batch:
 
 
 def max_targets(batch: Batch) -> int:
-    """The most targets that a row has, rounded up so that few programs are compiled."""
+    """The largest number of targets in a row, rounded up so that few programs are compiled."""
     return round_up(int(batch.inputs.targets.sum(axis=1).max()))
 
 
@@ -45,8 +45,8 @@ def encode_example(example: Example, processor: Processor, length: int | None) -
     """Tokenize an example.
 
     Raises:
-        ValueError: It has more tokens than `length` or the context, or another number of images
-            than its prompt asks for.
+        ValueError: It has more tokens than `length` or the context, or its number of images does
+            not match the prompt.
     """
     rows = processor.encode([list(example.images)], [example.prefix], [example.suffix])
     processor.padded_length(rows, length)

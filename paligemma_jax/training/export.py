@@ -22,7 +22,7 @@ def save_result(
     """Save the trained model in `folder`, and return its directory.
 
     If only LoRA was trained, this is adapter/. A model/ is saved otherwise, or if an export format
-    is configured; adapters are merged into it, into the base as it was before quantization.
+    is configured, with adapters merged into the unquantized base.
     """
     config, model = trainer.config, trainer.result(state)
     model = unstack_model(model) if config.layers == "stack" else model

@@ -78,7 +78,7 @@ def _images(sources: list[RowSource]) -> Iterator[ImageSource]:
 
 
 def _save(file: Path, array: np.ndarray) -> None:
-    """Write an array, or nothing if the process is killed. numpy files have no bfloat16."""
+    """Write an array atomically. .npy files do not support bfloat16."""
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
         np.save(stream, array.view(np.uint16) if array.dtype.itemsize == 2 else array)

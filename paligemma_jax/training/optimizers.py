@@ -15,8 +15,8 @@ from paligemma_jax.training.config import FinetuneConfig
 
 
 def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
-    """The learning rate by step, counted from 0: linear warmup, then `config.schedule`, which ends
-    at 0 after the last step unless it is constant."""
+    """Make the learning rate schedule by step, counted from 0: linear warmup, then
+    `config.schedule`, which ends at 0 after the last step unless it is constant."""
     peak, warmup = config.learning_rate, config.warmup
     warmup = min(round(warmup if warmup >= 1 else warmup * steps), steps)
     rest = max(steps - warmup, 1)
@@ -35,7 +35,7 @@ def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a dict path -> parameter, for gradients that are clipped already.
+    """Make the optimizer of a dict path -> parameter, for gradients that are already clipped.
 
     Weight decay is decoupled and scaled by the learning rate with every optimizer
     (`optax.adafactor` alone would not scale it). Adam's eps is 1e-8, as in torch.

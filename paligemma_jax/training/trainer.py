@@ -34,8 +34,8 @@ LossFunction = Callable[[PyTree, PyTree, int], tuple[Array, Array]]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """What a step updates and a checkpoint contains. Random numbers are not part of it: those of a
-    step depend on the seed and the step only."""
+    """The state that a step updates and a checkpoint contains. It has no random state: random
+    numbers depend only on the seed and the step."""
 
     step: Array  # int32[], the number of finished steps
     trainable: Parameters  # float32
@@ -92,8 +92,8 @@ class Trainer:
         self.losses = mesh_jit(self._losses, static_argnames="max_targets")
 
     def start(self) -> TrainState:
-        """The state before the first step. To be called once: the initial parameters are not kept,
-        since two copies of them may not fit on the device."""
+        """The state before the first step. Call it once: the initial parameters are not kept, since
+        two copies of them may not fit on the device."""
         trainable = {
             path: jnp.array(self._initial.pop(path), jnp.float32) for path in self.trainable
         }
@@ -128,7 +128,7 @@ class Trainer:
         loss, norm = loss / count, optax.tree.norm(gradient) / count
         clip = self.config.clip
         scale = jnp.minimum(1, clip / jnp.maximum(norm, 1e-9)) if clip else 1.0
-        # Divided and clipped in one go: memory then holds the full gradient only once.
+        # Divided and clipped in one pass, so that only one full gradient is in memory.
         gradient = jax.tree.map(lambda g: g * (scale / count), gradient)
         updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

@@ -66,8 +66,8 @@ class Validation:
 
     @contextmanager
     def _saving_on_error(self, state: TrainState, line: LogLine) -> Iterator[None]:
-        """Save a checkpoint if validation fails, so that no steps are lost. Not in a multi-process
-        run: processes save together, and not all of them may have failed."""
+        """Save a checkpoint if validation fails, so that no steps are lost. Not done in a
+        multi-process run: processes save together, and not all of them may have failed."""
         try:
             yield
         except Exception:

@@ -53,7 +53,7 @@ def test_one_image_and_one_prompt(generate, predictor):
 
 
 def test_images_and_prompts_are_paired_in_order(generate, predictor, rotated):
-    """One image per prompt, one image for all prompts, one prompt for all images."""
+    """Pairs are one image per prompt, one image for all prompts, or one prompt for all images."""
     images, prompts = [IMAGE, rotated], ["caption en", "what color is this"]
     for own_images, own_prompts in (
         (images, prompts),
@@ -75,7 +75,7 @@ def test_placeholders_share_out_the_images(generate, predictor, rotated):
 
 
 def test_json_is_one_object_per_line(generate, predictor, rotated):
-    """In the order of the prompts, with newlines and quotes inside."""
+    """Objects come in the order of the prompts, with newlines and quotes in strings."""
     images = [IMAGE, rotated, IMAGE]
     prompts = ['"caption"\nen', "cat 😀", '"caption"\nen']
     lines = generate("--json", "--image", *images, "--prompt", *prompts)
@@ -144,7 +144,7 @@ def test_flags_choose_the_sampler(generate, predictor, flags, sampler, options):
     ],
 )
 def test_contradicting_flags_are_refused_first(command, flags, reason):
-    """In one line, before a checkpoint is looked for."""
+    """The error is one line, raised before the checkpoint is resolved."""
     arguments = ("--model", "none", "--image", IMAGE, "--prompt", "ocr")
     code, out, err = command("generate", *arguments, *flags.split())
     assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
@@ -205,7 +205,7 @@ def test_only_text_is_on_stdout(predictor):
     "arguments", [["--help"], ["generate", "--help"], ["generate", "--bogus"]], ids=" ".join
 )
 def test_help_does_not_import_jax(arguments):
-    """Which takes half a second and more."""
+    """Importing it takes half a second or more."""
     code = f"""if True:
         import sys
         import paligemma_jax.cli as cli
@@ -222,7 +222,7 @@ def test_help_does_not_import_jax(arguments):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]], ids=" ".join)
 def test_a_closed_pipe_is_no_error(arguments):
-    """As in `paligemma-jax --help | head -1`."""
+    """`paligemma-jax --help | head -1` exits without an error."""
     read, write = os.pipe()
     os.close(read)
     done = run_python(

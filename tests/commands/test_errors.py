@@ -44,9 +44,9 @@ def test_unknown_checkpoints_are_refused(tmp_path, command, monkeypatch):
 
 
 def hub_errors():
-    """Every error of huggingface_hub, and of network and disk below it.
+    """Make every error of huggingface_hub, and of the network and disk below it.
 
-    Made without their constructors, which require responses.
+    Skips the constructors, which require responses.
     """
     from huggingface_hub import errors
 
@@ -228,8 +228,8 @@ def test_score_requires_suffixes():
 
 
 def test_handmade_inputs_are_checked():
-    """What a compiled program would clip silently: ids beyond the table, image tokens that do not
-    match the images."""
+    """Checks for values that a compiled program would clip silently: ids beyond the table, and
+    image tokens that do not match the images."""
     inputs = predictor().processor(IMAGE, "caption en")
     for tokens, part in [
         (inputs.tokens + 10**5, "outside the vocabulary of 1600"),
@@ -242,7 +242,7 @@ def test_handmade_inputs_are_checked():
 
 
 def test_an_unreadable_tokenizer_is_refused(monkeypatch):
-    """For lack of permissions, which a test run by root cannot take away."""
+    """Simulates missing permissions, which do not stop a test run by root."""
     monkeypatch.setattr(Path, "read_bytes", raising(PermissionError(13, "Permission denied")))
     with pytest.raises(ValueError, match=r"cannot read the tokenizer.*Permission denied"):
         Tokenizer(GOLDEN / "pg2" / "tokenizer.model")

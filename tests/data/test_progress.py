@@ -16,7 +16,7 @@ from paligemma_jax.data.progress import progress_bar
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that moves only when told: `clock(seconds)`."""
+    """A clock that advances only by `clock(seconds)`."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 

@@ -50,7 +50,8 @@ def test_unusable_rows_are_counted_and_listed(tmp_path):
 
 
 def test_images_bytes_and_lengths_are_checked(data, tmp_path):  # noqa: F811
-    """Half a JPEG, a missing image, not UTF-8, a long row; but not a byte order mark."""
+    """A truncated JPEG, a missing image, invalid UTF-8 and a long row are errors; a byte order mark
+    is not."""
     Image.open(data.parent / "0.png").resize((300, 300)).save(tmp_path / "photo.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "photo.jpg").read_bytes()[:9000])
 

@@ -97,7 +97,7 @@ def test_invitation_stands_in_for_the_first_answer(visit):
 
 
 def test_upload_and_ask(visit, tmp_path):
-    """A picture from the visitor's disk, a task, a prompt, the Enter key."""
+    """Uploads a picture, chooses a task, types a prompt and presses Enter."""
     Image.open(DIGITS).transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png")
     page = visit()
     replace_picture(page, tmp_path / "turned.png")

@@ -78,7 +78,8 @@ def test_large_file(picture, tmp_path):
 
 
 def test_decompression_bombs(picture, monkeypatch):
-    """Neither is decoded: one exceeds our limit, one twice the limit of Pillow, where it raises."""
+    """Neither is decoded: one exceeds our limit, one twice the limit of Pillow, where Pillow
+    raises."""
     monkeypatch.setattr("paligemma_jax.demo.limits.load_image", lambda file: pytest.fail("decoded"))
     with pytest.raises(
         ValueError, match=r"bomb\.png is too large: 2 megapixels, the limit is 1 meg"
@@ -99,7 +100,7 @@ def test_decompression_bombs(picture, monkeypatch):
     ],
 )
 def test_files_that_are_not_pictures(content, tmp_path):
-    """Including EPS, which Pillow would pass to Ghostscript."""
+    """This includes EPS, which Pillow would pass to Ghostscript."""
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"^x\.png is not a supported picture"):
         Limits().open_images([str(tmp_path / "x.png")])
@@ -144,7 +145,7 @@ def test_limits_must_be_positive():
     ],
 )
 def test_settings_out_of_range(change, reason, predictor):
-    """The sliders of the page do not allow them; a handmade request does."""
+    """The sliders of the page prevent them; a handmade request does not."""
     (reply,) = final_replies([predictor], Limits(), [DIGITS], "ocr", Settings(**change))
     assert reply.done and reply.error and reason in reply.error and not reply.text
 
@@ -285,7 +286,7 @@ def test_boxes_have_the_scores_of_detect(predictor):
 
 
 def test_token_probabilities(predictor):
-    """They are those of generation; greedy took the most likely tokens."""
+    """They equal those of generation; greedy decoding chose the most likely tokens."""
     answer = predictor.answers(DIGITS, "caption en", 32)[0]
     tokens = token_probabilities(predictor, [Image.open(DIGITS)], "caption en", answer.text)
     np.testing.assert_allclose(
@@ -444,7 +445,7 @@ def post_run(address, picture):
 
 
 def test_paths_and_urls_in_place_of_an_upload_are_refused(address):
-    """They are neither read nor fetched."""
+    """Paths are not read, and URLs are not fetched."""
     meta = {"meta": {"_type": "gradio.FileData"}}
     (path,) = json.loads(upload(address, Path(DIGITS).read_bytes())[1])
     assert "4 3 2 3" in post_run(address, {"path": path, **meta})

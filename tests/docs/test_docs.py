@@ -59,7 +59,7 @@ def page_name(page: Path) -> str:
 
 
 def pages_with(slow: bool) -> list[Path]:
-    """Pages with code to run that is slow, or not."""
+    """Return the pages with slow code to run, or those with other code."""
     return [
         page
         for page in PAGES
@@ -143,7 +143,7 @@ def test_slow_code_runs(page, folder, capfd, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_is_narrow(page):
-    """So that no block scrolls sideways on a page 1280 pixels wide."""
+    """No block scrolls sideways on a page 1280 pixels wide."""
     fences = re.findall(r"^```.*?^```$", page.read_text(), re.DOTALL | re.MULTILINE)
     wide = [line for fence in fences for line in fence.splitlines() if len(line) > MAX_COLUMNS]
     assert not wide
@@ -174,7 +174,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_flags_of_all_commands_exist(command):
-    """Also of commands that are not run: every flag is in the command's help."""
+    """Every flag is in the command's help, also of commands that are not run."""
     helps: dict[str, str] = {}
     for page in PAGES:
         for block in blocks(page):

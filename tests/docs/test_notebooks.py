@@ -26,7 +26,7 @@ def count_images(notebook) -> int:
 
 
 def printed(notebook) -> str:
-    """All that is printed or returned."""
+    """Return all printed and returned text."""
     return "\n".join(
         output.get("text", "") or output.get("data", {}).get("text/plain", "")
         for output in outputs(notebook)
@@ -35,7 +35,7 @@ def printed(notebook) -> str:
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_it_is_saved_with_outputs(file):
-    """With an image, and without errors or paths of a machine; short, and with one line that names
+    """A notebook has an image, no errors and no paths of a machine; it is short, and one line names
     the model."""
     notebook = nbformat.read(file, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -48,7 +48,7 @@ def test_it_is_saved_with_outputs(file):
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_it_runs(file, tmp_path, monkeypatch):
-    """Without exceptions, and with as many images as are saved."""
+    """It runs without exceptions, and makes as many images as are saved."""
     if file.stem in NEED_TORCH and importlib.util.find_spec("torch") is None:
         pytest.skip("comparing with transformers needs torch")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -1,4 +1,4 @@
-"""A photo, and cases about it."""
+"""Fixtures: a photo, and cases about it."""
 
 import pytest
 from PIL import Image

@@ -31,7 +31,7 @@ def test_results_by_kind_are_saved(make_cases, tmp_path):
 
 
 def test_intervals_of_perfect_runs_are_wilsons_everywhere(make_cases):
-    """60 of 60 is not "100.0 to 100.0", neither in JSON nor in the reports."""
+    """60 of 60 is not "100.0 to 100.0", in JSON and in the reports."""
     evaluation = evaluate(make_cases(["yes"] * 60), ["exact_match"], samples=50)
     low = evaluation.json()["metrics"]["exact_match"]["low"]
     assert low == pytest.approx(0.9398, abs=1e-4)

@@ -46,7 +46,7 @@ def encoded_images(spy):
 
 
 def test_a_thousand_answers_keep_the_order_of_their_prompts(tiny, photos):
-    """Prompts of mixed lengths get the answers that each gets alone."""
+    """Prompts of mixed lengths get the same answers as each prompt alone."""
     images = [photos[i * 7 % 40] for i in range(1000)]
     longer = [" " + "and so on" * (i % 5) if i % 3 == 0 else "" for i in range(1000)]
     prompts = [TASKS[i % 13] + longer[i] for i in range(1000)]
@@ -114,7 +114,7 @@ def test_a_batch_may_consist_of_failures(tiny):
 @pytest.mark.parametrize("prompt", ["caption en", "detect 3", "ocr"])
 @pytest.mark.parametrize("sampler", [Greedy(), Sample(temperature=3.0)], ids=["greedy", "sample"])
 def test_streamed_pieces_join_to_the_answer(tiny, prompt, sampler):
-    """Also at a temperature that produces invalid UTF-8 and parts of words."""
+    """They do so even at a temperature that produces invalid UTF-8 and parts of words."""
     for seed in range(3):
         pieces = list(tiny.stream(PHOTO, prompt, 40, sampler, seed=seed))
         assert "".join(pieces) == tiny.generate(PHOTO, prompt, 40, sampler, seeds=[seed])[0]
@@ -122,7 +122,7 @@ def test_streamed_pieces_join_to_the_answer(tiny, prompt, sampler):
 
 
 def test_stream_takes_the_options_of_generate(tiny):
-    """And decodes several tokens per dispatch: the first one at prefill, then eight at a time."""
+    """It decodes the first token at prefill, then eight tokens per dispatch."""
     allowed = np.zeros(tiny.config.decoder.vocab_size, bool)
     allowed[tiny.processor.tokenizer.encode("0 1 2 3")] = True
     for options in (
@@ -161,7 +161,7 @@ def test_stacked_layers_give_the_same_answers(tiny):
 
 
 def test_a_stream_never_splits_a_character(tiny):
-    """Characters of several tokens, one token at a time."""
+    """Tests characters of several tokens, decoded one token at a time."""
     tokenizer, text = tiny.processor.tokenizer, "3 ☃ 5 日本 ok"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
@@ -172,7 +172,7 @@ def test_a_stream_never_splits_a_character(tiny):
 
 @pytest.mark.parametrize("stop", ["3,", ["and", "digits: 9"], "four", ["never said"]])
 def test_an_answer_ends_before_the_first_stop_text(tiny, stop):
-    """In batches, streams and beam search."""
+    """Tests batches, streams and beam search."""
     full = tiny.generate(PHOTO, "caption en")[0]
     stops = [stop] if isinstance(stop, str) else stop
     expected = full[: min([full.find(s) for s in stops if s in full], default=len(full))]
@@ -194,7 +194,7 @@ def test_tokens_after_a_stop_text_do_not_count(tiny, sampler):
 
 
 def test_best_of_ranks_by_the_text_before_the_stop(tiny):
-    """The best of four samples up to the stop text is another one than the best to the end."""
+    """The best of four samples up to the stop text differs from the best to the end."""
     samples, join, sampler = [], generate._join, BestOf(4, Sample(3.0))
 
     def spy(*args):
@@ -217,7 +217,7 @@ def test_best_of_ranks_by_the_text_before_the_stop(tiny):
 
 
 def test_only_locations_are_allowed(tiny):
-    """A mask of `<locNNNN>`, `;`, space and eos."""
+    """The mask allows `<locNNNN>`, `;`, space and eos."""
     tokenizer = tiny.processor.tokenizer
     allowed = np.zeros(tiny.config.decoder.vocab_size, bool)
     locations = [tokenizer.loc(n) for n in range(1024)]
@@ -249,8 +249,8 @@ def test_invalid_options_are_refused(tiny, message, options):
 
 
 def test_scores_are_batched(tiny, photos):
-    """The same as alone, in order. A new length in a bucket compiles nothing, an image that is
-    given twice is encoded once, and an unreadable one raises."""
+    """Scores equal those of single prompts, in order. A new length in a bucket compiles nothing, an
+    image that occurs twice is encoded once, and an unreadable one raises."""
     suffixes = ["4 3 2 3", "4", "four digits", "3 " * 10, "", "4 3 2 8"]
     images = [photos[0], photos[1], photos[0], photos[0], photos[1], photos[0]]
     with spy_on_encoding() as encode:
@@ -270,7 +270,8 @@ def test_scores_are_batched(tiny, photos):
 
 @pytest.mark.slow
 def test_memory_stays_flat(tiny, photos):
-    """1,000 calls: after the first hundred less than 20 MB of growth, and no new device array."""
+    """1,000 calls grow memory by less than 20 MB after the first hundred, with no new device
+    array."""
 
     def usage():
         pages = int(Path("/proc/self/statm").read_text().split()[1])

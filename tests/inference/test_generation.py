@@ -29,7 +29,7 @@ def stacked(model):
 
 
 def assert_close(actual, expected):
-    """Within 1e-5 of the largest logit: what the order of summation alone can change."""
+    """Compare within 1e-5 of the largest logit, which allows for the order of summation."""
     np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -39,7 +39,7 @@ def assert_close(actual, expected):
     "form,side", [(lambda model: model, "left"), (stacked, "right")], ids=["list", "stack"]
 )
 def test_step_by_step_equals_one_forward(random_checkpoint, kind, numerics, form, side):
-    """Ragged rows with different numbers of images, longer than the window of 8."""
+    """Tests ragged rows with different numbers of images, longer than the window of 8."""
     reference, _, model = random_checkpoint(kind, 5, numerics)
     model, steps = form(model), 14
     prompts = random_inputs(reference, ROWS[:2], 1, side, "mixed")
@@ -83,8 +83,8 @@ def cap_after_first(model, logits):
     ids=["greedy", "sample"],
 )
 def test_an_answer_does_not_depend_on_its_batch(random_checkpoint, kind, sampler):
-    """The same tokens and logits alone, in a batch, in another order, padded left or right, in a
-    larger bucket, with layers as a list or stacked."""
+    """Tokens and logits are the same alone, in a batch, in another order, padded left or right, in
+    a larger bucket, with layers as a list or stacked."""
     reference, _, model = random_checkpoint(kind, 5)
     rows = random_inputs(reference, ROWS, 1, order="mixed")
     images = (slice(0, 1), slice(1, 3), slice(3, 4))
@@ -117,7 +117,8 @@ def test_an_answer_does_not_depend_on_its_batch(random_checkpoint, kind, sampler
 
 
 def test_sampling_follows_the_distribution(random_checkpoint):
-    """4,000 draws of the first token: each likely token comes as often as its probability says."""
+    """4,000 draws of the first token: each likely token occurs as often as its probability
+    predicts."""
     reference, _, model = random_checkpoint("pg2", 5)
     prompt = random_inputs(reference, ((1, 7, 0),), 1)
     logits, _ = prefill(model, prompt, 40)

@@ -17,7 +17,7 @@ from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
 ROWS = [(1 + i % 2, 1 + i, 0) for i in range(10)]
-EOS = tuple(range(7, 450, 9))  # so many that answers of random models end, at different lengths
+EOS = tuple(range(7, 450, 9))  # enough for answers of random models to end at different lengths
 BEAMS = [Beam(2), Beam(4, 0.5), Beam(3, 2.0, True), Beam(4, -1.0), Beam(3, 1.0, "never"), Beam(1)]
 
 
@@ -61,7 +61,7 @@ def test_beam_search_gives_the_sequences_and_scores_of_transformers(random_check
 
 
 def test_log_probabilities_are_those_of_a_teacher_forced_pass(random_checkpoint):
-    """For every token, whatever filter or strategy chose it."""
+    """This includes every token, for any filter or strategy."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:3], 3)
     for sampler in (Sample(temperature=0.7, top_k=9), Beam(3), BestOf(3)):
@@ -77,8 +77,8 @@ def test_log_probabilities_are_those_of_a_teacher_forced_pass(random_checkpoint)
 
 
 def with_answer(inputs, tokens):
-    yes = np.ones_like(tokens, bool)
-    answer = dict(tokens=tokens, valid=yes, prefix=~yes, targets=yes)
+    all_true = np.ones_like(tokens, bool)
+    answer = dict(tokens=tokens, valid=all_true, prefix=~all_true, targets=all_true)
     fields = {
         name: np.concatenate([getattr(inputs, name), values], axis=1)
         for name, values in answer.items()
@@ -87,7 +87,7 @@ def with_answer(inputs, tokens):
 
 
 def test_best_of_is_the_best_of_its_samples(random_checkpoint):
-    """And the choice in a row does not depend on other rows."""
+    """The choice in a row does not depend on other rows."""
     reference, _, model = random_checkpoint("pg2", 5)
     inputs = random_inputs(reference, ROWS[:2], 3)
     sampler, seeds = Sample(temperature=1.5), np.array([6, 7])

@@ -94,11 +94,11 @@ def test_we_load_adapters_of_peft(random_checkpoint, tmp_path, options):
 
 @pytest.mark.parametrize("random_start", [True, False])
 def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
-    """After ten steps with rate 1e-3 every factor has moved as in torch to within 1 %.
+    """After ten steps with rate 1e-3, every factor has moved as in torch, to within 1 %.
 
     From random factors (from peft's own start the first gradient of A is 0), every number is also
-    within 1e-4, except the few whose gradient was once a ten-thousandth of the others: it is
-    rounding, of which Adam makes full steps.
+    within 1e-4, except the few whose gradient was once a ten-thousandth of the others: such a
+    gradient is rounding noise, which Adam turns into full steps.
     """
     reference, _, model = random_checkpoint("pg2", 0)
     torch.manual_seed(0)
@@ -133,7 +133,7 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
     trainer = Trainer(with_parameters(prepared, values.__getitem__), config, 10)
     state = trainer.start()
     assert set(trainer.trainable) == set(start)
-    is_clear = dict.fromkeys(start, True)  # where the gradient never was rounding
+    is_clear = dict.fromkeys(start, True)  # where the gradient never was rounding noise
     for step in range(10):
         inputs = random_inputs(reference, ROWS, step, "right")
         loss = torch_loss(torch_model, inputs)
@@ -156,7 +156,7 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
 
 
 def test_the_base_may_be_a_checkpoint_that_transformers_saved(random_checkpoint, tmp_path):
-    """With the parameter names of release 5, which are not those of the released checkpoints."""
+    """The base has the parameter names of release 5, which differ from the released checkpoints."""
     reference, _, _ = random_checkpoint("pg2", 0)
     base = save_checkpoint(reference, tmp_path / "base", layout="v5")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

@@ -16,7 +16,7 @@ def test_intervals_contain_the_true_value_95_times_in_100():
 
 
 def test_paired_runs_show_what_single_intervals_hide():
-    """Two runs that differ in 8 of 100 cases, all of them better in one run."""
+    """Two runs differ in 8 of 100 cases, all of them better in one run."""
     rng = np.random.default_rng(0)
     theirs = rng.random(100) < 0.7
     ours = theirs.copy()

@@ -1,6 +1,6 @@
 """Every metric against its reference implementation.
 
-golden/metrics.json has the output of published code for random cases: vqa, vqa_normalised from
+golden/metrics.json contains the output of published code for random cases: vqa, vqa_normalised from
 vqaEval.py of GT-Vision-Lab/VQA at a013f00; pope from evaluate.py of RUCAIBox/POPE at 3df3ba1;
 relaxed_accuracy, anls, tallyqa from the evaluators of google-research/big_vision at 0127fb6; ptb,
 ptb_other from the PTBTokenizer (Java) of pycocoevalcap 1.2. CIDEr-D, BLEU and AP are compared live.
@@ -246,7 +246,7 @@ def test_average_precision_equals_pycocotools():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_two_references_with_equal_iou_the_last_is_matched(order):
-    """That leaves the first, or none, to the next detection."""
+    """The next detection gets the first reference, or none."""
     references = [make_object(0, [0, 0, 10, 10]), make_object(0, [0, 4, 10, 14])][::order]
     detections = [make_object(0, [0, 2, 10, 12], 0.9), make_object(0, [0, 0, 10, 9], 0.8)]
     expected = coco_evaluation([detections], [references])[1]

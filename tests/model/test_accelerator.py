@@ -42,12 +42,12 @@ def both(function):
 
 @pytest.mark.parametrize("numerics", ["transformers", "big_vision"])
 def test_logits(numerics):
-    found, expected = both(
+    actual, expected = both(
         lambda: pg.load("tiny", dtype="float32", numerics=numerics).logits(PHOTO, "ocr", "4 3 2 3")[
             0
         ]
     )
-    error = np.abs(found - expected)
+    error = np.abs(actual - expected)
     assert expected.std() > 2 and error.max() <= 2e-4 and error.mean() <= 2e-5
 
 
@@ -62,7 +62,7 @@ def test_logits(numerics):
     ids=str,
 )
 def test_answers(options):
-    """By default with the checkpoint's dtype, bfloat16."""
+    """The default is the checkpoint's dtype, bfloat16."""
     assert pg.load("tiny", **options).generate([PHOTO] * 3, list(ANSWERS)) == list(ANSWERS.values())
 
 
@@ -72,8 +72,8 @@ def test_samples():
         predictor = pg.load("tiny", dtype="float32")
         return predictor.generate([PHOTO] * 8, ["ocr"] * 8, sampler=sampler, seeds=range(8))
 
-    found, expected = both(draw)
-    assert found == expected and len({*found}) > 1
+    actual, expected = both(draw)
+    assert actual == expected and len({*actual}) > 1
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -118,9 +118,9 @@ def test_training_step(train, quantize):
         state, _ = trainer.step(state, trainer.frozen, data, max_targets=max_targets(data))
         return {path: before[path] - np.asarray(value) for path, value in state.trainable.items()}
 
-    found, expected = both(gradients)
+    actual, expected = both(gradients)
     for path, value in expected.items():
-        assert np.linalg.norm(found[path] - value) <= 1e-4 * max(np.linalg.norm(value), 1e-3), path
+        assert np.linalg.norm(actual[path] - value) <= 1e-4 * max(np.linalg.norm(value), 1e-3), path
 
 
 def test_list_and_stack():

@@ -120,7 +120,7 @@ print(json.dumps({
 
 @pytest.mark.full_size
 def test_streamed_parity_of_3b_224(tmp_path):
-    """All stages of both models in less memory than one of them takes (12 GB)."""
-    found = _run(STREAMED, directory=PRESET, out="")
-    print(found)
-    assert found["first"] is None and found["peak_gib"] < 8
+    """Computes all stages of both models in less memory than one of them takes (12 GB)."""
+    report = _run(STREAMED, directory=PRESET, out="")
+    print(report)
+    assert report["first"] is None and report["peak_gib"] < 8

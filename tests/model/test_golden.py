@@ -45,13 +45,13 @@ def golden(kind: str):
 @pytest.mark.parametrize("kind", KINDS)
 def test_stages(kind):
     predictor, expected, inputs = golden(kind)
-    found = predictor.stages(inputs, attention=True)
-    assert {f"stages/{name}" for name in found} == {
+    actual = predictor.stages(inputs, attention=True)
+    assert {f"stages/{name}" for name in actual} == {
         name for name in expected if name.startswith("stages/")
     }
-    for name, value in found.items():
-        wanted = expected[f"stages/{name}"]
-        error = np.abs(sample(name, value, inputs.valid) - wanted).max() / np.abs(value).max()
+    for name, value in actual.items():
+        target = expected[f"stages/{name}"]
+        error = np.abs(sample(name, value, inputs.valid) - target).max() / np.abs(value).max()
         assert error < TOLERANCE[name.split("/")[0]], (name, error)
 
 
@@ -72,8 +72,8 @@ def test_greedy_tokens(kind):
     inputs = pg.Inputs(
         tokens, from_bytes(expected["greedy/bytes"]), valid, valid, np.zeros_like(valid)
     )
-    wanted = expected["greedy/answer"]
-    np.testing.assert_array_equal(tokens_of(predictor.model, inputs, wanted.shape[1]), wanted)
+    target = expected["greedy/answer"]
+    np.testing.assert_array_equal(tokens_of(predictor.model, inputs, target.shape[1]), target)
 
 
 def test_processor():

@@ -36,19 +36,20 @@ def test_decoding_from_an_int8_cache(form):
     inputs = batch(model)
     inputs = replace(inputs, valid=inputs.valid & inputs.prefix)
     slots = inputs.tokens.shape[1] + 10
-    (first, cache), (same, held) = (prefill(m, inputs, slots) for m in (model, small))
-    np.testing.assert_array_equal(first, same)
-    assert sum(a.nbytes for a in jax.tree.leaves(held.k)) == pytest.approx(
+    (first, cache), (initial, int8_cache) = (prefill(m, inputs, slots) for m in (model, small))
+    np.testing.assert_array_equal(first, initial)
+    assert sum(a.nbytes for a in jax.tree.leaves(int8_cache.k)) == pytest.approx(
         sum(a.nbytes for a in jax.tree.leaves(cache.k)) * (32 + 4) / (4 * 32)
     )
     step = jax.jit(type(model).decode_step)
     for _ in range(10):
         token = np.asarray(first.argmax(-1), np.int32)
-        (first, cache), (found, held) = step(model, token, cache), step(small, token, held)
+        first, cache = step(model, token, cache)
+        quantized, int8_cache = step(small, token, int8_cache)
         spread = np.std(first, axis=-1).max()
-        assert 0 < np.abs(found - first).max() < 0.05 * spread
+        assert 0 < np.abs(quantized - first).max() < 0.05 * spread
     dense = np.asarray(cache.k[0])
-    int8 = jax.tree.map(lambda a: a[0], held.k) if form == "stack" else held.k[0]
+    int8 = jax.tree.map(lambda a: a[0], int8_cache.k) if form == "stack" else int8_cache.k[0]
     values = np.asarray(int8.codes) * np.asarray(int8.scale)
     np.testing.assert_allclose(values, dense, atol=np.abs(dense).max() / 254 * 1.001)
 

@@ -40,8 +40,8 @@ def test_chunked_attention_equals_attention_at_once(chunk, masked):
     with mock.patch.object(attention, "CHUNK", chunk):
         chunked, grads = attention.attend(q, k, v, **options), jax.grad(loss, (0, 1, 2))(q, k, v)
     np.testing.assert_allclose(chunked, plain, atol=1e-5)
-    for found, wanted in zip(grads, plain_grads, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    for actual, expected in zip(grads, plain_grads, strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def temporaries(T: int, chunk: int) -> int:
@@ -74,7 +74,7 @@ def test_temporaries_of_a_3b_prefill():
     from paligemma_jax.model.config import PaliGemmaConfig
     from paligemma_jax.model.stack import stack_layers
 
-    found = {}
+    sizes = {}
     for pixels in (224, 448, 896):
         model = abstract_model(PaliGemmaConfig.preset(f"3b-{pixels}"))
         stacked = jax.eval_shape(
@@ -92,13 +92,13 @@ def test_temporaries_of_a_3b_prefill():
                 tokens, features, flags, flags, T + 32
             )
         )
-        found[T] = (
+        sizes[T] = (
             temp(generate.encode_images.lower(model, images)),
             temp(prefill.lower(model, tokens, features, flags)),
         )
-        encoder, decoder = (size / 2**20 for size in found[T])
+        encoder, decoder = (size / 2**20 for size in sizes[T])
         print(f"{pixels} pixels, {T:5} tokens: {encoder:7.0f} MiB encoder, {decoder:7.0f} prefill")
-    (small, _), (middle, decoder), (large, long) = (found[T] for T in sorted(found))
+    (small, _), (middle, decoder), (large, long) = (sizes[T] for T in sorted(sizes))
     assert small < middle and large < 4.4 * middle and long < 4.4 * decoder
 
 

@@ -56,9 +56,9 @@ def test_row_sliding_window(both):
         expected = hf_logits(reference, inputs)
     finally:
         reference.config.text_config.layer_types[:] = saved
-    found = cap * np.tanh(logits(theirs, inputs) / cap)
-    assert np.abs(found - expected)[inputs.valid].max() < 2e-4
-    assert np.abs(found - logits(ours, inputs))[inputs.targets].max() > 0.1
+    actual = cap * np.tanh(logits(theirs, inputs) / cap)
+    assert np.abs(actual - expected)[inputs.valid].max() < 2e-4
+    assert np.abs(actual - logits(ours, inputs))[inputs.targets].max() > 0.1
 
 
 def test_row_capped_prefill(both):
@@ -102,8 +102,8 @@ def test_row_first_position(both):
 
 
 def test_rope_is_the_same():
-    """Against big_vision's expression, restated from `models/ppp/gemma.py`. (transformers' is in
-    tests/model/test_parity.py.)"""
+    """Compares with big_vision's expression, restated from `models/ppp/gemma.py`. (For
+    transformers, see tests/model/test_parity.py.)"""
     x = np.random.default_rng(0).normal(size=(1, 4400, 2, 256)).astype(np.float32)
     positions = jnp.arange(4400)[None]
     timescale = 10000.0 ** ((2.0 / 256) * jnp.arange(128, dtype=jnp.float32))
@@ -128,15 +128,15 @@ def test_row_scale_query(both):
     try:
         for layer in attention:
             layer.numerics = replace(profile["transformers"], scale_query=True)
-        found = logits(ours, inputs)
+        actual = logits(ours, inputs)
     finally:
         for layer in attention:
             layer.numerics = profile["transformers"]
-    assert 0 < np.abs(found - expected).max() < 2e-4
+    assert 0 < np.abs(actual - expected).max() < 2e-4
 
 
 def test_row_float32_activations(both, tmp_path):
-    """big_vision computes in float32 whatever the parameters are."""
+    """big_vision computes in float32 for any parameter dtype."""
     import torch
 
     directory = save_checkpoint(both[0], tmp_path, dtype=torch.bfloat16)

@@ -29,16 +29,16 @@ def test_every_stage(random_checkpoint):
         reference, _, model = random_checkpoint(kind, seed)
         inputs = random_inputs(reference, ROWS, seed, order="mixed")
         expected = hf_stages(reference, inputs)
-        found = scoring.forward_stages(model, inputs, attention=True)
-        assert set(found) == set(expected)
-        for name, value in found.items():
-            value, wanted = np.asarray(value), expected[name]
+        actual = scoring.forward_stages(model, inputs, attention=True)
+        assert set(actual) == set(expected)
+        for name, value in actual.items():
+            value, target = np.asarray(value), expected[name]
             if name.startswith(("decoder", "logits")):  # pads may differ
                 rows = np.broadcast_to(
                     inputs.valid[:, None] if "weights" in name else inputs.valid, value.shape[:-1]
                 )
-                value, wanted = value[rows], wanted[rows]
-            worst = np.abs(value - wanted).max() / np.abs(wanted).max()
+                value, target = value[rows], target[rows]
+            worst = np.abs(value - target).max() / np.abs(target).max()
             rung = (
                 "vision weights" if re.fullmatch(r"vision/.*/weights", name) else name.split("/")[0]
             )
@@ -74,11 +74,11 @@ def test_greedy_tokens(random_checkpoint, kind, seed):
     reference, _, model = random_checkpoint(kind, seed)
     inputs = random_inputs(reference, ((1, 5, 0), (2, 3, 0), (1, 9, 0)), seed, order="mixed")
     expected, gaps = hf_greedy(reference, inputs, 20)
-    found = tokens_of(model, inputs, 20)
+    actual = tokens_of(model, inputs, 20)
     assert len(np.unique(expected)) > 10  # otherwise equality shows little
-    for row, wanted, gap in zip(found, expected, gaps, strict=True):
-        first = np.argmax(row != wanted) if (row != wanted).any() else len(row)
-        assert first == len(row) or gap[first] < 1e-3, (first, row, wanted)
+    for row, target, gap in zip(actual, expected, gaps, strict=True):
+        first = np.argmax(row != target) if (row != target).any() else len(row)
+        assert first == len(row) or gap[first] < 1e-3, (first, row, target)
 
 
 def hf_greedy(reference, inputs, steps, **options):
@@ -99,7 +99,7 @@ def hf_greedy(reference, inputs, steps, **options):
 
 
 def test_rope():
-    """Against transformers' rotary embedding, up to the positions of an 896-pixel prompt."""
+    """Compares with transformers' rotary embedding, up to the positions of an 896-pixel prompt."""
     from transformers import Gemma2Config
     from transformers.models.gemma2.modeling_gemma2 import (
         Gemma2RotaryEmbedding,

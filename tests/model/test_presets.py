@@ -32,7 +32,7 @@ def test_figures(name):
     size, pixels = name.rsplit("-", 1)
     config = PaliGemmaConfig.preset(name)
     d, v = config.decoder, config.vision
-    found = (
+    figures = (
         d.hidden_size,
         d.num_hidden_layers,
         d.num_attention_heads,
@@ -40,13 +40,13 @@ def test_figures(name):
         d.head_dim,
         d.intermediate_size,
     )
-    found += (
+    figures += (
         d.query_pre_attn_scalar,
         d.attn_logit_softcapping,
         d.final_logit_softcapping,
         d.sliding_window,
     )
-    assert found == FIGURES[size][:-1]
+    assert figures == FIGURES[size][:-1]
     assert (d.vocab_size, config.image_token_id, d.rms_norm_eps, d.rope_theta) == (
         257216,
         257152,

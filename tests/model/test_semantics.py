@@ -1,4 +1,4 @@
-"""The semantics of PaliGemma, each in a test against transformers in float32 that would show one
+"""The semantics of PaliGemma: each test compares with transformers in float32, and would show one
 particular mistake. (Pixels and prompts: tests/processing; losses: tests/training.)"""
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from paligemma_jax.model.masks import prefix_lm_mask, token_span
 KINDS = pytest.mark.parametrize("kind", ["pg2", "pg1"])
 
 
-def assert_logits(reference, model, inputs, most=2e-4):
+def assert_logits(reference, model, inputs, limit=2e-4):
     expected = hf_logits(reference, inputs)
     error = np.abs(np.asarray(scoring.forward(model, inputs)) - expected)[inputs.valid]
-    assert error.max() <= most and error.mean() <= 2e-5
+    assert error.max() <= limit and error.mean() <= 2e-5
     return expected
 
 
@@ -52,7 +52,7 @@ def test_norms_of_one_layer(random_checkpoint, kind):
 
 
 def test_query_scale(random_checkpoint):
-    """query_pre_attn_scalar 18, head_dim 20, heads * head_dim != hidden."""
+    """Tests query_pre_attn_scalar 18, head_dim 20, and heads * head_dim != hidden."""
     reference, _, model = random_checkpoint("pg2", 3)
     config = model.config.decoder
     assert (
@@ -64,7 +64,7 @@ def test_query_scale(random_checkpoint):
 
 
 def test_window_does_not_narrow_the_prefix(random_checkpoint):
-    """W = 8 < 16 image tokens, prompt only."""
+    """Tests a prompt alone, with a window of 8 and 16 image tokens."""
     reference, _, model = random_checkpoint("pg2", 3)
     assert_logits(reference, model, random_inputs(reference, ((1, 9, 0),)))
 
@@ -156,13 +156,13 @@ def test_cached_decoding_across_the_window(random_checkpoint):
     def grown(old, new):
         return np.concatenate([old, new], axis=1)
 
-    yes, no = np.ones_like(tokens, bool), np.zeros_like(tokens, bool)
+    all_true, all_false = np.ones_like(tokens, bool), np.zeros_like(tokens, bool)
     full = replace(
         inputs,
         tokens=grown(inputs.tokens, tokens),
-        valid=grown(inputs.valid, yes),
-        prefix=grown(inputs.prefix, no),
-        targets=grown(inputs.targets, yes),
+        valid=grown(inputs.valid, all_true),
+        prefix=grown(inputs.prefix, all_false),
+        targets=grown(inputs.targets, all_true),
     )
     expected = hf_logits(reference, full)
     logits, cache = prefill(model, inputs, inputs.tokens.shape[1] + 24)
@@ -178,13 +178,13 @@ def test_right_padded_generation(random_checkpoint, kind):
     """transformers fails here; the oracle is each row alone."""
     reference, _, model = random_checkpoint(kind, 3)
     inputs = random_inputs(reference, ((1, 9, 0), (2, 3, 0), (1, 1, 0)), side="right")
-    found = tokens_of(model, inputs, 16)
+    actual = tokens_of(model, inputs, 16)
     for row, images in enumerate((slice(0, 1), slice(1, 3), slice(3, 4))):
         alone = one_row(inputs, row, images)
         expected = reference.generate(**hf_inputs(alone), max_new_tokens=16, do_sample=False)[
             0, alone.tokens.shape[1] :
         ].numpy()
-        np.testing.assert_array_equal(found[row, : len(expected)], expected)
+        np.testing.assert_array_equal(actual[row, : len(expected)], expected)
 
 
 def test_image_features_are_not_scaled(random_checkpoint):
@@ -208,7 +208,7 @@ def test_image_features_are_not_scaled(random_checkpoint):
 
 
 def test_bfloat16_embedding_scale(random_checkpoint, tmp_path):
-    """D = 56: sqrt(D) is not a bfloat16 (7.4833 -> 7.46875). The whole table, bit for bit."""
+    """D = 56: sqrt(D) is not a bfloat16 (7.4833 -> 7.46875). The table must match bit for bit."""
     reference = random_checkpoint("pg2", 3)[0]
     directory = save_checkpoint(reference, tmp_path, dtype=torch.bfloat16)
     model = load_model(directory, "bfloat16")
@@ -243,8 +243,8 @@ def test_image_ids_without_pixels(random_checkpoint, kind):
         expected = reference(
             **{key: value for key, value in hf_inputs(inputs).items() if key != "pixel_values"}
         ).logits.numpy()
-    found = scoring.forward(model, replace(inputs, images=None))
-    np.testing.assert_allclose(found, expected, atol=2e-4)
+    actual = scoring.forward(model, replace(inputs, images=None))
+    np.testing.assert_allclose(actual, expected, atol=2e-4)
 
 
 def test_image_id_beyond_the_table(random_checkpoint):
@@ -261,7 +261,7 @@ def test_vision_tower(random_checkpoint, size):
     biases, the order of pixels in a patch."""
     reference, _, model = random_checkpoint("pg2", 3, vision=(("image_size", size),))
     inputs = random_inputs(reference, ((1, 5, 0),))
-    expected, found = hf_stages(reference, inputs), scoring.forward_stages(model, inputs)
+    expected, actual = hf_stages(reference, inputs), scoring.forward_stages(model, inputs)
     for name in (
         "vision/patches",
         "vision/embeddings",
@@ -269,15 +269,15 @@ def test_vision_tower(random_checkpoint, size):
         "vision/output",
         "projector",
     ):
-        np.testing.assert_allclose(found[name], expected[name], atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], expected[name], atol=2e-5, err_msg=name)
 
 
 @KINDS
 @pytest.mark.parametrize("layout", ["released", "v5", "memory"])
 @pytest.mark.parametrize("form", ["whole", "shards", "head", "old config", "bfloat16", "float16"])
 def test_loading(random_checkpoint, tmp_path, kind, layout, form):
-    """Identical logits from all layouts, from shards, with or without the tied head, in all dtypes,
-    with both generations of config.json."""
+    """Logits are identical from all layouts, from shards, with or without the tied head, in all
+    dtypes, and with both generations of config.json."""
     reference, _, model = random_checkpoint(kind, 3)
     dtype = getattr(torch, form) if "float" in form else torch.float32
     save_checkpoint(
@@ -326,15 +326,15 @@ def test_sampling_filters(random_checkpoint, settings):
     for row in (0, 1):  # one by one, without pads, which transformers would mask
         ids = torch.tensor(inputs.tokens[row : row + 1][:, inputs.valid[row]]).long()
         expected = processors(ids, torch.tensor(logits[row : row + 1])).numpy()
-        found = Sample(**settings).filter(
+        actual = Sample(**settings).filter(
             jnp.asarray(logits[row : row + 1]), generate.seen_ids(model, inputs)[row : row + 1]
         )
         if (
             "top_p" in settings
         ):  # torch sorts ties in no particular order: compare how many are kept
-            found, expected = np.sort(found), np.sort(expected)
-        assert np.isfinite(found).sum() >= 1
-        np.testing.assert_allclose(found, expected, rtol=1e-6)
+            actual, expected = np.sort(actual), np.sort(expected)
+        assert np.isfinite(actual).sum() >= 1
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @KINDS
@@ -343,12 +343,12 @@ def test_softcaps_saturate(random_checkpoint, kind):
     reference, _, model = random_checkpoint(kind, 3, scale=4.0)
     inputs = random_inputs(reference, ((1, 5, 6),))
     expected = hf_logits(reference, inputs)
-    found = np.asarray(scoring.forward(model, inputs))
+    actual = np.asarray(scoring.forward(model, inputs))
     if kind == "pg2":
-        assert 29 < np.abs(found).max() <= 30
+        assert 29 < np.abs(actual).max() <= 30
     # The softmax is much sharper with such weights: rounding errors grow by their square.
-    assert np.abs(found - expected).max() / np.abs(expected).max() < 3e-3
-    assert np.mean(np.argmax(found, -1) == np.argmax(expected, -1)) == 1
+    assert np.abs(actual - expected).max() / np.abs(expected).max() < 3e-3
+    assert np.mean(np.argmax(actual, -1) == np.argmax(expected, -1)) == 1
 
 
 def test_eos_ends_one_row(random_checkpoint):
@@ -371,8 +371,8 @@ def test_eos_ends_one_row(random_checkpoint):
 
 
 def test_first_token_after_a_prompt_longer_than_the_window():
-    """As at 896 pixels, where 4,096 image tokens fill the window: the first generated token attends
-    to W keys in local layers and to all in global ones."""
+    """At 896 pixels, 4,096 image tokens fill the window. The first generated token attends to W
+    keys in local layers and to all keys in global layers."""
     valid = np.ones((1, 20), bool)
     tokens = token_span(jnp.asarray(valid), jnp.asarray(valid & (np.arange(20) < 19)), 1)
     last = jax.tree.map(lambda a: a[:, -1:], tokens)

@@ -88,7 +88,7 @@ def test_a_tpu_program():
 
 
 def test_a_loop_with_step_two():
-    """As when a TPU multiplies by slices that go around a ring in both directions."""
+    """A TPU compiles products whose slices go around a ring in both directions to such loops."""
     step = "  %step = s32[] constant(2)\n  %next = s32[] add(%now, %step)\n"
     by_two = TPU_PROGRAM.replace("  %r =", step + "  %r =").replace("tuple(%i,", "tuple(%next,")
     sent = hlo.program_work(TPU_PROGRAM).sent_bytes["all-reduce"]

@@ -29,7 +29,8 @@ needs_libtpu = pytest.mark.skipif(
 
 @pytest.fixture
 def plan(command):
-    """Run `paligemma-jax plan --json`: its object, its list of objects, or what is on stderr."""
+    """Return a function that runs `paligemma-jax plan --json`, and returns its object, its list of
+    objects, or stderr."""
 
     def run(*arguments):
         before = os.environ.copy()  # the command changes it
@@ -75,7 +76,7 @@ def test_cloud_names_of_slices_are_explained():
 
 @pytest.mark.parametrize("workload", ["generate", "finetune"])
 def test_one_chip_does_all_of_the_counted_work(plan, workload):
-    """By the CPU compiler."""
+    """Compiled with the CPU compiler."""
     arguments = ["--model", "tiny", "--workload", workload, "--on", "h200", "--batch", "2"]
     arguments += ["--text", "32", "--new", "8"]
     result = plan(*arguments)
@@ -92,7 +93,7 @@ def test_one_chip_does_all_of_the_counted_work(plan, workload):
         decoder = config.decoder
         heads = decoder.num_hidden_layers * decoder.num_key_value_heads
         numbers = 2 * 2 * 128 * heads * decoder.head_dim
-        # A byte instead of two, and scales.
+        # One byte instead of two, plus scales.
         quantized = plan(*arguments, "--quantize", "cache=int8")["programs"]["decode"]
         saved = programs["decode"]["argument_bytes"] - quantized["argument_bytes"]
         assert 0.8 * numbers < saved < numbers
@@ -109,7 +110,8 @@ def test_a_model_that_does_not_fit(plan, monkeypatch):
 
 @pytest.mark.slow
 def test_search():
-    """Every mesh of four chips, every remat policy, and the batches that the mesh divides."""
+    """The search covers every mesh of four chips, every remat policy, and the batches that the mesh
+    divides."""
     options = "--model=tiny --workload=finetune --lora=2 --on=h200x4 --text=8 --new=4"
     search = "--search --batches 4 6"
     process = subprocess.run(
@@ -126,7 +128,8 @@ def test_search():
 
 
 def test_json_of_a_search_ends_with_the_fastest(plan, monkeypatch):
-    """If any plan fits. Batches that the mesh does not divide are not tried."""
+    """The last object is the fastest plan, if any fits. Batches that the mesh does not divide are
+    not tried."""
     from paligemma_jax.planning import plan as module
 
     def fake_plan(config):
@@ -206,7 +209,7 @@ def test_without_the_tpu_compiler(plan):
 @needs_libtpu
 @pytest.mark.parametrize("workload", ["generate", "finetune"])
 def test_a_tpu_slice(plan, workload):
-    """By the TPU compiler, which reports what does not fit."""
+    """Compiled with the TPU compiler, which reports the memory of a program that does not fit."""
     arguments = ["--model", "tiny", "--workload", workload, "--on", "v5e:2x2"]
     arguments += ["--mesh", "fsdp=2,tensor=2", "--text", "8", "--new", "4"]
     result = plan(*arguments, "--batch", "4")

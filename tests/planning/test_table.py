@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def test_few_plans_find_the_largest_batch(tmp_path, monkeypatch):
-    """The largest power of two that fits; what was planned is not planned again."""
+    """The result is the largest power of two that fits, and no plan is repeated."""
     planned = []
 
     def plan(config):
@@ -42,7 +42,7 @@ def test_few_plans_find_the_largest_batch(tmp_path, monkeypatch):
 
 
 def test_a_compiler_that_aborts_its_process(monkeypatch):
-    """Is not the same as a program that does not fit: smaller batches are still tried."""
+    """An abort does not count as a program that does not fit: smaller batches are still tried."""
     monkeypatch.setattr(table, "plan", os.abort)  # takes no argument: errors are passed on
     with pytest.raises(TypeError):
         table.plan_in_subprocess(None)

@@ -170,7 +170,7 @@ def test_a_score_is_the_geometric_mean_of_the_probabilities_of_box_and_label():
 
 
 def test_pieces_join_to_the_answer():
-    """Also if a character takes several tokens, or a stop text has cut the answer."""
+    """They do so even if a character takes several tokens, or a stop text cuts the answer."""
     tokenizer = pg.load("tiny").processor.tokenizer
     ids = tokenizer.encode(f"{CAT} 漢字 ;")
     for text in (tokenizer.decode(ids), tokenizer.decode(ids)[:-4]):
@@ -201,8 +201,8 @@ def test_detect():
 
 
 def test_drawing():
-    """Edges, mask and label have the label's color. The rest does not change, and neither does the
-    given image."""
+    """Edges, mask and label have the label's color. The rest of the copy and the original image do
+    not change."""
     white = (255, 255, 255)
     image = Image.new("RGB", (200, 100), "white")
     mask = np.zeros((100, 200), bool)

@@ -18,7 +18,8 @@ SIZE, PATCH, TOKENS = 28, 14, 4
 
 @pytest.fixture(scope="module", params=["inside", "outside"])
 def directory(request, tmp_path_factory):
-    """With the `<loc>` and `<seg>` pieces inside the sentencepiece model or not."""
+    """A directory whose sentencepiece model contains the `<loc>` and `<seg>` pieces, or does
+    not."""
     file = tmp_path_factory.mktemp(request.param) / "tokenizer.model"
     return train_tokenizer(file, added=request.param == "inside").parent
 
@@ -198,7 +199,7 @@ def test_invalid_inputs_are_refused(case, ours):
 
 
 def test_transformers_refuses_them_too(theirs):
-    """Except for a mixed batch, where it writes bos into a word."""
+    """The exception is a mixed batch, where transformers writes bos into a word."""
     for images, prompts in [
         (None, "a"),
         (A, ["a", "b"]),

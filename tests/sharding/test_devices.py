@@ -1,4 +1,4 @@
-"""Hints if the accelerator, its build of jax or an extra is missing.
+"""Hints for a missing accelerator, build of jax or extra.
 
 For gated checkpoints see tests/commands/test_errors.py.
 """
@@ -45,7 +45,7 @@ def test_missing_accelerator(platform, hint, arguments):
 
 
 def test_accelerator_that_jax_does_not_use(monkeypatch, tmp_path):
-    """No warning if the user chose the CPU, in either way."""
+    """There is no warning if the user chose the CPU, in either way."""
     (tmp_path / "gpu").touch()
     files = {"cuda": [tmp_path / "no gpu", tmp_path / "gpu"], "tpu": [tmp_path / "no tpu"]}
     monkeypatch.setattr(devices, "DEVICE_FILES", files)
@@ -70,7 +70,7 @@ def test_accelerator_that_jax_does_not_use(monkeypatch, tmp_path):
 
 
 def test_incompatible_jaxlib():
-    """The message of `import jax` (jax/_src/lib/__init__.py)."""
+    """The error comes from `import jax` (jax/_src/lib/__init__.py)."""
     error = RuntimeError(
         "jaxlib version 0.9.0 is incompatible with jax version 0.10.2. In this case, jaxlib should "
         "be >= 0.10.0.\nmore"

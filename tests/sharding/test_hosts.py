@@ -1,5 +1,6 @@
-"""Real processes on this machine train as one: with the losses of a single process, checkpoints for
-any number of them, and an end for all when one is lost. For inference, each works on its own."""
+"""Real processes on this machine train as one: they have the losses of a single process, their
+checkpoints load in any number of processes, and all end when one is lost. For inference, each works
+on its own."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def start_run(count, rows, output, *options, devices=1):
 
 
 def run(*arguments, **options):
-    """Run the processes to the end. Returns their stdout."""
+    """Run the processes to the end. Return their stdout."""
     processes = start_run(*arguments, **options)
     outputs = [process.communicate(timeout=900) for process in processes]
     errors = "".join(err[-3000:] for _, err in outputs)
@@ -75,7 +76,7 @@ def run_single(rows, output, **options):
 
 
 def assert_weights_close(directory, expected, tolerance=1e-4):
-    """After a few steps of AdamW with a learning rate of 1e-3."""
+    """Compare weights after a few steps of AdamW with a learning rate of 1e-3."""
     result = weights(directory)
     for path, value in expected.items():
         assert np.abs(result[path] - value).max() < tolerance, path
@@ -95,8 +96,8 @@ def test_two_processes_train_as_one(data, tmp_path):  # noqa: F811
 
 @pytest.mark.slow
 def test_four_processes_and_their_checkpoints(data, tmp_path):  # noqa: F811
-    """On a mesh with all three axes and two devices per process; LoRA, so that there is an adapter
-    to save; resumed by one, two and four processes."""
+    """Uses a mesh with all three axes and two devices per process, and LoRA, so that there is an
+    adapter to save. The run is resumed by one, two and four processes."""
     single, four = tmp_path / "single", tmp_path / "four"
     lora = dict(train="lora", lora_rank=2, export="jax", validation=str(data))
     expected, _ = run_single(data, single, steps=4, **lora)
@@ -116,8 +117,8 @@ def test_four_processes_and_their_checkpoints(data, tmp_path):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run(data, tmp_path, victim):  # noqa: F811
-    """The other process ends too, with a hint how to continue. The resumed run ends like one that
-    was never killed, to the bit."""
+    """The other process ends too, with a hint on how to continue. The resumed run equals one that
+    was never killed, bit for bit."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run(2, data, undisturbed, "--steps=40")
     processes = start_run(2, data, killed, "--steps=40")

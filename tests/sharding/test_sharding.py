@@ -1,4 +1,4 @@
-"""A mesh changes where arrays are and nothing else: eight devices compute the numbers of one."""
+"""A mesh changes only the placement of arrays: eight devices compute the same numbers as one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(cases):
         assert result["same_tokens"] and result["distinct_tokens"] > 4 and result["largest"] > 1e-3
         assert not result["moved"]  # a step keeps the sharding of every array
         if "fsdp" in mesh and "tensor" not in mesh:
-            # Parameters and the optimizer's state are split; of LoRA's factors, one of two has D.
+            # Parameters and the optimizer's state are split; one of the two LoRA factors has D.
             ways = int(mesh[-1])
             assert result["share"] < (1.3 / ways if train == "all" else 0.5 + 1 / ways)
         key_heads = {"pg1": 1, "pg2": 4}[kind]
@@ -100,7 +100,7 @@ def test_batches_that_the_mesh_does_not_divide(tmp_path):
 
 def test_auto_meshes():
     """For inference, `tensor` divides the 4 key heads of PaliGemma 2, else every device would store
-    the whole cache; the cache of a single key head is small. For training, `fsdp` divides the
+    the complete cache; the cache of a single key head is small. For training, `fsdp` divides the
     batch."""
     cases = [("pg2", False, 0), ("pg1", False, 0), ("pg2", True, 16), ("pg2", True, 6)]
     pg2, pg1, training, small_batch = call(8, "auto_meshes", cases)
@@ -160,7 +160,7 @@ def test_qlora_gathers_codes_and_not_dequantized_kernels():
 
 def test_weak_scaling():
     """With the same rows per device, each of 1, 2, 4 and 8 devices does the same work on any mesh
-    (of the optimizer's part even less)."""
+    (less, even, for the optimizer)."""
     meshes = ["data=1", "data=2", "fsdp=4", "data=2,fsdp=2,tensor=2"]
     first, *others = call(8, "step_flops", [(mesh, 8 * 2**i) for i, mesh in enumerate(meshes)])
     assert first > 1e6
@@ -186,7 +186,7 @@ def test_invalid_meshes_are_rejected(command, mesh, message):
 
 @pytest.mark.slow
 def test_28b_step_compiles_as_fast_as_3b():
-    """One layer that a loop runs 46 times takes as long to compile as one that it runs 26 times."""
+    """A layer in a loop of 46 iterations compiles in the same time as in a loop of 26."""
     seconds = {}
     for name in ("3b-224", "28b-224"):
         config = FinetuneConfig("", "", train="lora", remat="full", batch_size=2)

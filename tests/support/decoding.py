@@ -1,4 +1,4 @@
-"""Short forms that the tests of decoding share; no torch."""
+"""Shortcuts that the decoding tests share, without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small data set to fine-tune on, and what a run leaves behind."""
+"""A small data set to fine-tune on, and readers of the output of a run."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def weights(folder):
 
 
 def small_config(data, output, **options):
-    """A run of batches of 4."""
+    """Return the config of a run with batches of 4."""
     return FinetuneConfig(str(data), str(output), **{"batch_size": 4} | options)
 
 
 def assert_equal(first, second):
-    """The same parameters, bit for bit."""
+    """Assert that parameters are equal, bit for bit."""
     assert first.keys() == second.keys()
     for path, value in first.items():
         np.testing.assert_array_equal(value, second[path], err_msg=path)

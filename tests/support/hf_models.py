@@ -1,4 +1,4 @@
-"""Random PaliGemma checkpoints made by transformers, built to show mistakes, and transformers'
+"""Random PaliGemma checkpoints made by transformers, designed to expose mistakes, and transformers'
 outputs on them."""
 
 from __future__ import annotations
@@ -254,12 +254,12 @@ def hf_logits(model, inputs: Inputs) -> np.ndarray:
 def hf_stages(model, inputs: Inputs) -> dict[str, np.ndarray]:
     """transformers' values for the stages of `Predictor.stages`, under the same names, attention
     weights included."""
-    found, vision, text = {}, model.model.vision_tower, model.model.language_model
+    stages, vision, text = {}, model.model.vision_tower, model.model.language_model
     vision = getattr(vision, "vision_model", vision)
 
     def keep(name, pick=lambda out: out[0] if isinstance(out, tuple) else out):
         def hook(_, __, out):
-            found[name] = pick(out).float().numpy()
+            stages[name] = pick(out).float().numpy()
 
         return hook
 
@@ -271,7 +271,7 @@ def hf_stages(model, inputs: Inputs) -> dict[str, np.ndarray]:
         vision.post_layernorm.register_forward_hook(keep("vision/output")),
         model.model.multi_modal_projector.register_forward_hook(keep("projector")),
         text.layers[0].register_forward_pre_hook(
-            lambda _, args: found.__setitem__("decoder/embeddings", args[0].float().numpy())
+            lambda _, args: stages.__setitem__("decoder/embeddings", args[0].float().numpy())
         ),
         text.norm.register_forward_hook(keep("decoder/norm")),
     ]
@@ -283,10 +283,10 @@ def hf_stages(model, inputs: Inputs) -> dict[str, np.ndarray]:
                     keep(f"{name}/layers/{i}/attention/weights", lambda out: out[1])
                 )
             )
-    found["logits"] = hf_logits(model, inputs)
+    stages["logits"] = hf_logits(model, inputs)
     for hook in hooks:
         hook.remove()
-    return found
+    return stages
 
 
 # LayerNorms are around 1, RMSNorms around 0. Little attention to the 256 image tokens: otherwise

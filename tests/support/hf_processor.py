@@ -68,8 +68,8 @@ def train_tokenizer(path, added: bool = True, spaces: bool = False, vocabulary: 
 
 
 def user_defined(piece: str) -> bytes:
-    """One more USER_DEFINED piece for a serialized sentencepiece model. (Joining protobuf messages
-    appends to their repeated fields.)"""
+    """Serialize a USER_DEFINED piece to append to a serialized sentencepiece model. (Joining
+    protobuf messages appends to their repeated fields.)"""
     text = piece.encode()
     name, score, kind = (
         b"\x0a" + bytes([len(text)]) + text,

@@ -26,7 +26,7 @@ from paligemma_jax.processing.tokenizer import Tokenizer
 MODELS = {
     "pg2": dict(num_hidden_layers=4),
     "pg1": dict(num_hidden_layers=3),
-}  # else as tests/support/hf_models.py has them
+}  # other values are those of tests/support/hf_models.py
 LAYOUTS = {"pg2": "released", "pg1": "v5"}
 ROWS = (
     (1, 5, 12),
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def picture() -> Image.Image:
-    """Smooth colours with noise on them, neither square nor of the model's size."""
+    """A picture of smooth colors with noise, neither square nor of the model's size."""
     y, x = np.mgrid[0:70, 0:100]
     smooth = np.stack([x * 2.5, y * 3.6, 255 - x - y], axis=-1)
     return Image.fromarray(
@@ -87,25 +87,25 @@ def expected(model) -> dict[str, np.ndarray]:
     """Inputs, stages, a slice of the logits, the loss and the greedy tokens."""
     inputs, pixels = with_byte_pixels(random_inputs(model, ROWS, seed=1, order="mixed"))
     stages = hf_stages(model, inputs)
-    found = {f"stages/{name}": sample(name, value, inputs.valid) for name, value in stages.items()}
-    found |= {
+    result = {f"stages/{name}": sample(name, value, inputs.valid) for name, value in stages.items()}
+    result |= {
         "tokens": inputs.tokens,
         "bytes": pixels,
         "valid": inputs.valid,
         "prefix": inputs.prefix,
         "targets": inputs.targets,
     }
-    found["logits"] = stages["logits"][inputs.valid][:, ::40]
+    result["logits"] = stages["logits"][inputs.valid][:, ::40]
     batch = hf_inputs(inputs)
     labels = torch.where(batch["token_type_ids"] == 1, batch["input_ids"], -100)
     positions = batch["attention_mask"].cumsum(1).clamp(min=1)
     with torch.no_grad():
-        found["loss"] = model(**batch, labels=labels, position_ids=positions).loss.numpy()
-    return found | greedy(model)
+        result["loss"] = model(**batch, labels=labels, position_ids=positions).loss.numpy()
+    return result | greedy(model)
 
 
 def greedy(model) -> dict[str, np.ndarray]:
-    """Three prompts and their STEPS greedy tokens, none of them a close call."""
+    """Three prompts and their STEPS greedy tokens, without near ties."""
     inputs, pixels = with_byte_pixels(
         random_inputs(model, ((1, 5, 0), (2, 3, 0), (1, 9, 0)), seed=2, order="mixed")
     )
@@ -140,7 +140,7 @@ def to_bytes(images: np.ndarray) -> np.ndarray:
 def processed() -> dict[str, dict]:
     """The outputs of transformers' processor for TEXTS and the picture."""
     processor = hf_processor(GOLDEN / "pg2", SIDE, PATCH)
-    image, found = Image.open(GOLDEN / "image.png"), {}
+    image, result = Image.open(GOLDEN / "image.png"), {}
     for name, (counts, prompts, suffixes, side) in TEXTS.items():
         out = processor(
             [[image] * n for n in counts],
@@ -150,14 +150,14 @@ def processed() -> dict[str, dict]:
             padding_side=side,
             return_tensors="np",
         )
-        found[name] = {"images": counts, "prompts": prompts, "suffixes": suffixes, "side": side}
-        found[name] |= {
+        result[name] = {"images": counts, "prompts": prompts, "suffixes": suffixes, "side": side}
+        result[name] |= {
             key: out[key].tolist()
             for key in ("input_ids", "attention_mask", "token_type_ids", "labels")
         }
-        found[name]["decoded"] = processor.batch_decode(out["input_ids"], skip_special_tokens=True)
+        result[name]["decoded"] = processor.batch_decode(out["input_ids"], skip_special_tokens=True)
     np.save(GOLDEN / "image.npy", to_bytes(np.moveaxis(out["pixel_values"][0], 0, 2)))
-    return found
+    return result
 
 
 if __name__ == "__main__":

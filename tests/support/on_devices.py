@@ -311,7 +311,7 @@ if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    # What XLA's and LLVM's optimizations do to the same sums takes most of the time.
+    # XLA's and LLVM's optimizations would take most of the time.
     jax.config.update("jax_disable_most_optimizations", True)
     arguments, options = json.loads(sys.argv[2])
     print(json.dumps(globals()[sys.argv[1]](*arguments, **options)))

@@ -1,4 +1,4 @@
-"""Where things are."""
+"""Paths that the tests use."""
 
 from pathlib import Path
 

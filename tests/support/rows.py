@@ -10,7 +10,7 @@ FIELDS = ("tokens", "valid", "prefix", "targets")
 
 
 def one_row(inputs, row, images):
-    """Row `row` alone, without its pads, with its images (an index into all images)."""
+    """Return row `row` alone, without its pads, with its images (an index into all images)."""
     keep = inputs.valid[row]
     arrays = {name: getattr(inputs, name)[row : row + 1, keep] for name in FIELDS}
     return replace(inputs, images=inputs.images[images], **arrays)

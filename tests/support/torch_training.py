@@ -25,7 +25,7 @@ PLAIN = FinetuneConfig(
 
 
 def torch_loss(model, inputs, smoothing=0.0):
-    """The loss that transformers computes, with label smoothing if asked for."""
+    """The loss that transformers computes, with optional label smoothing."""
     logits = model(**hf_inputs(inputs)).logits
     labels = torch.tensor(np.where(inputs.targets, inputs.tokens, -100)).long()
     if not smoothing:

@@ -1,4 +1,4 @@
-"""A training configuration without tricks, and a small batch for the embedded model."""
+"""A plain training configuration, and a small batch for the embedded model."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def test_the_embedded_codec_reconstructs_held_out_digits():
 
 
 def test_masks_of_a_picture_survive_codes():
-    """As for training data: a mask of the full picture is cropped, encoded, decoded and pasted."""
+    """As for training data, a mask of the full picture is cropped, encoded, decoded and pasted."""
     codec = load_codec(CODEC)
     scenes = compose(np.random.default_rng(0), glyphs(held_out=True), 8, (480, 640))
     assert scenes.masks is not None
@@ -38,7 +38,7 @@ def test_masks_of_a_picture_survive_codes():
 
 @pytest.mark.slow
 def test_the_recipe_learns():
-    """In a few steps, reconstruction improves and codes are in use."""
+    """Within a few steps, reconstruction improves and several codes are used."""
     masks = glyph_masks(glyphs(held_out=True).alpha)
     before, after = MaskCodec(1, 4), mask_codec.train_codec(1, 4, 60, masks)
     before_iou, after_iou = (
@@ -48,7 +48,7 @@ def test_the_recipe_learns():
 
 
 def test_k_means_centres_are_the_means_of_their_points():
-    """And nearer to them than random points would be."""
+    """Points are nearer to their centres than to random points."""
     points = np.random.default_rng(0).normal(size=(500, 3))
     centres = mask_codec.k_means(points, 8, rounds=100)
     distances = ((points[:, None] - centres) ** 2).sum(-1)

@@ -34,7 +34,7 @@ def test_answers_describe_the_scene():
 
 
 def test_answers_to_segment_give_the_ink_back():
-    """They are boxes, 16 codes and the digit. On a canvas that is not square."""
+    """Answers are boxes, 16 codes and the digit, here on a canvas that is not square."""
     source = with_codes(glyphs(held_out=True))
     scenes = compose(np.random.default_rng(0), source, 30, (120, 200), variety=0)
     digits = [scenes.digits(i)[0] for i in range(30)]

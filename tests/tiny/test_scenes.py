@@ -38,8 +38,8 @@ def test_digits_stand_apart_in_reading_order_and_inside(scenes):
 
 @pytest.mark.parametrize("canvas", [(112, 112), (120, 200)])
 def test_boxes_contain_the_ink_and_touch_it_on_every_side(canvas):
-    """On a canvas that is not square, so that swapped axes show; black on plain white, so that ink
-    is what is dark."""
+    """The canvas is not square, so that swapped axes show. Digits are black on plain white, so that
+    all dark pixels are ink."""
     rng = np.random.default_rng(0)
     scenes = compose(rng, glyphs(held_out=True), 30, canvas, variety=0)
     assert scenes.images.shape[1:] == (*canvas, 3)

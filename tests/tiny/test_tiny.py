@@ -75,7 +75,7 @@ def test_it_segments(scores):
 
 
 def test_scores_separate_good_boxes_from_bad(tiny):
-    """When every digit is asked for, present or not, the AP is higher with the scores than with a
+    """If prompts ask for every digit, present or not, the AP is higher with the scores than with a
     constant."""
     pytest.importorskip("sklearn", reason=NEEDS_SCIKIT)
     scenes = compose(np.random.default_rng(5), glyphs(held_out=True), 40)
@@ -104,7 +104,7 @@ def test_scores_separate_good_boxes_from_bad(tiny):
 
 
 def test_it_answers_about_the_picture_of_the_readme(tiny):
-    """4 and 3 below, 3 and 2 above."""
+    """The picture shows 3 and 2 above 4 and 3."""
     prompts = ["caption en", "ocr", "answer en how many digits?"]
     caption, text, count = tiny.generate([PHOTO] * 3, prompts)
     assert (caption, text, count) == ("four digits: 4, 3, 2 and 3", "4 3 2 3", "4")
@@ -120,8 +120,8 @@ def test_it_answers_about_the_picture_of_the_readme(tiny):
 
 
 def test_answers_equal_those_of_transformers(tiny):
-    """To 50 questions about held-out scenes, from pixels to words, by transformers' own processor
-    and model on the same directory."""
+    """Asks 50 questions about held-out scenes, from pixels to words, with transformers' own
+    processor and model on the same directory."""
     torch = pytest.importorskip(
         "torch", reason="the reference is transformers on torch: install the extra test"
     )

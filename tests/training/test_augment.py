@@ -31,7 +31,7 @@ def describe(boxes):
 
 
 def read_boxes(text):
-    """The boxes of a text as fractions of the sides."""
+    """Read the boxes of a text as fractions of the sides."""
     parts = [part for part in text.split(" ; ") if part]
     return [np.array([int(token[4:8]) for token in part.split(">")[:4]]) / 1023 for part in parts]
 

@@ -98,7 +98,7 @@ def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys
     ],
 )
 def test_a_run_that_cannot_start_writes_nothing(data, tmp_path, monkeypatch, options, message):
-    """So that the corrected command finds an empty directory."""
+    """The corrected command then finds an empty directory."""
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -203,7 +203,7 @@ def test_parameters_that_are_not_quantized_can_be_trained(train):
 
 @pytest.mark.parametrize("dtype,expected", [(None, "bfloat16"), ("float32", "float32")])
 def test_accelerators_compute_in_bfloat16_by_default(tmp_path, monkeypatch, dtype, expected):
-    """Also from a float32 checkpoint. Trainable parameters are float32."""
+    """They do so even from a float32 checkpoint. Trainable parameters are float32."""
     save_model(tmp_path / "float32", load_model(TINY, "float32"), like="tiny")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert load_model(tmp_path / "float32").config.dtype == "float32"
@@ -228,7 +228,7 @@ def test_cached_features_give_the_same_losses(data, tmp_path, monkeypatch):
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
-    """The best by validation loss, however old; a resumed run still knows it."""
+    """The best is by validation loss, however old, and a resumed run still keeps it."""
 
     def loss(model, batch, max_targets):
         return jnp.sum(model["x"]), jnp.float32(1)
@@ -243,7 +243,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
         state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
         run.save(step, state, validation_loss)
     run.finish()
-    # What a process that is killed while it removes a checkpoint leaves behind.
+    # The remains of a process that was killed while removing a checkpoint.
     shutil.copytree(folder / "checkpoints/5/default", folder / "checkpoints/2/default")
     run = runs.Run(replace(config, resume=True))
     assert int(run.restore(make_trainer().start()).step) == 5
@@ -253,7 +253,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
 
 
 def test_rows_may_come_from_a_list_or_from_grain(data, tmp_path):
-    """With the same losses as from a file."""
+    """The losses equal those from a file."""
     grain = pytest.importorskip("grain", reason="requires the extra test-core")
     config = small_config(data, tmp_path / "file", steps=3, learning_rate=1e-3)
     finetune(config)

@@ -1,4 +1,4 @@
-"""`token_loss` against transformers, and what it depends on."""
+"""`token_loss` against transformers, and its gradient."""
 
 import jax
 import jax.numpy as jnp

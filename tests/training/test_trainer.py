@@ -68,7 +68,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_clipping_and_the_moving_average():
-    """Against a computation by hand: norms above 2 are clipped to 2, the average decays by 0.75."""
+    """Compares with a computation by hand: norms above 2 are clipped to 2, the average decays by
+    0.75."""
 
     def loss(model, batch, max_targets):
         return jnp.sum(model["x"] * batch), 2.0
@@ -142,7 +143,7 @@ def mean_loss(model, inputs):
 
 
 def test_padding_changes_neither_loss_nor_gradient():
-    """Whatever its tokens, side and amount: logits agree to 1e-5 of the largest, gradients to 1e-4
+    """For any pad tokens, side and amount, logits agree to 1e-5 of the largest, gradients to 1e-4
     of their norm."""
     model = stack_model(load_model(TINY))
 
@@ -173,7 +174,7 @@ def test_padding_changes_neither_loss_nor_gradient():
 
 @pytest.mark.parametrize("form", ["list", "stack"])
 def test_a_suffix_token_does_not_change_earlier_logits(form):
-    """Bit for bit, for each suffix token; later logits do change."""
+    """They are equal bit for bit, for each suffix token; later logits do change."""
     model = load_form(form)
     inputs = batch(model)
     others = jax.tree.map(jnp.asarray, arguments(inputs)[1:])
@@ -206,7 +207,7 @@ def test_row_weights(reduction):
 
 
 def test_full_logits_never_exist():
-    """With the 3b vocabulary, only the table, its gradient and its moments have it as an axis."""
+    """Only the table, its gradient and its moments have the 3b vocabulary as an axis."""
     model = abstract_model_by_name("3b-224", "bfloat16", 1)
     trainer, state, frozen = trainer_shapes(
         model, FinetuneConfig("", "", batch_size=2, dtype="bfloat16")
@@ -254,8 +255,8 @@ def test_every_optimizer_lowers_the_loss(optimizer, form):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
 def test_weight_decay_is_scaled_by_the_learning_rate(optimizer):
-    """With a gradient of 0, in the first of two warmup steps: half the rate times the decay for
-    matrices, nothing for norms and biases."""
+    """With a gradient of 0, in the first of two warmup steps, the update is half the rate times the
+    decay for matrices, and zero for norms and biases."""
     config = replace(TOY, optimizer=optimizer, learning_rate=0.1, weight_decay=0.5, warmup=2)
     transformation = make_optimizer(config, 4)
     shapes = {"kernel": (4, 4), "scale": 4, "bias": 4}

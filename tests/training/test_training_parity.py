@@ -57,7 +57,7 @@ def test_loss_and_every_gradient(random_checkpoint, tmp_path, kind, side):
 
 
 def test_loss_reductions(random_checkpoint):
-    """By default as in transformers; "examples" is the mean of each row's mean (big_vision)."""
+    """The default is as in transformers; "examples" is the mean of each row's mean (big_vision)."""
     reference, _, model = random_checkpoint("pg2", 0)
     inputs = random_inputs(reference, ROWS, 0)
     rows = [jax.tree.map(lambda a, i=i: a[i : i + 1], inputs) for i in range(len(ROWS))]
@@ -105,7 +105,7 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path):
     start = parameters(model)
     for path, value in state.trainable.items():
         if path.endswith("attention/k/bias"):
-            continue  # its gradient is rounding, of which Adam makes full steps
+            continue  # its gradient is rounding noise, which Adam turns into full steps
         moved = np.linalg.norm(references[path] - start[path])
         error = np.linalg.norm(value - references[path])
         assert error < 1e-2 * moved and error / value.size**0.5 < 1e-4, path
