@@ -24,7 +24,7 @@ def check(function: Callable) -> Callable:
     @wraps(function)
     def init(*args: Any, **keywords: Any) -> None:
         leaves = jax.tree.leaves((args[1:], keywords))
-        only_arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        only_arrays = leaves and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
         (checked if only_arrays else function)(*args, **keywords)
 
     return init
