@@ -44,7 +44,7 @@ def unpack(
         and the quantized matrices by key.
 
     Raises:
-        ValueError: If a format is not supported (fp4, larger blocks, codes in another dtype), or if
+        ValueError: A format is not supported (fp4, larger blocks, codes in another dtype), or
             tensors do not fit together.
     """
     packed, consumed = {}, set()
@@ -78,7 +78,7 @@ def insert(
 ) -> dict[str, WeightFormat]:
     """Replace the quantized matrices in `tensors` by their parts; returns the formats by path.
 
-    The model's axes are torch's [out, in], split.
+    The model's axes are those of torch, [out, in], split by heads.
     """
     matrices, formats = quantizable_matrices(config), {}
     for weight in weights:

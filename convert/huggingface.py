@@ -203,7 +203,7 @@ def _split(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict
 
 
 def _natural_order(key: str) -> list[int | str]:
-    """Sort layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
 
 

@@ -147,8 +147,8 @@ def save_adapter(
 
 
 def _linear_weights(config: PaliGemmaConfig) -> dict[str, Weight]:
-    """The kernels of linear layers by module name: not the embeddings, and not the patch embedding,
-    which is a convolution in torch."""
+    """Return the kernels of linear layers by module name, without the embeddings and the patch
+    embedding (a convolution in torch)."""
     return {
         _module(weight): weight
         for weight in huggingface_weights(config)

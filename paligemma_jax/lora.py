@@ -106,7 +106,7 @@ _dropout_key: ContextVar[Array | None] = ContextVar("dropout_key", default=None)
 
 @contextmanager
 def lora_dropout(key: Array) -> Iterator[None]:
-    """Apply dropout in every `LoRALinear` that is traced inside. Outside there is none, so
+    """Apply dropout in every `LoRALinear` that is traced inside. There is no dropout outside, so
     validation needs no switch."""
     token = _dropout_key.set(key)
     try:
@@ -134,7 +134,7 @@ def add_lora(
         rslora: Scale them by alpha / sqrt(rank) instead (arXiv:2312.03732).
         dropout: Dropout rate of the adapters' inputs, inside `lora_dropout`.
         target: Regular expression of layer paths.
-        seed: Of the initial A.
+        seed: Seed of the initial A.
 
     Raises:
         ValueError: No layer matches.

@@ -80,7 +80,7 @@ def make_example(
     Args:
         row: A dict as above, or an `Example`, which is returned unchanged.
         line: The line or index of the row.
-        folder: Image paths are relative to it.
+        folder: Directory that image paths are relative to.
         requires_suffix: Training needs a suffix; for inference it is dropped.
 
     Raises:

@@ -39,13 +39,13 @@ def answer(reply: Reply) -> str:
 
 
 def _chip(detection: Detection) -> str:
-    """The label of a box and its score."""
+    """Return the label of a box and its score."""
     score = "" if detection.score is None else f" <small>{detection.score:.2f}</small>"
     return f"<span class=detected>{escape(detection.label or 'object')}{score}</span>"
 
 
 def tokens(answer_tokens: Sequence[Token]) -> str:
-    """One chip per token: its text and probability, and the alternatives below."""
+    """Return one chip per token: its text and probability, and the alternatives below."""
     return f'<div class="tokens">{"".join(map(_token, answer_tokens))}</div>'
 
 

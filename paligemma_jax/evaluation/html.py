@@ -50,7 +50,7 @@ def save(evaluation: Evaluation, folder: str | Path, count: int = 12, seed: int 
 
 
 def html(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
-    """The report as HTML, images included.
+    """Return the report as HTML, images included.
 
     Args:
         count: Number of cases per section.
@@ -134,7 +134,7 @@ def _kinds(evaluation: Evaluation, name: str) -> str:
 
 
 def _card(evaluation: Evaluation, index: int, has_locations: bool) -> str:
-    """One case: its images, texts and scores."""
+    """Render one case: its images, texts and scores."""
     case = evaluation.cases[index]
     texts = {"prompt": case.row.get("prefix", ""), "answer": case.answer}
     if evaluation.other_cases:

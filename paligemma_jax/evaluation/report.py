@@ -79,7 +79,7 @@ def reference_text(case: Case) -> str:
 def markdown(
     evaluation: Evaluation, count: int = 12, seed: int = 0, folder: str | Path = "."
 ) -> str:
-    """The report as Markdown. Images are links, relative to `folder`."""
+    """Return the report as Markdown. Images are links, relative to `folder`."""
     lines = [f"# {evaluation.about.get('model', 'Evaluation')}", ""]
     lines += [f"- {key}: {value}" for key, value in evaluation.about.items() if key != "model"]
     failed = f", {evaluation.failed} failed" if evaluation.failed else ""

@@ -70,7 +70,7 @@ def search(
     slots: int,
     beam: Beam,
 ) -> Generated:
-    """The best answer to every row, at most `limit` tokens long."""
+    """Find the best answer to every row, at most `limit` tokens long."""
     size = slots - inputs.tokens.shape[1]
     best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
     tokens, log_probabilities, scores = (

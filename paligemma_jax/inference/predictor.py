@@ -34,7 +34,7 @@ class Predictor:
 
     model: PaliGemma
     processor: Processor
-    codec_file: Path | None = None  # of the mask codec
+    codec_file: Path | None = None  # file of the mask codec
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.model))

@@ -71,7 +71,6 @@ def make_request(
 
     Args:
         prompts: Number of prompts.
-        options: Their decoding options.
         seeds: Random seeds, one per prompt; by default 0, 1, 2, ...
 
     Raises:

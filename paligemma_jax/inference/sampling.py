@@ -97,7 +97,7 @@ class Sample:
 
         Args:
             logits: Logits for the next token.
-            seen: Which tokens a row already contains. None if not `needs_seen`.
+            seen: Whether a row already contains a token; None unless `needs_seen`.
             keys: One random key per row.
         """
         return jax.vmap(jax.random.categorical)(keys, self.filter(logits, seen)).astype(jnp.int32)

@@ -35,7 +35,7 @@ class Metric:
             list of one.
         title: Name in reports.
         case_title: Name of a single case's score, if it differs.
-        compares: What predictions and references are, per case: texts and lists of texts, lists of
+        compares: Type of predictions and references, per case: texts and lists of texts, lists of
             detections, one box, or one mask.
         percent: Whether papers print the value times 100.
         better: The direction of improvement, if any.

@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
     Args:
         axes: Letters of the kernel's axes, outputs first, as in "NHD".
-        shape: Their sizes.
+        shape: Sizes of these axes.
         contracted: Number of trailing axes to sum over.
         bias: Whether to add a bias [out...].
 

@@ -33,7 +33,7 @@ class PaliGemma(nnx.Module):
         images: float[M, S, S, 3] in [-1, 1]: the images of the batch in reading order, or None. Or
             [B, n, S, S, 3] where every row has n images, which keeps rows on different devices
             independent.
-        features: What `encode_images` returned for the images, [M, P, D] or [B, n, P, D].
+        features: The result of `encode_images`, [M, P, D] or [B, n, P, D].
         valid: bool[B, T], False on pads.
         prefix: bool[B, T], True on image and prompt, False on the answer.
     """

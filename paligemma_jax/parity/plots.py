@@ -26,7 +26,7 @@ POINTS = 20_000
 
 
 def draw_errors(report: Report) -> bytes:
-    """Relative errors by stage with their limits: accumulated above, local below."""
+    """Draw relative errors by stage with their limits: accumulated above, local below."""
     unplotted = ("pixels", "ids", "valid", "targets", "loss")
     rows = [row for row in report.rows if row.local and not row.stage.startswith(unplotted)]
     x = np.arange(len(rows))
@@ -59,7 +59,7 @@ def draw_errors(report: Report) -> bytes:
 
 
 def draw_logits(report: Report) -> bytes:
-    """Our logits and their differences over transformers'."""
+    """Draw our logits, and their differences, over transformers'."""
     valid = report.case.inputs.valid[0]
     ours, theirs = (logits[valid].reshape(-1) for logits in report.first_row["logits"])
     rng = np.random.default_rng(0)
@@ -82,8 +82,8 @@ def has_attention(report: Report) -> bool:
 
 
 def draw_masks(report: Report) -> bytes:
-    """Attention weights averaged over heads, of a local and a global layer: transformers', ours,
-    and the pairs of tokens that are masked in one model only."""
+    """Draw attention weights averaged over heads, of a local and a global layer: transformers',
+    ours, and the pairs of tokens that are masked in one model only."""
     names = [name for name in report.first_row if name.endswith("weights")][:2]
     inputs, config = report.case.inputs, report.case.checkpoint.config
     windows = config.decoder.windows(config.profile)
@@ -112,7 +112,7 @@ def draw_masks(report: Report) -> bytes:
 
 
 def draw_tokens(report: Report) -> bytes:
-    """Relative error of every decoder layer at every token of the first row."""
+    """Draw the relative error of every decoder layer at every token of the first row."""
     layers = [
         np.linalg.norm(ours - theirs, axis=-1) / np.linalg.norm(theirs, axis=-1)
         for name, (ours, theirs) in report.first_row.items()

@@ -191,7 +191,7 @@ def _compare_tokens(report: Report) -> str:
 
 
 def _greedy_lines(report: Report) -> Iterator[str]:
-    """The answer of each row, once if both models agree."""
+    """Yield the answer of each row, once if both models agree."""
     tokens = report.tokens
     assert tokens is not None
     for row, at in enumerate(tokens.first_differences):

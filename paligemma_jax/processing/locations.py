@@ -164,7 +164,7 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def with_masks(detections: Detections, size: Size, codec: MaskCodec) -> Detections:
-    """Return the detections with masks bool[height, width] in place where they have codes."""
+    """Return the detections, with masks bool[height, width] for those that have codes."""
     codes = [detection.codes for detection in detections if detection.codes]
     masks = iter(codec.decode(np.array(codes)) if codes else ())
     masked = [

@@ -51,8 +51,8 @@ def resolve_mesh(
     Args:
         mesh: Axis sizes, 1 if left out; "auto"; a `Mesh` with axes of these names, which is
             returned unchanged; or None, for no mesh.
-        devices: By default those of all processes for training, and those of this process for
-            inference, where each process answers on its own.
+        devices: Devices to use; by default those of all processes for training, and those of this
+            process for inference, where each process answers on its own.
         rows: The batch size for "auto" in training; 0 puts all devices on `fsdp`.
 
     Raises:
@@ -113,8 +113,8 @@ def padded_batch_size(rows: int, mesh: Mesh | None) -> int:
 
 
 def check_batch_size(flag: str, rows: int, parts: int, mesh: Mesh | None) -> None:
-    """Raise ValueError if the mesh does not divide a batch, or each of the `parts` that it is
-    computed in: every device would compute all its rows."""
+    """Raise ValueError unless the mesh divides a batch and each of its `parts`. Otherwise every
+    device would compute all rows."""
     shards = batch_shards(mesh)
     if rows % (parts * shards):
         accumulate = f"--accumulate {parts} x " if parts > 1 else ""

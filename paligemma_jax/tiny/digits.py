@@ -98,8 +98,7 @@ def _cut_out(
 
 
 def glyph_masks(alpha: np.ndarray) -> np.ndarray:
-    """Masks float32[G, 64, 64] of glyphs float32[G, N, N], 1 where there is ink: as `crop_mask`
-    returns them."""
+    """Masks float32[G, 64, 64] of glyphs float32[G, N, N], as `crop_mask` returns them."""
     return np.stack([_resize(glyph, SIDE) > 0.5 for glyph in alpha]).astype(np.float32)
 
 

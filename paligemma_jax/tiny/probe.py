@@ -24,7 +24,7 @@ from paligemma_jax.training.config import FinetuneConfig
 # pixels.
 OUTPUTS = {"label": 11, "place": 5, "box": 4, "look": 64}
 NO_DIGIT = 10
-MIN_PIXELS = 28  # of a digit's box in a patch, for the patch to belong to it
+MIN_PIXELS = 28  # of a digit's box, for a patch to belong to it
 
 
 class ProbedEncoder(nnx.Module):

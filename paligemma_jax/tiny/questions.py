@@ -33,7 +33,7 @@ def ask(scenes: Scenes, index: int, task: str, digit: int | None = None) -> tupl
 
     Args:
         scenes: Scenes; to segment, with codes.
-        index: Which scene.
+        index: Index of the scene.
         task: A key of `PROMPTS`.
         digit: Digit to detect or segment. If the scene does not have it, the answer is empty.
     """

@@ -119,7 +119,7 @@ def make_start(directory: Path, pretraining_steps: int) -> None:
 
 
 def evaluate(predictor: Predictor, count: int) -> dict[str, dict[str, float]]:
-    """Scores of every task on `count` scenes of held-out digits."""
+    """Score every task on `count` scenes of held-out digits."""
     scores = {}
     for task in PROMPTS:
         images, prompts, references = map(list, zip(*heldout_examples(task, count), strict=True))

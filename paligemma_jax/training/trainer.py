@@ -52,7 +52,7 @@ class Trainer:
         model: A model, or any other pytree if there is a `loss` for it.
         config: Its `train` selects the trainable parameters.
         steps: The length of the learning rate schedule.
-        loss: By default `answer_loss` of a `Batch`.
+        loss: Loss function; by default `answer_loss` of a `Batch`.
 
     Attributes:
         trainable: Paths of the trainable parameters.
