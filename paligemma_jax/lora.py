@@ -127,7 +127,7 @@ def add_lora(
     """Wrap the linear layers whose paths match `target`. The model's output does not change yet.
 
     Args:
-        model: With its layers as a list or stacked.
+        model: A model with its layers as a list or stacked.
         rank: Rank in each tower, as in {"decoder": 16, "vision": 8}; 0 or left out for none. The
             projector counts as decoder.
         alpha: Adapter outputs are scaled by alpha / rank.

@@ -1,6 +1,6 @@
 """Initial parameters of `tiny`: random, except where structure is known.
 
-Training from scratch would spend its first hundreds of steps on discovering it.
+Training from scratch would spend hundreds of steps discovering it.
 """
 
 from __future__ import annotations
