@@ -15,9 +15,9 @@ from jaxtyping import Bool, Int
 class TokenSpan:
     """The properties of a sequence of tokens that determine a mask."""
 
-    positions: Int[Array, "B T"]  # contiguous over a row's valid tokens; arbitrary on pads
-    prefix: Bool[Array, "B T"]  # True on image and prompt
-    valid: Bool[Array, "B T"]  # False on pads
+    positions: Int[Array, "*B T"]  # contiguous over a row's valid tokens; arbitrary on pads
+    prefix: Bool[Array, "*B T"]  # True on image and prompt
+    valid: Bool[Array, "*B T"]  # False on pads
 
 
 def prefix_lm_mask(
