@@ -175,7 +175,7 @@ def test_a_failed_validation_loses_no_step(data, tmp_path, monkeypatch):
     "rows,validation,message",
     [
         ([], None, "data has no rows"),
-        (iter([{}]), None, "data must be a list"),
+        (iter([{}]), None, "data must have a length"),
         (range(2**40), None, "do not repeat the data set"),
         ([{"weight": 0}] * 2, None, "data has no row with a weight above 0"),
         ([{"image": "no.png"}], None, "^row 0: no image file at no.png"),
