@@ -34,7 +34,7 @@ ERRORS = {  # by row
     40: "none.png",
     41: "broken.jpg",
     42: "<image>",
-    80: "more than the context of 8192",
+    80: "exceed the context of 8192",
     119: "lone surrogate",
 }
 
