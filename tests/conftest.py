@@ -8,9 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("PALIGEMMA_JAX_CACHE", "off")  # each test compiles its own programs
 
+import ast
 import functools
 import importlib.util
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,13 +34,16 @@ WITHOUT_TORCH = importlib.util.find_spec("torch") is None
 
 
 def _needs_torch(file: Path) -> bool:
-    """Whether a file imports torch or transformers at its top, directly or through
-    tests/support."""
-    names = re.findall(r"^(?:import|from) (support\.\w+|\w+)", file.read_text(), re.MULTILINE)
-    helpers = [
-        TESTS / f"{name.replace('.', '/')}.py" for name in names if name.startswith("support.")
-    ]
-    return bool({"torch", "transformers"} & {*names}) or any(map(_needs_torch, helpers))
+    """Whether it imports torch or transformers at its top, itself or through tests/support."""
+    modules = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    helpers = [TESTS / f"{module.replace('.', '/')}.py" for module in modules if module]
+    uses_torch = {str(module).split(".")[0] for module in modules} & {"torch", "transformers"}
+    return bool(uses_torch) or any(_needs_torch(helper) for helper in helpers if helper.exists())
 
 
 collect_ignore = [
