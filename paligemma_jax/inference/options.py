@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,8 @@ class DecodingOptions:
                 "sampler must be Greedy(), Sample(...), Beam(...) or BestOf(...), "
                 f"got {self.sampler!r}"
             )
-        if not all(isinstance(text, str) and text for text in self.stops):
+        is_iterable = self.stop is None or isinstance(self.stop, Iterable)
+        if not is_iterable or not all(isinstance(text, str) and text for text in self.stops):
             raise ValueError(f"stop must be a non-empty text or a list of them, got {self.stop!r}")
 
     @classmethod

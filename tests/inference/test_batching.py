@@ -239,6 +239,8 @@ INVALID_OPTIONS = [
     ("one per prompt, got 2 for 1 prompts", dict(seeds=[1, 2])),
     ("stop must be .* got ''", dict(stop="")),
     (r"stop must be .* got \['3', 4\]", dict(stop=["3", 4])),
+    ("stop must be .* got 3", dict(stop=3)),
+    ("stop must be .* got 0", dict(stop=0)),
 ]
 
 
