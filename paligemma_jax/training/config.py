@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from paligemma_jax.model.precision import Quantization
@@ -23,7 +24,7 @@ TRAIN_PATTERNS = {
 }
 
 # (requirement, check, names of the fields)
-RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+RANGES: list[tuple[str, Callable[..., bool], str]] = [
     ("at least 1", lambda x: x >= 1, "steps length batch_size accumulate save_every keep"),
     ("at least 0", lambda x: x >= 0, "warmup weight_decay clip vision_rate"),
     ("at least 0", lambda x: x >= 0, "validate_every samples lora_rank lora_vision_rank"),
@@ -169,8 +170,8 @@ class FinetuneConfig:
         for requirement, is_valid, names in RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not is_valid(value):
-                    raise ValueError(f"{_flag(name)} must be {requirement}, got {value}")
+                if value is not None and not (isinstance(value, Real) and is_valid(value)):
+                    raise ValueError(f"{_flag(name)} must be {requirement}, got {value!r}")
         for name, choices in _choices().items():
             value = getattr(self, name)
             if value not in (*choices, getattr(FinetuneConfig, name)):

@@ -344,3 +344,8 @@ def test_user_errors_are_one_line(command, data, tmp_path, options, message):
     options = options if "--data" in options else ["--data", data, *options]
     code, _, error = command("finetune", "--output", tmp_path / "run", *options)
     assert code == 2 and message in error and error.count("\n") == 1
+
+
+def test_config_values_of_the_wrong_type_are_refused():
+    with pytest.raises(ValueError, match=r"^--steps must be at least 1, got '3'$"):
+        FinetuneConfig("", "", steps="3")
