@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert.files import JsonObject
 from convert.match import TensorEntry, Weight
 from convert.quantized import quantizable_matrices
 from convert.tensor import DTYPES, Index, Tensor
+from convert.typed_json import JsonObject
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 

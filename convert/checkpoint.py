@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from convert.files import FileContent, JsonObject, json_bytes, parse_json
+from convert.files import FileContent, json_bytes, parse_json
 from convert.tensor import DTYPES, Index, Tensor
+from convert.typed_json import JsonObject
 from paligemma_jax.model.config import NUMERICS, PaliGemmaConfig, with_resolution
 from paligemma_jax.model.precision import WeightFormat
 

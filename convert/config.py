@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from convert.files import JsonObject, load_json
+from convert.typed_json import JsonObject, load_json
 from paligemma_jax.model.config import NUMERICS, DecoderConfig, PaliGemmaConfig, VisionConfig
 
 # Keys absent from config.json have the defaults of the class that the nested model_type names.

@@ -9,33 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-JsonObject = dict[str, Any]  # values of any JSON type, which readers check
+from convert.typed_json import JsonObject
+
 FileContent = Path | bytes  # a file to copy, or its new content
 
-JSON_LIMIT = 2**24  # bytes; the header and index of a 28b model have 0.2 MB
 COMPANIONS = (".json", ".jsonl", ".model", ".txt", ".jinja", ".md")  # never code
-
-
-def load_json(file: Path) -> JsonObject:
-    """Load the object in a JSON file.
-
-    Raises:
-        ValueError: The file is missing, or does not contain a JSON object.
-    """
-    try:
-        if file.stat().st_size > JSON_LIMIT:
-            raise ValueError(f"it has more than {JSON_LIMIT} bytes")
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        missing = f"{file.parent} has no {file.name}"
-        raise ValueError(f"{missing}: it is not a Hugging Face checkpoint directory") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, ...
-        raise ValueError(f"{file} is not readable JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return value
 
 
 def parse_json(content: FileContent) -> JsonObject:

@@ -10,9 +10,10 @@ from pathlib import Path
 from convert import big_vision, huggingface, orbax
 from convert.checkpoint import Checkpoint
 from convert.config import check_quantization, load_config
-from convert.files import atomic_output, companion_files, load_json
+from convert.files import atomic_output, companion_files
 from convert.quantized import dequantize_checkpoint, quantize_checkpoint
 from convert.tensor import Progress, equal, no_progress, with_rows
+from convert.typed_json import load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization
 

@@ -13,18 +13,12 @@ import numpy as np
 from convert import bitsandbytes
 from convert.checkpoint import Checkpoint
 from convert.config import config_from_json, config_to_json, load_config
-from convert.files import (
-    FileContent,
-    companion_files,
-    copy_files,
-    json_bytes,
-    load_json,
-    parse_json,
-)
+from convert.files import FileContent, companion_files, copy_files, json_bytes, parse_json
 from convert.match import TensorEntry, file_shapes, huggingface_weights, match
 from convert.safetensors import NAMES, load_header, make_header
 from convert.table import HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
 from convert.tensor import Job, Progress, Tensor, equal, from_array, no_progress, run_jobs
+from convert.typed_json import load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

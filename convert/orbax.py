@@ -22,11 +22,12 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.config import config_from_json, config_to_json
-from convert.files import JsonObject, companion_files, copy_files, json_bytes, load_json
+from convert.files import companion_files, copy_files, json_bytes
 from convert.match import TensorEntry, Weight, match, weights
 from convert.quantized import PART_DTYPES, quantized_weights
 from convert.table import JAX
 from convert.tensor import DTYPES, Index, Job, Progress, Tensor, map_file, no_progress, run_jobs
+from convert.typed_json import JsonObject, load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.files import JsonObject, atomic_output, json_bytes, load_json
+from convert.files import atomic_output, json_bytes
 from convert.huggingface import canonical_name
 from convert.layout import layout_shape, reorder
 from convert.match import Weight, huggingface_weights
 from convert.safetensors import NAMES, load_header, make_header
+from convert.typed_json import JsonObject, load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

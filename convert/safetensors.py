@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.files import JSON_LIMIT, JsonObject
 from convert.match import TensorEntry
 from convert.tensor import DTYPES, INTEGERS, map_file
+from convert.typed_json import JSON_LIMIT, JsonObject
 
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPES = {name: DTYPES[dtype] for name, dtype in NAMES.items()}
