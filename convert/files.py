@@ -17,6 +17,14 @@ FileContent = Path | bytes  # a file to copy, or its new content
 COMPANIONS = (".json", ".jsonl", ".model", ".txt", ".jinja", ".md")  # never code
 
 
+def user_path(path: str | Path) -> Path:
+    """The path with `~` and `~user` expanded. Raises ValueError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: no such user: {Path(path).parts[0][1:]}") from None
+
+
 def parse_json(content: FileContent) -> JsonObject:
     """Parse JSON that is known to be valid."""
     return json.loads(content if isinstance(content, bytes) else content.read_bytes())

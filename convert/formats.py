@@ -10,7 +10,7 @@ from pathlib import Path
 from convert import big_vision, huggingface, orbax
 from convert.checkpoint import Checkpoint
 from convert.config import check_quantization, load_config
-from convert.files import atomic_output, companion_files
+from convert.files import atomic_output, companion_files, user_path
 from convert.quantized import dequantize_checkpoint, quantize_checkpoint
 from convert.tensor import Progress, equal, no_progress, with_rows
 from convert.typed_json import load_json
@@ -54,10 +54,10 @@ def read(source: str | Path, config: PaliGemmaConfig | str | Path | None = None)
     Raises:
         ValueError: Lists everything that is wrong with the source.
     """
-    source = Path(source).expanduser()
+    source = user_path(source)
     directory, format = None, detect_format(source)
     if isinstance(config, str | Path):
-        path = Path(config).expanduser()
+        path = user_path(config)
         directory = path if path.is_dir() else None
         config = load_config(path)
         if format == "huggingface" and (source / "config.json").exists():
@@ -94,7 +94,7 @@ def write(
     if max_shard and to != "huggingface":
         raise ValueError(f"--max-shard-size applies to safetensors files; {to} has none")
     options = {"max_shard": max_shard} if max_shard else {}
-    with atomic_output(Path(destination).expanduser(), force, checkpoint.nbytes) as path:
+    with atomic_output(user_path(destination), force, checkpoint.nbytes) as path:
         FORMATS[to].write(path, checkpoint, progress, **options)
 
 
@@ -133,7 +133,7 @@ def convert(
     Raises:
         ValueError: The conversion is not possible. The destination is then unchanged.
     """
-    source, destination = Path(source).expanduser(), Path(destination).expanduser()
+    source, destination = user_path(source), user_path(destination)
     if destination.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{destination} is or contains the source; choose another name")
     checkpoint = read(source, config)

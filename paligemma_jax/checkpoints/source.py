@@ -10,6 +10,7 @@ from pathlib import Path
 from convert import formats, orbax, peft
 from convert.checkpoint import Checkpoint
 from convert.config import load_config
+from convert.files import user_path
 from paligemma_jax.model.config import PaliGemmaConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -69,7 +70,7 @@ def resolve(
 def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
     if str(reference) == "tiny":
         return TINY
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
         return path
     if path.exists():

@@ -94,8 +94,6 @@ def make_example(
     for name in texts:
         if not isinstance(row.get(name), str):
             raise ValueError(f"{name} is {'not a string' if name in row else 'missing'}")
-    if requires_suffix and not row["suffix"]:
-        raise ValueError("suffix is empty: there is nothing to learn")
     image = row.get("image")
     images = image if isinstance(image, list | tuple) else [image]
     sources = [source for source in images if isinstance(source, ImageSource)]

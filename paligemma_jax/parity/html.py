@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 
+from convert.files import user_path
 from paligemma_jax.parity import plots
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.report import (
@@ -75,7 +75,7 @@ FIGURES: dict[str, tuple[Callable[[Report], bytes], str]] = {
 
 def write_html(report: Report, file: str) -> None:
     """Write the report to `file`, replaced in one step."""
-    path = Path(file).expanduser()
+    path = user_path(file)
     part = path.with_name(path.name + ".part")
     part.write_text(render_page(report), encoding="utf-8")
     os.replace(part, path)

@@ -50,6 +50,21 @@ def check_devices() -> None:
             )
 
 
+def memory_bytes() -> int:
+    """Return the memory of a device if it reports that, else of this host."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or host_memory_bytes()
+
+
+def host_memory_bytes() -> int:
+    """Return the memory of this host, or the limit of its container."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or no limit
+        return memory
+
+
 def peak_bytes() -> int:
     """Return the peak memory so far, of the device if it reports that, else of this process."""
     stats = jax.local_devices()[0].memory_stats()

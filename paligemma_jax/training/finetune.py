@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,7 +75,9 @@ def finetune(
             f"{peft.base_checkpoint(source.adapter)}, or train without LoRA to continue from both"
         )
     processor = make_processor(source)
+    _check_sizes(config, processor)
     rows, validation_rows = _read_rows(config, processor, data, validation)
+    steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
     if hosts.is_first_process():
         check_run_folder(config)
@@ -91,7 +94,6 @@ def finetune(
         with error_prefix("validation"):
             for _ in batcher.in_order(validation_rows):
                 pass
-    steps = config.steps or max(1, round(config.epochs * len(rows) / config.batch_size))
     trainer = Trainer(distribute(prepare_model(model, config, delete=True), mesh), config, steps)
     del model
     run = Run(config)
@@ -106,6 +108,30 @@ def finetune(
     if hosts.is_first_process():
         run.plot_losses()
     return save_result(trainer, state, source, run.folder)
+
+
+def _check_sizes(config: FinetuneConfig, processor: Processor) -> None:
+    if config.length and config.length > processor.context:
+        raise ValueError(
+            f"--length must be at most {processor.context}, the context of the model, "
+            f"got {config.length}"
+        )
+    needed = config.batch_size * 4 * 3 * processor.image_size**2
+    memory = devices.host_memory_bytes()
+    if needed > memory:
+        raise ValueError(
+            f"--batch-size {config.batch_size}: the images of a batch need {needed / 1e9:,.0f} GB, "
+            f"but this host has {memory / 1e9:,.0f} GB"
+        )
+
+
+def _total_steps(config: FinetuneConfig, rows: int) -> int:
+    if config.steps:
+        return config.steps
+    steps = config.epochs * rows / config.batch_size
+    if not steps < 2**31:
+        raise ValueError(f"--epochs {config.epochs} is more than 2**31 steps; give --steps")
+    return max(1, round(steps))
 
 
 def _read_rows(
@@ -124,11 +150,26 @@ def _read_rows(
         count = count_rows(name, rows)
         if count and not any(example_at(rows, i).weight for i in range(count)):
             raise ValueError(f"{name} has no row with a weight above 0")
+        _warn_of_empty_suffixes(name, rows)
     if not len(data):
         raise ValueError("data has no rows")
     if config.validate_every and not len(validation):
         raise ValueError(f"--validate-every {config.validate_every} requires --validation")
     return data, validation
+
+
+def _warn_of_empty_suffixes(name: str, rows: RowSource) -> None:
+    """Count the rows of a list whose suffix is empty. (Another source may open its images on every
+    access.)"""
+    if not isinstance(rows, list):
+        return
+    empty = sum(not example_at(rows, i).suffix for i in range(len(rows)))
+    if empty:
+        warnings.warn(
+            f"{name}: the suffix is empty in {empty} of {len(rows)} rows, which train the model to "
+            "answer with nothing",
+            stacklevel=3,
+        )
 
 
 def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | None:

@@ -36,9 +36,10 @@ def test_unknown_checkpoints_are_refused(tmp_path, command, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     check_refused(command, ["is a file", "directory"], str(IMAGE))
     check_refused(command, ["has no config.json"], tmp_path)
-    for reference in ("absent", "./absent", "a/b/c", "~nobody/absent"):
+    for reference in ("absent", "./absent", "a/b/c", "~root/absent"):
         parts = ["no such checkpoint", reference, "tiny", "hub id"]
         check_refused(command, parts, reference)
+    check_refused(command, ["~nosuchuser/x: no such user: nosuchuser"], "~nosuchuser/x")
     for reference in ("some body/pali gemma", "google/no-such-paligemma"):
         check_refused(command, [reference, "cannot be downloaded"], reference)
 

@@ -29,7 +29,7 @@ def test_unusable_rows_are_counted_and_listed(tmp_path):
         "{",
         '{"image": "a.png", "prefix": "x", "suffix": "y"}',
         '{"prefix": "x", "suffix": "y"}',
-        '{"image": "b", "prefix": "x", "suffix": ""}',
+        '{"image": "b", "prefix": "x", "suffix": null}',
         '{"image": "broken.png", "prefix": "x", "suffix": "y"}',
         '{"image": "b", "prefix": "x", "suffix": 3}',
         "[]",
@@ -43,7 +43,7 @@ def test_unusable_rows_are_counted_and_listed(tmp_path):
         "7 rows cannot be used",
         "line 1: not JSON",
         "line 3: image is missing",
-        "line 4: suffix is empty",
+        "line 4: suffix is not a string",
         "and 2 more",
     ):
         assert part in message

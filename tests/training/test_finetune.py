@@ -196,6 +196,17 @@ def test_unusable_rows_are_refused_before_anything_is_written(tmp_path, rows, va
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_suffix_teaches_the_end_token(data, tmp_path):
+    """It is a target as in transformers, whose processor appends eos to any suffix."""
+    rows = [{"image": str(data.parent / "0.png"), "prefix": "ocr", "suffix": ""}] * 4
+    config = small_config("", tmp_path / "run", steps=6, learning_rate=1e-2, train="projector")
+    message = r"data: the suffix is empty in 4 of 4 rows, which train the model to answer with noth"
+    with pytest.warns(UserWarning, match=message):
+        finetune(config, rows)
+    first, *_, last = losses(tmp_path / "run")
+    assert last < first / 2
+
+
 @pytest.mark.parametrize("train", ["projector/.*", "vision/.*", "decoder/norm/.*"])
 def test_parameters_that_are_not_quantized_can_be_trained(train):
     load_trainable(FinetuneConfig("", "", train=train, quantize="nf4"), resolve("tiny"), None)
@@ -333,6 +344,21 @@ TRAIN_CHOICES = "all, decoder, attention, projector, lora or a regular expressio
         (["--length", "0"], "--length must be at least 1, got 0"),
         (["--learning-rate", "inf"], "--learning-rate must be positive and finite, got inf"),
         (["--seed", str(2**40)], "--seed must be at least 0 and below 2**32, got"),
+        (["--learning-rate", "1e400"], "--learning-rate must be positive and finite, got inf"),
+        (["--learning-rate", "1e39"], "--learning-rate must be from 1.2e-38 to 3.4e38"),
+        (["--learning-rate", "1e-60"], "--learning-rate must be from 1.2e-38 to 3.4e38"),
+        (["--learning-rate", "nan"], "--learning-rate must be positive and finite, got nan"),
+        (["--lora-alpha", "1e300"], "--lora-alpha must be from 1.2e-38 to 3.4e38"),
+        (["--weight-decay", "inf"], "--weight-decay must be from 0 to 3.4e38"),
+        (["--warmup", "inf"], "--warmup must be from 0 to 3.4e38"),
+        (["--vision-rate", "nan"], "--vision-rate must be from 0 to 3.4e38"),
+        (["--clip", "nan"], "--clip must be at least 0, got nan"),
+        (["--beta2", "0.9999999999"], "--beta2 must be at most 0.99999994"),
+        (["--epochs", "1e300"], "--epochs 1e+300 is more than 2**31 steps"),
+        (["--steps", "1" + "0" * 4000], "--steps must be below 2**31, got about 10**4000"),
+        (["--batch-size", "1000000000"], "--batch-size 1000000000: the images of a batch need"),
+        (["--length", "1000000000"], "--length must be at most 8192, the context of the model"),
+        (["--lora-rank", str(10**20)], "--lora-rank must be below 2**31"),
         (["--validate-every", "5"], "--validate-every 5 requires --validation"),
         (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1.0"),
         (["--data", "missing.jsonl"], "no such file"),
@@ -346,6 +372,10 @@ def test_user_errors_are_one_line(command, data, tmp_path, options, message):
     assert code == 2 and message in error and error.count("\n") == 1
 
 
-def test_config_values_of_the_wrong_type_are_refused():
-    with pytest.raises(ValueError, match=r"^--steps must be at least 1, got '3'$"):
-        FinetuneConfig("", "", steps="3")
+@pytest.mark.parametrize(
+    "value,message",
+    [("3", "at least 1, got '3'"), (2.5, "an integer, got 2.5"), (True, "at least 1, got True")],
+)
+def test_config_values_of_the_wrong_type_are_refused(value, message):
+    with pytest.raises(ValueError, match=f"^--steps must be {message}$"):
+        FinetuneConfig("", "", steps=value)
