@@ -92,7 +92,7 @@ class Predictor:
         a prefix: image tokens attend to the prompt, so their keys and values differ.
 
         Args:
-            images: Paths, PIL images or uint8[H, W, 3] arrays: one, or a list of them, per prompt.
+            images: Images (`load_image`): one, or a list of them, per prompt.
             prompts: One text or several.
             max_new_tokens: Maximum length of an answer in tokens; by default 128.
             sampler: `Greedy` (the default), `Sample`, `Beam` or `BestOf`.

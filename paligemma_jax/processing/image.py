@@ -6,23 +6,29 @@ Results equal those of transformers' PIL backend bit by bit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-ImageSource = str | Path | Image.Image | np.ndarray
+from paligemma_jax.processing.encoded_image import check_encoded_image, decoding
+from paligemma_jax.processing.image_array import SupportsArray, to_uint8
+
+ImageSource = str | Path | bytes | dict | Image.Image | SupportsArray
+
+SOURCES = 'a path, a PIL image, an array, encoded bytes or {"bytes": ..., "path": ...}'
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """Load an RGB image from a file, a PIL image, or a uint8[H, W], [H, W, 1], 3 or 4 array.
+    """Load an RGB image.
 
     A source gives the same pixels as in transformers 5.23, where files and opened images differ:
 
     - A file is rotated by its EXIF orientation, and its alpha channel is dropped
-      (transformers.image_utils.load_image).
+      (transformers.image_utils.load_image). Encoded bytes are read like a file.
     - A PIL image or an array is not rotated, and is composited on white where it is transparent
       (image_transforms.convert_to_rgb).
 
@@ -30,21 +36,32 @@ def load_image(source: ImageSource) -> Image.Image:
     value above 255 white, so scale such images first. For an animation, the current (first) frame
     is used.
 
+    Args:
+        source: A path; a PIL image; an array of numpy, JAX or torch of shape [H, W], [H, W, 1], 3
+            or 4, uint8 or float in [0, 1]; the bytes of an image file; or a dict {"bytes", "path"}
+            of them, as in Hugging Face data sets that do not decode.
+
     Raises:
-        ValueError: The source is not an image, or cannot be decoded completely.
+        ValueError: The source is not an image, or cannot be decoded completely or safely.
     """
-    if isinstance(source, np.ndarray):
-        return _composite_on_white(_from_array(source))
-    if isinstance(source, Image.Image):
-        name = getattr(source, "filename", "") or "the PIL image"
-        return _decode(lambda: _composite_on_white(source), name)
+    if isinstance(source, dict):
+        source = _from_dict(source)
+    if isinstance(source, bytes):
+        name = f"the encoded image of {len(source)} bytes"
+        return _composite_on_white(_read(source, name), name)
     if isinstance(source, str | Path):
+        name = str(source)
         # Unlike Path.is_file, False for a name that is too long, such as a prompt.
         if not os.path.isfile(source):
-            raise ValueError(f"no image file at {source}: check the path, or download the URL")
-        return _decode(lambda: _composite_on_white(_open(source)), str(source))
-    kind = type(source).__name__
-    raise ValueError(f"an image must be a path, a PIL image or a uint8 array, got {kind}")
+            raise ValueError(f"no image file at {name}: check the path, or download the URL")
+        with decoding(name):
+            content = Path(source).read_bytes()
+        return _composite_on_white(_read(content, name), name)
+    if isinstance(source, Image.Image):
+        return _composite_on_white(source, getattr(source, "filename", "") or "the PIL image")
+    if isinstance(source, SupportsArray):
+        return _composite_on_white(Image.fromarray(to_uint8(source)), "the array")
+    raise ValueError(f"an image must be {SOURCES}, got {type(source).__name__}")
 
 
 def pixel_values(images: Sequence[ImageSource], size: int) -> Float32[np.ndarray, "M S S 3"]:
@@ -59,47 +76,34 @@ def pixel_values(images: Sequence[ImageSource], size: int) -> Float32[np.ndarray
     return pixels / np.float32(127.5) - np.float32(1)
 
 
-def _open(path: str | Path) -> Image.Image:
-    with Image.open(path) as image:
+def _from_dict(source: dict) -> bytes | str:
+    """The bytes of {"bytes", "path"}, or its path if there are none."""
+    content, path = source.get("bytes"), source.get("path")
+    if not set(source) <= {"bytes", "path"}:
+        keys = ", ".join(map(repr, list(source)[:5]))
+        raise ValueError(f"the keys of an image dict must be 'bytes' and 'path', got {keys}")
+    if isinstance(content, bytes):
+        return content
+    if content is None and isinstance(path, str):
+        return path
+    raise ValueError(
+        "an image dict must contain the file's content as bytes, or its path as a str, got "
+        f"bytes: {type(content).__name__} and path: {type(path).__name__}"
+    )
+
+
+def _read(content: bytes, name: str) -> Image.Image:
+    """Decode an image file as transformers does, with the transparent color of a PNG as `info`."""
+    check_encoded_image(content, name)
+    with decoding(name), Image.open(BytesIO(content)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _composite_on_white(image: Image.Image) -> Image.Image:
-    if "A" not in image.getbands() and image.info.get("transparency") is None:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise ValueError(
-            f"an image array must be uint8 (0 to 255), got {array.dtype}: scale and cast it first"
-        )
-    channels = array.shape[2:]
-    if array.ndim not in (2, 3) or channels not in ((), (1,), (3,), (4,)) or array.size == 0:
-        raise ValueError(
-            "an image array must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], "
-            f"got {list(array.shape)}: pass one image, channels last"
-        )
-    return Image.fromarray(array[..., 0] if channels == (1,) else array)
-
-
-def _decode(read: Callable[[], Image.Image], name: str) -> Image.Image:
-    """Return read(), with any exception of a decoder (OSError, SyntaxError, ...) as a
-    ValueError."""
-    try:
-        image = read()
-    except Image.DecompressionBombError as error:
-        raise ValueError(
-            f"{name} is too large to decode safely ({error}): "
-            "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{name} is not an image, or PIL cannot read it completely ({error}): "
-            "check or convert the file"
-        ) from error
+def _composite_on_white(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} is empty ({image.width}x{image.height} pixels)")
-    return image
+    with decoding(name):
+        if "A" not in image.getbands() and image.info.get("transparency") is None:
+            return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

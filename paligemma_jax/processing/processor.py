@@ -80,7 +80,7 @@ class Processor:
         suffix and `<eos>` if there is a suffix.
 
         Args:
-            images: A path, PIL image or uint8 array; or a list with one of them, or a list of them,
+            images: An image (`load_image`); or a list with one of them, or a list of them,
                 per prompt. If the prompts contain `<image>` where their images go, one flat list
                 for all prompts is accepted too; `<bos>` then follows the last `<image>`.
             prompts: One text or several.
@@ -205,7 +205,7 @@ def _assign_images(
     given = [len(group) for group in groups]
     placeholders = [prompt.count(IMAGE) for prompt in prompts]
     if not flat:
-        raise ValueError("no image: pass at least one, as a path, a PIL image or a uint8 array")
+        raise ValueError("no image: pass at least one, such as a path or a PIL image")
     if not any(placeholders):
         if len(groups) != len(prompts):
             raise ValueError(

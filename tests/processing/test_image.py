@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from unittest.mock import Mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from transformers import SiglipImageProcessorPil
 
 from paligemma_jax.processing.image import load_image, pixel_values
@@ -119,6 +124,38 @@ def test_arrays():
     np.testing.assert_array_equal(load_image(strided), strided)
 
 
+def test_arrays_of_other_libraries_and_floats():
+    """Floats in [0, 1] are rounded to uint8. (transformers would rescale them twice, to black.)"""
+    array = noise(40, 30, 3)
+    unit = array / 255
+    sources = [jnp.asarray(array), torch.from_numpy(array), torch.from_numpy(unit).requires_grad_()]
+    sources += [unit, unit.astype(np.float32), jnp.asarray(unit), torch.from_numpy(unit).float()]
+    for source in sources:
+        np.testing.assert_array_equal(load_image(source), array)
+    coarse = (noise(40, 30, 3) // 2 * 2).astype(np.float32) / 256  # exact in bfloat16
+    expected = np.round(coarse * 255)
+    for source in (jnp.asarray(coarse, jnp.bfloat16), torch.from_numpy(coarse).bfloat16()):
+        np.testing.assert_array_equal(load_image(source), expected)
+    transparent = noise(40, 30, 4)
+    np.testing.assert_array_equal(load_image(transparent / 255), load_image(transparent))
+
+
+def test_encoded_bytes_are_read_like_a_file(tmp_path):
+    path = tmp_path / "image.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(40, 30, 4)).save(path, exif=exif)
+    content = path.read_bytes()
+    for source in (
+        content,
+        {"bytes": content, "path": None},
+        {"bytes": content, "path": "elsewhere.png"},
+        {"bytes": None, "path": str(path)},
+        {"path": str(path)},
+    ):
+        np.testing.assert_array_equal(load_image(source), load_image(path))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation, tmp_path):
     """A file is rotated, an opened image is not, as in transformers."""
@@ -184,6 +221,11 @@ def test_sources_that_are_not_images_are_refused(tmp_path):
     assert_error(None, "NoneType")
     assert_error([noise(4, 4)], "list")
     assert_error(Image.new("RGB", (0, 5)), "0x5")
+    assert_error(b"<html>404</html>", "16 bytes", "not an image")
+    assert_error({"bytes": "text", "path": None}, "content as bytes", "str")
+    assert_error({"path": None}, "content as bytes", "NoneType")
+    assert_error({"image": b""}, "'bytes' and 'path'", "'image'")
+    assert_error(torch.zeros(4, 4, 3, device="meta"), "Tensor", "pass a numpy array")
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
@@ -193,7 +235,35 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     assert_error(path, "image.png", "too large", "MAX_IMAGE_PIXELS")
 
 
-BAD_SHAPES = [(5,), (5, 5, 2), (5, 5, 5), (3, 20, 20), (2, 5, 5, 3), (0, 5, 3), (5, 0), ()]
+def progressive_jpeg(repeated_scans):
+    """A JPEG of ten scans, whose last one is repeated."""
+    stream = io.BytesIO()
+    thumbnail = b"\xff\xd8\xff\xda\xff\xda\xff\xd9"
+    image = Image.fromarray(noise(64, 64, 3))
+    image.save(stream, "JPEG", progressive=True, comment=thumbnail * 200)
+    jpeg = stream.getvalue()
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda") : -2] * repeated_scans + jpeg[-2:]
+
+
+def test_a_jpeg_of_many_scans_is_refused_without_decoding_it(tmp_path, monkeypatch):
+    path = tmp_path / "image.jpg"
+    path.write_bytes(progressive_jpeg(90))
+    assert load_image(path).size == (64, 64)
+    path.write_bytes(progressive_jpeg(91))
+    monkeypatch.setattr(JpegImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert_error(path, "image.jpg", "100 scans", "got 101")
+    assert_error(path.read_bytes(), "100 scans", "got 101")
+
+
+def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    path.write_bytes(b"")
+    denied = PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=denied))
+    assert_error(path, "image.png", "Permission denied")
+
+
+BAD_SHAPES = [(5,), (5, 5, 2), (5, 5, 5), (2, 5, 5, 3), (0, 5, 3), (5, 0), (3, 0, 5), ()]
 
 
 @pytest.mark.parametrize("shape", BAD_SHAPES)
@@ -201,6 +271,22 @@ def test_an_array_of_another_shape_is_refused(shape):
     assert_error(np.zeros(shape, np.uint8), "[H, W, 3]", str(list(shape)))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint16, bool])
+@pytest.mark.parametrize("library", [np.asarray, jnp.asarray, torch.from_numpy])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_channels_first_are_refused(channels, library):
+    array = np.zeros((channels, 20, 30), np.uint8)
+    assert_error(library(array), "channels last", str([channels, 20, 30]), "permute(1, 2, 0)")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int64, np.uint16, bool, complex])
 def test_an_array_of_another_dtype_is_refused(dtype):
-    assert_error(np.zeros((5, 5, 3), dtype), "uint8", np.dtype(dtype).name)
+    assert_error(np.zeros((5, 5, 3), dtype), "uint8", "float (0 to 1)", np.dtype(dtype).name)
+
+
+@pytest.mark.parametrize(
+    "value, found", [(255.0, "0 to 255"), (-0.5, "-0.5 to 0"), (np.nan, "nan")]
+)
+def test_floats_outside_of_0_to_1_are_refused(value, found):
+    array = np.zeros((5, 5, 3))
+    array[2, 2, 2] = value
+    assert_error(array, "values in [0, 1]", found, "pass uint8")
