@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, require_parent
+from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, flag, require_parent
 
 EMBEDDED = "(default: embedded)"
 Images = Annotated[
@@ -16,6 +16,8 @@ Images = Annotated[
 Texts = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint=EMBEDDED)
 ]
+
+Against = Annotated[str | None, flag("DIR", "MODEL itself")]
 
 
 def parity(
@@ -28,6 +30,7 @@ def parity(
     new: int = 16,
     gradients: bool = False,
     depth: Depth = None,
+    against: Against = None,
     html: File = None,
     json: bool = False,
 ) -> None:
@@ -35,7 +38,11 @@ def parity(
 
     Example: paligemma-jax parity --html parity.html
 
-    Exits with 1 and names the first stage outside its tolerance, if there is one.
+    transformers, peft and bitsandbytes read the directory themselves: weights, adapter, tokenizer
+    and image processor.
+
+    Exits with 1 and names the first stage outside its tolerance, if there is one, and with 2 if
+    the models cannot be compared.
 
     Args:
         model: Checkpoint as for generate, or a preset with random weights (3b-224, 10b-448,
@@ -50,6 +57,8 @@ def parity(
             time.
         gradients: Compare the gradient of every parameter too. Both models must fit in memory.
         depth: Number of layers of each tower, for a preset.
+        against: Hugging Face directory or adapter for transformers to load in place of MODEL, such
+            as the original of a converted or fine-tuned copy.
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
@@ -58,7 +67,9 @@ def parity(
     from paligemma_jax.parity.report import as_dict, format_report, verdict
     from paligemma_jax.parity.run import ParityConfig, run
 
-    config = ParityConfig(model, dtype, numerics, image, prompt, suffix, new, gradients, depth)
+    config = ParityConfig(
+        model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against
+    )
     report = run(config)
     print(dumps(as_dict(report)) if json else format_report(report))
     if html:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from convert import formats
 from convert.checkpoint import Checkpoint
-from convert.match import Weight, huggingface_weights
 from convert.quantized import dequantize_checkpoint
-from convert.tensor import DTYPES, Index, Tensor, from_array
+from convert.tensor import Index, Tensor
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.checkpoints.synthetic import synthetic_inputs, with_depth
 from paligemma_jax.inference.loading import make_processor
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig
 from paligemma_jax.model.tree import parameters
+from paligemma_jax.parity.random_weights import random_checkpoint
+from paligemma_jax.parity.torch_processor import TorchProcessor
 from paligemma_jax.processing.processor import Inputs, Processor
 
 DIGITS = str(Path(__file__).parents[1] / "assets" / "digits.jpg")
@@ -26,19 +29,46 @@ EXAMPLES = {
     "caption en": "four digits: 4, 3, 2 and 3",
     "detect 4": "<loc0722><loc0219><loc1023><loc0448> 4",
 }
+RANDOM_PRESETS = [name for name in PRESETS if name != "tiny"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Image files and texts, and the processors of both sides."""
+
+    images: list[str]
+    prompts: list[str]
+    suffixes: list[str] | None
+    ours: Processor
+    theirs: TorchProcessor
 
 
 @dataclass(frozen=True)
 class ParityCase:
-    """The weights and inputs of one comparison."""
+    """The weights and inputs of one comparison.
 
-    checkpoint: Checkpoint
-    directory: Path | None  # with a config.json and tokenizer, which transformers reads itself
-    inputs: Inputs  # with suffixes, if any
+    Stages are compared on transformers' inputs, so that they tell of weights and computation alone.
+    The results of the complete model are compared from the inputs that each side made.
+    """
+
+    checkpoint: Checkpoint  # of this model
+    inputs: Inputs  # made by transformers, with suffixes, if any
     prompts: Inputs  # the same rows without suffixes
-    processor: Processor | None = None
-    # The image files, prompts and suffixes that `inputs` was made from.
-    examples: tuple[list[str], list[str], list[str] | None] | None = None
+    # What transformers reads by itself. None: it computes with the tensors of `checkpoint`.
+    source: CheckpointSource | None = None
+    directory: Path | None = None  # may have a config.json, which transformers then reads itself
+    own: tuple[Inputs, Inputs] | None = None  # inputs and prompts made here, unless they are those
+    examples: Examples | None = None  # what the inputs were made from, unless they are random
+
+    @property
+    def own_inputs(self) -> Inputs:
+        """The inputs made here."""
+        return self.own[0] if self.own else self.inputs
+
+    @property
+    def own_prompts(self) -> Inputs:
+        """The prompts made here."""
+        return self.own[1] if self.own else self.prompts
 
     @property
     def image_count(self) -> int:
@@ -53,43 +83,7 @@ def random_case(config: PaliGemmaConfig, prompt: int, suffix: int, seed: int = 0
     inputs = replace(inputs, prefix=~targets, targets=targets)
     fields = ("tokens", "valid", "prefix", "targets")
     prompts = replace(inputs, **{name: getattr(inputs, name)[:, :length] for name in fields})
-    return ParityCase(random_checkpoint(config, seed), None, inputs, prompts)
-
-
-def random_checkpoint(config: PaliGemmaConfig, seed: int = 0) -> Checkpoint:
-    """Make random weights, norms and biases included, so that mistakes show. The logits have a
-    standard deviation of about 4."""
-    dtype = DTYPES[config.dtype]
-    tensors = {
-        weight.path: weight.from_file(_random_tensor(weight, dtype, seed))
-        for weight in huggingface_weights(config)
-    }
-    return Checkpoint("huggingface", config, tensors)
-
-
-def _random_tensor(weight: Weight, dtype: np.dtype, seed: int) -> Tensor:
-    """LayerNorm scales are drawn around 1, RMSNorm scales around 0. Attention adds little, since
-    averages over many random image tokens would make all tokens similar."""
-    shape, path = weight.file_shape, weight.path
-    mean = 1.0 if path.startswith("vision") and path.endswith("scale") else 0.0
-    if path == "decoder/norm/scale":
-        mean = 20.0
-    elif path.endswith("post_attention_norm/scale"):
-        mean -= 0.7
-    std = 0.3
-    if len(shape) > 1:
-        std = np.prod(shape[1:]) ** -0.5 * (0.2 if path.endswith("table") else 1.0)
-
-    def read(index: Index) -> np.ndarray:
-        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
-        values = rng.standard_normal(shape, np.float32)
-        values *= np.float32(std)
-        values += np.float32(mean)
-        return (
-            values[index].astype(dtype, copy=False) if index else values.astype(dtype, copy=False)
-        )
-
-    return Tensor(shape, dtype, read)
+    return ParityCase(random_checkpoint(config, seed), inputs, prompts)
 
 
 def load_parity_case(
@@ -99,26 +93,64 @@ def load_parity_case(
     prompts: tuple[str, ...] = (),
     suffixes: tuple[str, ...] = (),
     depth: int | None = None,
+    against: str | None = None,
 ) -> ParityCase:
     """The case of a checkpoint, or of a preset with random weights and inputs.
 
     Without images and prompts, a checkpoint is compared on the embedded picture and `EXAMPLES`.
 
+    Args:
+        model: The checkpoint that this model loads.
+        against: The Hugging Face directory or adapter that transformers loads; by default `model`.
+
     Raises:
-        ValueError: The arguments do not fit together.
+        ValueError: The arguments do not fit together, or one side cannot load its files.
     """
-    if model in PRESETS and model != "tiny":
-        if images or prompts or suffixes:
+    if model in RANDOM_PRESETS:
+        if images or prompts or suffixes or against:
             raise ValueError(
                 f"{model} has random weights and no tokenizer: "
-                "leave out --image, --prompt and --suffix"
+                "leave out --image, --prompt, --suffix and --against"
             )
         config = replace(PRESETS[model], numerics=numerics or "transformers")
         return random_case(with_depth(config, depth) if depth else config, 16, 8)
-    source = resolve(model, (name for name in PRESETS if name != "tiny"))
+    source = resolve(model, RANDOM_PRESETS)
     if depth:
         raise ValueError(f"--depth needs a preset with random weights; {model} is a checkpoint")
-    processor = make_processor(source)
+    reference = _reference_source(source, against)
+    examples = _load_examples(source, reference or source, images, prompts, suffixes)
+    rows = (examples.images, examples.prompts, examples.suffixes)
+    return ParityCase(
+        _open_dense(source).with_numerics(numerics),
+        examples.theirs(*rows),
+        examples.theirs(*rows[:2]),
+        reference,
+        source.tokenizer_dir,
+        (examples.ours(*rows), examples.ours(*rows[:2])),
+        examples,
+    )
+
+
+def _reference_source(source: CheckpointSource, against: str | None) -> CheckpointSource | None:
+    """What transformers loads. None if that is the model, in a format that it cannot read."""
+    reference = resolve(against) if against else source
+    if formats.detect_format(reference.weights) == "huggingface":
+        return reference
+    if against:
+        raise ValueError(
+            f"--against must be a Hugging Face directory or an adapter on one, got {against}: "
+            "transformers cannot read its format"
+        )
+    return None
+
+
+def _load_examples(
+    source: CheckpointSource,
+    reference: CheckpointSource,
+    images: tuple[str, ...],
+    prompts: tuple[str, ...],
+    suffixes: tuple[str, ...],
+) -> Examples:
     if not images and not prompts and not suffixes:
         images = (DIGITS,) * len(EXAMPLES)
         prompts, suffixes = tuple(EXAMPLES), tuple(EXAMPLES.values())
@@ -129,22 +161,27 @@ def load_parity_case(
         )
     if len(images) == 1 and not any("<image>" in prompt for prompt in prompts):
         images = images * len(prompts)
-    examples = (list(images), list(prompts), list(suffixes) or None)
-    return ParityCase(
-        _open_dense(source).with_numerics(numerics),
-        source.tokenizer_dir,
-        processor(*examples),
-        processor(*examples[:2]),
-        processor,
-        examples,
-    )
+    ours = make_processor(source)
+    theirs = TorchProcessor.load(reference.tokenizer_dir, source.config.vision)
+    return Examples(list(images), list(prompts), list(suffixes) or None, ours, theirs)
 
 
 def _open_dense(source: CheckpointSource) -> Checkpoint:
-    """The checkpoint with an adapter merged and quantized matrices dequantized."""
+    """The checkpoint with an adapter merged (on use) and quantized matrices dequantized."""
+    checkpoint = source.checkpoint
     if source.adapter is None:
-        checkpoint = source.checkpoint
         return dequantize_checkpoint(checkpoint) if checkpoint.formats else checkpoint
-    model = load_model(source)
-    tensors = {path: from_array(array) for path, array in parameters(model).items()}
-    return Checkpoint("jax", model.config, tensors)
+
+    @cache
+    def merged() -> dict[str, jax.Array]:
+        return parameters(load_model(source, "float32"))
+
+    def merged_tensor(path: str, tensor: Tensor) -> Tensor:
+        def read(index: Index) -> np.ndarray:
+            return np.asarray(merged()[path])[index]
+
+        return Tensor(tensor.shape, np.dtype("float32"), read)
+
+    tensors = {path: merged_tensor(path, tensor) for path, tensor in checkpoint.tensors.items()}
+    config = replace(checkpoint.config, dtype="float32")
+    return Checkpoint("jax", config, tensors)

@@ -46,6 +46,7 @@ class StageError:
     local: Error | None
     limits: tuple[float, float]  # of the checked values: accumulated, local
     baseline: tuple[Error | None, Error | None] = (None, None)  # accumulated, local
+    details: tuple[str, ...] = ()  # what differs, where numbers alone do not tell
 
     @property
     def checked(self) -> tuple[float, float]:
@@ -79,8 +80,10 @@ def _checked(error: Error | None, baseline: Error | None) -> float:
 
 
 def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
-    """Measure in float64, block by block. If only one side is NaN or infinite, all are NaN."""
-    assert value.shape == reference.shape, (value.shape, reference.shape)
+    """Measure in float64, block by block. If only one side is NaN or infinite, all are NaN. If the
+    shapes differ, all are infinite."""
+    if value.shape != reference.shape:
+        return Error(math.inf, math.inf, math.inf, math.inf)
     value, reference = value.reshape(-1), reference.reshape(-1)
     largest, total, difference_square = 0.0, 0.0, 0.0
     value_square, reference_square, product = 0.0, 0.0, 0.0
@@ -104,6 +107,11 @@ def measure_error(value: np.ndarray, reference: np.ndarray) -> Error:
     mean = total / max(1, len(value))
     cosine = float(np.maximum(0.0, cosine))  # NaN stays NaN
     return Error(float(largest), float(mean), float(relative), cosine)
+
+
+def describe_shapes(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """State that two shapes differ."""
+    return f"the shape is {list(ours.shape)} here and {list(theirs.shape)} in transformers"
 
 
 def without_padding(stage: str, value: np.ndarray, inputs: Inputs) -> np.ndarray:

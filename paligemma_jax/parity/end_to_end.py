@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -40,21 +41,28 @@ class GreedyTokens:
         differences = enumerate(self.first_differences)
         return all(at is None or self.gaps[row, at] < TIE for row, at in differences)
 
+    @property
+    def texts_equal(self) -> bool:
+        """Whether both sides decode equal tokens to equal texts."""
+        pairs = zip(*self.texts, self.first_differences, strict=True) if self.texts else ()
+        return all(ours == theirs or at is not None for ours, theirs, at in pairs)
+
 
 def compare_greedy(
     model: PaliGemma, case: ParityCase, reference: tuple[np.ndarray, np.ndarray]
 ) -> GreedyTokens:
     """Generate as many tokens as `reference` (tokens and gaps) has."""
     theirs, gaps = reference
-    ours = generate.generate(model, case.prompts, DecodingOptions(theirs.shape[1])).tokens
-    processor, eos = case.processor, case.checkpoint.config.eos_token_ids
-    if processor is None:
+    ours = generate.generate(model, case.own_prompts, DecodingOptions(theirs.shape[1])).tokens
+    if case.examples is None:
         return GreedyTokens(ours, theirs, gaps, None)
+    eos = case.checkpoint.config.eos_token_ids
 
-    def decode(rows: np.ndarray) -> list[str]:
-        return [processor.decode(row[: _first(np.isin(row, eos))].tolist()) for row in rows]
+    def decode(rows: np.ndarray, decode_row: Callable[[list[int]], str]) -> list[str]:
+        return [decode_row(row[: _first(np.isin(row, eos))].tolist()) for row in rows]
 
-    return GreedyTokens(ours, theirs, gaps, (decode(ours), decode(theirs)))
+    texts = decode(ours, case.examples.ours.decode), decode(theirs, case.examples.theirs.decode)
+    return GreedyTokens(ours, theirs, gaps, texts)
 
 
 def compute_gradients(model: PaliGemma, case: ParityCase) -> dict[str, np.ndarray]:

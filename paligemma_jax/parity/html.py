@@ -14,9 +14,11 @@ from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.report import (
     adaptations,
     cost,
+    details,
     format_number,
     note,
     ratio_numbers,
+    reference,
     summary,
     verdict,
 )
@@ -83,18 +85,22 @@ def write_html(report: Report, file: str) -> None:
 
 def render_page(report: Report) -> str:
     title = f"Parity of {escape(report.config.model)}"
+    lines = (summary(report), reference(report), cost(report))
     sections = [
         f"<h1>{title}</h1>",
-        f"<p>{escape(summary(report))}.<br>{escape(cost(report))}.</p>",
+        f"<p>{'.<br>'.join(map(escape, lines))}.</p>",
         f'<div class="verdict {"bad" if report.first_divergence else "good"}">'
         f"{escape(verdict(report))}</div>",
     ]
+    if details(report):
+        items = "".join(f"<li>{escape(line)}</li>" for line in details(report))
+        sections.append(f"<h2>What differs</h2><ul>{items}</ul>")
     adapted = adaptations(report).items()
     if adapted:
         items = "".join(f"<li><code>{name}</code>: {escape(text)}</li>" for name, text in adapted)
         sections.append(f"<h2>How transformers was adapted to this profile</h2><ul>{items}</ul>")
     for heading, (draw, text) in FIGURES.items():
-        if draw is plots.draw_masks and not plots.has_attention(report):
+        if not plots.can_draw(draw, report):
             continue
         image = f"data:image/png;base64,{base64.b64encode(draw(report)).decode()}"
         figure = f'<div class="figure"><img alt="{heading}" src="{image}"></div>'

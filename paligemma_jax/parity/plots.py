@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -79,6 +80,13 @@ def draw_logits(report: Report) -> bytes:
 def has_attention(report: Report) -> bool:
     """Whether attention weights were compared."""
     return any(name.endswith("weights") for name in report.first_row)
+
+
+def can_draw(draw: Callable[[Report], bytes], report: Report) -> bool:
+    """Whether the data of a figure was compared."""
+    if draw is draw_masks:
+        return has_attention(report)
+    return draw is not draw_logits or "logits" in report.first_row
 
 
 def draw_masks(report: Report) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from paligemma_jax.parity import torch_model, torch_stages
+from paligemma_jax.parity import torch_loading, torch_model, torch_stages
 from paligemma_jax.parity.case import ParityCase
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ class Reference:
 
 
 def compute_reference(
-    case: ParityCase, new: int = 0, gradients: bool = False, bfloat16: bool = False
+    case: ParityCase,
+    new: int = 0,
+    gradients: bool = False,
+    bfloat16: bool = False,
+    weights: str = "float32",
 ) -> Reference:
     """Run transformers.
 
@@ -56,15 +60,25 @@ def compute_reference(
         new: Greedy tokens to generate; 0 for none.
         gradients: Compute gradients too (in float32 only).
         bfloat16: Run in bfloat16, and in float32 on the same weights.
+        weights: "float32" or "bfloat16", to which the weights are rounded.
+
+    Raises:
+        ValueError: transformers cannot load or run the model.
     """
     profile = case.checkpoint.config.profile
-    keep = WEIGHTS_FACTOR * weight_bytes(case, "float32") < available_memory()
+    needed = WEIGHTS_FACTOR * weight_bytes(case, "float32")
+    keep = needed < available_memory()
+    if not keep and case.source and (case.source.adapter or case.source.checkpoint.formats):
+        raise ValueError(
+            f"{case.source.reference} needs {needed / 2**30:.0f} GiB of memory for transformers to "
+            f"merge or dequantize it, but only {available_memory() / 2**30:.0f} GiB are available"
+        )
     attention = _attention_bytes(case) <= MAX_ATTENTION
+    # Threads cost a small model more in waiting than they save.
+    torch_loading.prepare_torch(1 if case.checkpoint.nbytes < 2**27 else None)
 
     def build(dtype: str) -> TorchModel:
-        model = torch_model.build_model(case.checkpoint, case.directory, dtype, keep)
-        torch_model.adapt_model(model, profile)
-        return model
+        return torch_model.build_model(case, weights, dtype, keep)
 
     def compute(model: TorchModel, fed: Stages | None = None) -> Stages:
         return torch_stages.compute_stages(model, case.inputs, profile, attention, fed)

@@ -38,11 +38,20 @@ RATIO_COLUMNS = ("relative", "transformers", "ratio", "limit") + (
 )
 
 
+# Of a reference whose weights transformers did not read: of a checkpoint, of a preset.
+UNREAD = (
+    "this project read the weights of both models (--against DIR compares with a Hugging Face "
+    "directory, which transformers reads)",
+    "both models have the same random weights",
+)
+
+
 def as_dict(report: Report) -> dict:
     """Return plain numbers, for --json."""
     tokens = report.tokens
     return {
         "config": asdict(report.config) | {"numerics": report.case.checkpoint.config.numerics},
+        "reference": reference(report),
         "first_divergence": report.first_divergence,
         "stages": [row.as_dict() for row in report.rows],
         "tokens": tokens
@@ -74,11 +83,13 @@ def adaptations(report: Report) -> dict[str, str]:
 
 
 def format_report(report: Report) -> str:
-    """The complete report, at most 112 columns wide."""
+    """The complete report. Its table is at most 112 columns wide."""
     adapted = [f"  {name}: {text}" for name, text in adaptations(report).items()]
-    parts = ["\n".join([summary(report), cost(report), *adapted])]
+    parts = ["\n".join([summary(report), reference(report), cost(report), *adapted])]
     parts.append(_align(_table(report)))
     parts.append(f"{note(report)}\nA layer's local error is that of its worst part.")
+    if details(report):
+        parts.append("\n".join(details(report)))
     if report.tokens:
         parts.append("\n".join(_greedy_lines(report)))
     return "\n\n".join([*parts, verdict(report)])
@@ -100,25 +111,45 @@ def cost(report: Report) -> str:
     return f"{report.seconds:.0f} s, peak memory {report.peak_bytes / 2**30:.2f} GiB"
 
 
+def reference(report: Report) -> str:
+    """State who read the weights of transformers' model."""
+    source, examples = report.case.source, report.case.examples
+    if source is None:
+        return f"{UNREAD[examples is None]}: only the computation is compared"
+    peft = f" and peft {version('peft')}" if source.adapter else ""
+    text = f"{source.reference} is read by transformers {version('transformers')}{peft}"
+    if examples and examples.theirs.released:
+        text += "; without a preprocessor_config.json, images are processed as in the releases"
+    return text
+
+
+def details(report: Report) -> list[str]:
+    """A line for each difference that numbers alone do not tell."""
+    return [f"{row.stage}: {detail}" for row in report.rows for detail in row.details]
+
+
 def note(report: Report) -> str:
     """Explain the columns."""
     return RATIO_NOTE if report.by_ratio else FLOAT32_NOTE
 
 
 def verdict(report: Report) -> str:
-    """Report that all is within tolerance, or the first stage that is not."""
+    """State that all is within tolerance, or the first stage that is not."""
     first = report.first_divergence
     if first is None:
         tokens = f", {_compare_tokens(report)}" if report.tokens else ""
-        return f"within tolerance: {len(report.rows)} stages{tokens}"
-    if first == "tokens":
-        return "first divergence: tokens (every stage is within tolerance)"
+        text = f"within tolerance: {len(report.rows)} stages{tokens}"
+        return text if report.case.source else f"{text}\n{reference(report)}"
+    if first in ("tokens", "text"):
+        return f"first divergence: {first} (every stage is within tolerance)"
     row = next(row for row in report.rows if row.stage == first)
     is_local = row.diverges and row.local is not None
     text = (
         f"first divergence: {first}, {'local' if is_local else 'accumulated'} "
         f"{row.checked[is_local]:.1e}, limit {row.limits[is_local]:.1e}"
     )
+    if row.details:
+        text = f"first divergence: {first}: {row.details[0]}"
     others = [other.stage for other in report.rows if other.diverges and other is not row]
     if others:
         text += f"\nalso diverging on transformers' input: {', '.join(others[:4])}"
@@ -198,8 +229,13 @@ def _greedy_lines(report: Report) -> Iterator[str]:
         ours, theirs = (array[row].tolist() for array in (tokens.ours, tokens.transformers))
         if tokens.texts:
             ours, theirs = (texts[row] for texts in tokens.texts)
-        if at is None:
+        if at is None and ours == theirs:
             yield f"greedy tokens of row {row}: equal, {ours!r}"
+        elif at is None:
+            yield (
+                f"greedy tokens of row {row}: equal, but their texts differ\n"
+                f"  ours          {ours!r}\n  transformers  {theirs!r}"
+            )
         else:
             yield (
                 f"greedy tokens of row {row}: they differ from token {at} on, where transformers' "

@@ -17,6 +17,7 @@ from paligemma_jax.parity import end_to_end, jax_model
 from paligemma_jax.parity.case import ParityCase, load_parity_case
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.end_to_end import GreedyTokens
+from paligemma_jax.parity.input_errors import input_errors
 from paligemma_jax.parity.reference import (
     WEIGHTS_FACTOR,
     Stages,
@@ -24,12 +25,7 @@ from paligemma_jax.parity.reference import (
     compute_reference,
     weight_bytes,
 )
-from paligemma_jax.parity.stage_errors import (
-    compiled_logits_error,
-    gradient_errors,
-    input_errors,
-    stage_errors,
-)
+from paligemma_jax.parity.stage_errors import compiled_logits_error, gradient_errors, stage_errors
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class ParityConfig:
     new: int = 16  # greedy tokens
     gradients: bool = False
     depth: int | None = None
+    against: str | None = None  # what transformers loads, if not `model`
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -81,11 +78,13 @@ class Report:
     @property
     def first_divergence(self) -> str | None:
         """The first stage that adds an error of its own; if there is none, the first with too
-        large an accumulated error; then "tokens"."""
+        large an accumulated error; then "tokens" and "text"."""
         stages = [row.stage for row in self.rows if row.diverges]
         stages += [row.stage for row in self.rows if row.over_limit]
         if self.tokens and not self.by_ratio and not self.tokens.equal:
             stages.append("tokens")
+        if self.tokens and not self.tokens.texts_equal:
+            stages.append("text")
         return stages[0] if stages else None
 
 
@@ -96,7 +95,13 @@ def run(config: ParityConfig) -> Report:
         ValueError: The comparison is not possible.
     """
     case = load_parity_case(
-        config.model, config.numerics, config.images, config.prompts, config.suffixes, config.depth
+        config.model,
+        config.numerics,
+        config.images,
+        config.prompts,
+        config.suffixes,
+        config.depth,
+        config.against,
     )
     return compare(config, case)
 
@@ -110,7 +115,7 @@ def compare(config: ParityConfig, case: ParityCase) -> Report:
     _check_memory(config, case)
     by_ratio = bfloat16 and not case.checkpoint.config.profile.float32_activations
     with jax.default_matmul_precision("highest"):
-        reference = compute_reference(case, config.new, config.gradients, by_ratio)
+        reference = compute_reference(case, config.new, config.gradients, by_ratio, config.dtype)
         gc.collect()  # frees transformers' model
         model, read = jax_model.build_model(case.checkpoint, config.dtype)
 
@@ -132,7 +137,7 @@ def compare(config: ParityConfig, case: ParityCase) -> Report:
     first_row = {
         name: (stages[name][0], reference.stages[name][0])
         for name in stages
-        if re.fullmatch(drawn, name)
+        if re.fullmatch(drawn, name) and stages[name].shape == reference.stages[name].shape
     }
     seconds = time.perf_counter() - start
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

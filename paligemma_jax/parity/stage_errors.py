@@ -17,19 +17,13 @@ from paligemma_jax.parity.compare import (
     GRADIENT_LIMIT,
     LOSS_LIMIT,
     StageError,
+    describe_shapes,
     error_limits,
     measure_error,
     without_padding,
 )
 from paligemma_jax.parity.reference import Reference, Stages
 from paligemma_jax.training.losses import token_loss
-
-
-def input_errors(case: ParityCase) -> Iterator[StageError]:
-    """Yield the errors of ids and pixels, which must be bit-identical."""
-    for name, ours, theirs in torch_model.compare_processors(case):
-        error = measure_error(ours, theirs)
-        yield StageError(name, error, error, (0.0, 0.0))
 
 
 def stage_errors(
@@ -59,6 +53,7 @@ def stage_errors(
             measure_error(ours_local, exact_local),
             error_limits(name, layer, by_ratio),
             baseline,
+            () if ours.shape == theirs.shape else (describe_shapes(ours, theirs),),
         )
     if case.inputs.targets.any():
         yield loss_error(case, stages["logits"], reference, by_ratio)
@@ -93,11 +88,16 @@ def loss_error(
 def compiled_logits_error(
     case: ParityCase, model: PaliGemma, reference: Reference, by_ratio: bool
 ) -> StageError:
-    """The error of the logits of the complete model in one program, as `generate` compiles it. The
-    stages come from one program per layer."""
-    logits = np.asarray(scoring.forward(model, case.inputs), np.float32)
+    """The error of the logits of the complete model in one program, as `generate` compiles it, from
+    the inputs made here. The stages come from one program per layer.
+
+    Rows of different lengths are compared from the end, as far as both have tokens.
+    """
+    logits = np.asarray(scoring.forward(model, case.own_inputs), np.float32)
+    length = min(case.own_inputs.tokens.shape[1], case.inputs.tokens.shape[1])
+    valid = case.own_inputs.valid[:, -length:] & case.inputs.valid[:, -length:]
     ours, theirs, exact = (
-        without_padding("logits", array, case.inputs)
+        array[:, -length:][valid]
         for array in (logits, reference.stages["logits"], reference.exact["logits"])
     )
     config = case.checkpoint.config

@@ -1,104 +1,121 @@
-"""transformers' model, with its weights streamed from a checkpoint."""
+"""transformers' model of a case, with its weights in memory or streamed."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from convert.checkpoint import Checkpoint
 from convert.config import config_to_json
-from convert.huggingface import HEAD, TABLE, canonical_name
+from convert.huggingface import canonical_name
 from convert.match import huggingface_weights
 from convert.tensor import Tensor, from_array
 from paligemma_jax.model.config import Numerics
 from paligemma_jax.parity.case import ParityCase
+from paligemma_jax.parity.torch_loading import check_sizes, load_reference
 from paligemma_jax.processing.processor import Inputs
 
 if TYPE_CHECKING:
     import torch
     from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
-LOCATIONS = [f"<loc{i:04}>" for i in range(1024)] + [f"<seg{i:03}>" for i in range(128)]
+    Readers = dict[torch.nn.Parameter, Callable[[], torch.Tensor]]
 
 
-def build_model(
-    checkpoint: Checkpoint, directory: Path | None, dtype: str, keep: bool
-) -> TorchModel:
-    """transformers' model without weights: each module reads its own when it is called.
-
-    Only the largest tensor has to fit in memory, and only transformers' own code runs. Attention is
-    eager, the only implementation with Gemma 2's softcap.
+def build_model(case: ParityCase, weights: str, dtype: str, keep: bool) -> TorchModel:
+    """transformers' model of a case, adapted to its numerics.
 
     Args:
-        checkpoint: The weights; they are cast from its dtype to `dtype`.
-        directory: Where transformers reads config.json itself. Without one, it gets the
-            checkpoint's config.
+        case: Names the directory that transformers reads, or has the tensors.
+        weights: "float32" or "bfloat16", to which the weights are rounded.
         dtype: Dtype of parameters and activations.
-        keep: Keep the weights once they are read.
+        keep: Keep the weights once they are read. Otherwise each module reads its own when it is
+            called, so that only the largest tensor has to fit in memory.
+
+    Raises:
+        ValueError: transformers cannot load it, or its model has other sizes.
     """
-    try:
-        import torch
-        from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-        from transformers.initialization import no_init_weights
-        from transformers.utils import logging
-    except ImportError:
-        raise ValueError(
-            "comparing with transformers requires the parity extra: "
-            "pip install 'paligemma-jax[parity]'"
-        ) from None
-    logging.set_verbosity_error()
-    # Threads cost a small model more in waiting than they save.
-    torch.set_num_threads(1 if checkpoint.nbytes < 2**27 else os.cpu_count() or 1)
-    if directory is not None and (directory / "config.json").exists():
-        config = AutoConfig.from_pretrained(directory)
+    if case.source is None:
+        model = _empty_model(case, dtype)
+        readers = _checkpoint_readers(model, case, dtype)
     else:
-        config = PaliGemmaConfig.from_dict(config_to_json(checkpoint.config, dtype))
+        model = load_reference(case.source, weights if keep else "auto")
+        check_sizes(model, case.checkpoint.config)
+        readers = _cast_readers(model, weights, dtype)
+    _stream(model, readers, dtype, keep)
+    adapt_model(model, case.checkpoint.config.profile)
+    return model
+
+
+def _empty_model(case: ParityCase, dtype: str) -> TorchModel:
+    """The model without weights. It reads config.json itself, if there is one; otherwise it gets
+    the checkpoint's config."""
+    import torch
+    from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    if case.directory is not None and (case.directory / "config.json").exists():
+        config = AutoConfig.from_pretrained(case.directory)
+    else:
+        config = PaliGemmaConfig.from_dict(config_to_json(case.checkpoint.config, dtype))
     with no_init_weights():  # allocates, but touches no memory
         model = PaliGemmaForConditionalGeneration._from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="eager"
         ).eval()
     model.tie_weights()
-    tensors = {
-        weight.key: weight.to_file(checkpoint.tensors[weight.path])
-        for weight in huggingface_weights(checkpoint.config)
-    }
-    tensors[HEAD] = tensors[TABLE]
-    unused = set(tensors)
-    for path, module in model.named_modules():
-        keys = {
-            canonical_name(f"{path}.{name}"): parameter
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
-        if keys:
-            _stream(module, {keys[key]: tensors[key] for key in keys}, keep)
-            unused -= set(keys)
-    assert not unused, f"transformers has no {', '.join(sorted(unused))}"
     return model
 
 
-def _stream(module: torch.nn.Module, tensors: dict[torch.nn.Parameter, Tensor], keep: bool) -> None:
-    """Read the module's parameters before each call, and free them after it unless `keep`."""
+def _checkpoint_readers(model: TorchModel, case: ParityCase, dtype: str) -> Readers:
+    """Readers of the tensors of the checkpoint, by the names and layouts that `convert` knows."""
     import torch
 
-    def read(*_) -> None:
-        for parameter, tensor in tensors.items():
+    tensors = {
+        weight.key: weight.to_file(case.checkpoint.tensors[weight.path])
+        for weight in huggingface_weights(case.checkpoint.config)
+    }
+
+    def reader(tensor: Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: as_torch(tensor.load()).to(getattr(torch, dtype))
+
+    readers = {
+        parameter: reader(tensors.pop(canonical_name(name)))
+        for name, parameter in model.named_parameters()
+    }
+    assert not tensors, f"transformers has no {', '.join(sorted(tensors))}"
+    return readers
+
+
+def _cast_readers(model: TorchModel, weights: str, dtype: str) -> Readers:
+    """Readers that round the model's own weights to `weights` and cast them to `dtype`."""
+    import torch
+
+    def reader(data: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: data.to(getattr(torch, weights)).to(getattr(torch, dtype))
+
+    return {parameter: reader(parameter.data) for parameter in model.parameters()}
+
+
+def _stream(model: TorchModel, readers: Readers, dtype: str, keep: bool) -> None:
+    """Read a module's parameters before each call, and free them after it unless `keep`."""
+    import torch
+
+    def read(module: torch.nn.Module, _inputs: tuple) -> None:
+        for parameter in module.parameters(recurse=False):
             if parameter.numel() == 0:
-                parameter.data = as_torch(tensor.load()).to(parameter.dtype)
+                parameter.data = readers[parameter]()
 
-    def free(*_) -> None:
-        for parameter in tensors:
-            parameter.data = torch.empty(0, dtype=parameter.dtype)
+    def free(module: torch.nn.Module, *_) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0, dtype=getattr(torch, dtype))
 
-    free()
-    module.register_forward_pre_hook(read)
-    if not keep:
-        module.register_forward_hook(free)
+    for module in model.modules():
+        free(module)
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(read)
+            if not keep:
+                module.register_forward_hook(free)
 
 
 def adapt_model(model: TorchModel, numerics: Numerics) -> None:
@@ -149,6 +166,7 @@ def compute_gradients(model: TorchModel, case: ParityCase) -> dict[str, np.ndarr
     """Gradients of the loss, by this project's paths and in its layouts. The model must keep its
     weights."""
     config = case.checkpoint.config
+    model.requires_grad_(True)  # peft leaves merged weights without
     logits = model(**model_inputs(case.inputs, config.profile)).logits
     _loss(logits, case.inputs).backward()
     gradients = {
@@ -164,8 +182,8 @@ def compute_gradients(model: TorchModel, case: ParityCase) -> dict[str, np.ndarr
 def generate_greedily(
     model: TorchModel, inputs: Inputs, numerics: Numerics, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens int32[B, count], and for each the gap float32[B, count] between the two largest
-    logits."""
+    """Greedy tokens int32[B, count], 0 after the end, and for each the gap float32[B, count]
+    between the two largest logits."""
     import torch
 
     batch = model_inputs(inputs, numerics)
@@ -180,39 +198,11 @@ def generate_greedily(
         )
     largest = torch.stack(output.logits, 1).float().topk(2).values
     tokens = output.sequences[:, inputs.tokens.shape[1] :].numpy().astype(np.int32)
+    end = np.isin(tokens, model.generation_config.eos_token_id or -1)
+    tokens[np.cumsum(end, axis=1) - end > 0] = 0  # any pad token of its own
     gaps = (largest[..., 0] - largest[..., 1]).numpy()
     padding = [(0, 0), (0, count - tokens.shape[1])]
     return np.pad(tokens, padding), np.pad(gaps, padding)
-
-
-def compare_processors(case: ParityCase) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield the name of every model input, its value here, and its value from transformers'
-    PaliGemmaProcessor (with PIL)."""
-    from transformers import AddedToken, GemmaTokenizer, PaliGemmaProcessor, SiglipImageProcessorPil
-
-    if case.processor is None or case.examples is None or case.inputs.images is None:
-        return
-    _, prompts, suffixes = case.examples
-    vision = case.checkpoint.config.vision
-    tokenizer = GemmaTokenizer.from_pretrained(str(case.directory), local_files_only=True)
-    # Before <image>, as in the released checkpoints.
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in LOCATIONS])
-    size = {"height": vision.image_size, "width": vision.image_size}
-    image_processor = SiglipImageProcessorPil(size=size)
-    image_processor.image_seq_length = vision.num_patches  # type: ignore[attr-defined]
-    processor = PaliGemmaProcessor(image_processor, tokenizer)
-    rows = case.processor.encode(*case.examples)
-    images = [[Image.open(image) for image in row.images] for row in rows]  # type: ignore[arg-type]
-    options = dict(padding=True, padding_side="left", return_tensors="np")
-    output = processor(images, prompts, suffix=suffixes, **options)  # type: ignore[arg-type]
-    yield "pixels", case.inputs.images, np.moveaxis(output["pixel_values"], 1, 3)
-    names = {
-        "ids": (case.inputs.tokens, "input_ids"),
-        "valid": (case.inputs.valid, "attention_mask"),
-        "targets": (case.inputs.targets, "token_type_ids"),
-    }
-    for name, (ours, key) in names.items():
-        yield name, ours.astype(np.int32), output[key].astype(np.int32)
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from paligemma_jax.model.config import Numerics
+from paligemma_jax.parity.torch_loading import reported_by_transformers
 from paligemma_jax.parity.torch_model import model_inputs
 from paligemma_jax.processing.processor import Inputs
 
@@ -30,7 +31,8 @@ def compute_stages(
     recorder = StageRecorder(fed or {})
     with recorder.hooks, torch.no_grad():
         recorder.attach(model, attention)
-        logits = model(**model_inputs(inputs, numerics)).logits
+        with reported_by_transformers("run on these inputs"):
+            logits = model(**model_inputs(inputs, numerics)).logits
     return recorder.stages | {"logits": logits.float().numpy()}
 
 

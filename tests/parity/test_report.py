@@ -17,6 +17,7 @@ from support.paths import GOLDEN
 
 from convert import formats
 from paligemma_jax.checkpoints.load import abstract_model
+from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.model import attention, decoder, masks, stages, vision
 from paligemma_jax.model.stages import stage
 from paligemma_jax.parity import jax_model, stage_errors, torch_model, torch_stages
@@ -32,7 +33,7 @@ def compared(random_checkpoint):
     """A case with both kinds of padding and rows of one and two images, and its reference."""
     model, directory, _ = random_checkpoint("pg2", 0)
     inputs = random_inputs(model, ((1, 5, 12), (2, 3, 4)), 0, order="mixed")
-    case = ParityCase(formats.read(directory), directory, inputs, inputs)
+    case = ParityCase(formats.read(directory), inputs, inputs, resolve(directory))
     return case, compute_reference(case)
 
 
@@ -192,11 +193,13 @@ def test_a_planted_defect_is_located(compared, name):
         assert all(stage.startswith(prefix) for stage in diverging), diverging
 
 
-def test_streaming_changes_no_bit_of_transformers_and_frees_its_weights(compared):
+@pytest.mark.parametrize("reader", ["transformers", "this project"])
+def test_streaming_changes_no_bit_of_transformers_and_frees_its_weights(compared, reader):
     case, reference = compared
+    if reader == "this project":
+        case = replace(case, source=None)
     profile = case.checkpoint.config.profile
-    model = torch_model.build_model(case.checkpoint, case.directory, "float32", keep=False)
-    torch_model.adapt_model(model, profile)
+    model = torch_model.build_model(case, "float32", "float32", keep=False)
     streamed = torch_stages.compute_stages(model, case.inputs, profile, True)
     for name, value in streamed.items():
         np.testing.assert_array_equal(value, reference.stages[name], name)
