@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from convert.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from convert.match import TensorEntry, Weight, match, weights
 from convert.quantized import PART_DTYPES, quantized_weights
 from convert.table import JAX
 from convert.tensor import DTYPES, Index, Job, Progress, Tensor, map_file, no_progress, run_jobs
-from convert.typed_json import JsonObject, load_json
+from convert.typed_json import Count, JsonObject, check, load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 
@@ -37,6 +38,36 @@ FILL = "store_array_data_equal_to_fill_value"  # if not set, a missing chunk is 
 # By their names in zarr and in tensorstore.
 DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"}
 DTYPE_NAMES |= {name: name for name in PART_DTYPES}
+
+
+class _Key(msgspec.Struct):
+    key: str | int
+
+
+class _Value(msgspec.Struct):
+    value_type: str = ""
+
+
+class _Leaf(msgspec.Struct):
+    key_metadata: list[_Key]
+    value_metadata: _Value = msgspec.field(default_factory=_Value)
+
+
+class _Tree(msgspec.Struct):
+    """The metadata of a tree of arrays."""
+
+    tree_metadata: dict[str, _Leaf]
+    use_ocdbt: bool
+    use_zarr3: bool = False
+    filled: bool = msgspec.field(default=False, name=FILL)
+
+
+class _Array(msgspec.Struct):
+    """The metadata of an array that may be in one file."""
+
+    dtype: str
+    shape: list[Count]
+    order: str
 
 
 def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
@@ -51,14 +82,8 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     if version != VERSION:
         raise ValueError(f"{file} has version {version!r}; this release reads version {VERSION}")
     config = config or _parse_config(file, description)
-    tree = load_json(params / "_METADATA")
-    try:
-        leaves = tree["tree_metadata"].values()
-        keys = ["/".join(str(step["key"]) for step in leaf["key_metadata"]) for leaf in leaves]
-        entries = {key: _entry(params, key, tree) for key in keys}
-        shards = {str(k): list(map(str, v)) for k, v in description.get("shards", {}).items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{params} is damaged or not an Orbax checkpoint ({error!r})") from None
+    entries = {"/".join(keys): entry for keys, entry in open_tree(params).items()}
+    shards = check(description.get("shards", {}), dict[str, list[str]], f"{file}: shards")
     weights, formats, dtypes = _parse_formats(file, description.get("quantized", {}), config)
     tensors = match(entries, weights, dtypes=DTYPE_NAMES, source=params, config_name=CONFIG)
     for path, tensor in tensors.items():
@@ -69,6 +94,18 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
     files = companion_files(directory / FILES) if (directory / FILES).is_dir() else {}
     checkpoint = Checkpoint("jax", config, tensors, files, shards, formats=formats)
     return replace(checkpoint, config=replace(config, dtype=checkpoint.largest_dtype))
+
+
+def open_tree(params: Path) -> dict[tuple[str, ...], TensorEntry]:
+    """Open the arrays of a tree that Orbax or `write` saved, by the keys that lead to them.
+
+    Raises:
+        ValueError: The tree is damaged or has another form.
+    """
+    tree = load_json(params / "_METADATA", _Tree)
+    leaves = [leaf for leaf in tree.tree_metadata.values() if leaf.value_metadata.value_type != "None"]
+    paths = [tuple(str(step.key) for step in leaf.key_metadata) for leaf in leaves]
+    return {keys: _entry(params, ".".join(keys), tree) for keys in paths}
 
 
 def write(directory: Path, checkpoint: Checkpoint, progress: Progress = no_progress) -> None:
@@ -131,16 +168,17 @@ def _parse_formats(
         raise ValueError(f"{file} has an invalid list of quantized matrices: {error}") from None
 
 
-def _entry(params: Path, key: str, tree: JsonObject) -> TensorEntry:
-    array = params / key.replace("/", ".")
-    if not tree["use_ocdbt"] and not tree.get("use_zarr3"):
+def _entry(params: Path, name: str, tree: _Tree) -> TensorEntry:
+    array = params / name
+    if not tree.use_ocdbt and not tree.use_zarr3:
         zarr = load_json(array / ".zarray")
-        dtype, shape, order = zarr["dtype"], tuple(zarr["shape"]), zarr["order"]
+        metadata = check(zarr, _Array, str(array / ".zarray"))
+        dtype, shape, order = metadata.dtype, tuple(metadata.shape), metadata.order
         is_one_file = zarr == _zarray(shape, dtype, order) and order in ("C", "F")
         if is_one_file and dtype in DTYPE_NAMES:
             file = array / _chunk(shape)
             return TensorEntry(dtype, shape, partial(_map_chunk, file, dtype, shape, order))
-    store = _open_store(params, key, tree)
+    store = _open_store(params, name, tree)
     dtype, shape = store.dtype.name, tuple(store.shape)
 
     def raw(index: Index) -> np.ndarray:
@@ -158,22 +196,22 @@ def _map_chunk(file: Path, dtype: str, shape: tuple[int, ...], order: str) -> Te
     return tensor
 
 
-def _open_store(params: Path, key: str, tree: JsonObject):
+def _open_store(params: Path, name: str, tree: _Tree):
     """Open an array in another of Orbax's forms (one database, compressed, in chunks) through
     tensorstore."""
     import tensorstore
 
-    base, name = f"file://{params.absolute()}", key.replace("/", ".")
+    base = f"file://{params.absolute()}"
     in_database = {"driver": "ocdbt", "base": base, "path": name}
     spec = {
-        "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
-        "kvstore": in_database if tree["use_ocdbt"] else f"{base}/{name}",
-        "fill_missing_data_reads": not tree.get(FILL),
+        "driver": "zarr3" if tree.use_zarr3 else "zarr",
+        "kvstore": in_database if tree.use_ocdbt else f"{base}/{name}",
+        "fill_missing_data_reads": not tree.filled,
     }
     try:
         return tensorstore.open(spec, read=True).result()
     except ValueError as error:
-        raise ValueError(f"{params}: cannot read {key}: {error}") from None
+        raise ValueError(f"{params}: cannot read {name}: {error}") from None
 
 
 def _zarray(shape: tuple[int, ...], dtype: str, order: str) -> JsonObject:
