@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
 from paligemma_jax.inference.sampling import Sampler, Strategy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.stages import Fed
 from paligemma_jax.processing.image import ImageSource, load_image
 from paligemma_jax.processing.locations import Detections, parse_detections, with_masks
 from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec, load_codec
@@ -219,6 +221,8 @@ class Predictor:
         prompts: Texts | None = None,
         suffixes: Texts | None = None,
         attention: bool = False,
+        branches: bool = False,
+        fed: Fed = MappingProxyType({}),
     ) -> dict[str, Float[np.ndarray, "..."]]:
         """Compute every stage of a teacher-forced pass, by name and in order of computation.
 
@@ -229,9 +233,16 @@ class Predictor:
             attention: Also collect attention weights: vision/layers/0/attention/weights
                 [M, N, P, P], ..., decoder/layers/0/attention/weights [B, N, T, T], ... This takes
                 much memory at 896 pixels, because queries are not processed in chunks.
+            branches: Also collect what each attention and MLP adds to the residual stream:
+                decoder/layers/0/attention/output, decoder/layers/0/mlp/output, ...
+            fed: Values by stage name, attention weights and branches included, with which the model
+                continues in place of its own. The model's own value is still returned.
+
+        Raises:
+            ValueError: A fed name is not a stage, or a fed value has another shape than its stage.
         """
         inputs = self._inputs(images, prompts, suffixes)
-        stages = scoring.forward_stages(self.model, inputs, attention)
+        stages = scoring.forward_stages(self.model, inputs, attention, branches, dict(fed))
         return {name: np.asarray(value) for name, value in stages.items()}
 
     def _inputs(

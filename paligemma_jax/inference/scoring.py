@@ -14,7 +14,7 @@ from paligemma_jax.inference.batching import run_batches
 from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import Features, PaliGemma
-from paligemma_jax.model.stages import collect_stages
+from paligemma_jax.model.stages import Fed, collect_stages
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
@@ -26,15 +26,19 @@ def forward(model: PaliGemma, inputs: Inputs) -> Float32[Array, "B T V"]:
     return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
 
 
-@partial(mesh_jit, static_argnames="attention")
+@partial(mesh_jit, static_argnames=("attention", "branches"))
 def forward_stages(
-    model: PaliGemma, inputs: Inputs, attention: bool = False
+    model: PaliGemma,
+    inputs: Inputs,
+    attention: bool = False,
+    branches: bool = False,
+    fed: Fed | None = None,
 ) -> dict[str, Float[Array, "..."]]:
     """Compute every stage of a teacher-forced pass, in order of computation.
 
-    With `attention`, also the attention weights.
+    `attention`, `branches` and `fed` are those of `collect_stages`.
     """
-    with collect_stages(attention) as stages:
+    with collect_stages(attention, branches, fed or {}) as stages:
         model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
     return stages
 

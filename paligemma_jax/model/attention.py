@@ -57,8 +57,7 @@ def _attend(q, k, v, scale, softcap, mask):
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
     allowed = None if mask is None else prefix_lm_mask(*mask)[:, None, None]
     weights = softcapped_softmax(scores, softcap, allowed)
-    if collecting_attention():
-        stage("weights", weights.reshape(B, N, T, -1))
+    weights = stage("weights", weights.reshape(B, N, T, -1), attention=True).reshape(weights.shape)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 

@@ -20,7 +20,7 @@ from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.layers import Linear, RMSNorm, identity, rope
 from paligemma_jax.model.masks import TokenSpan
 from paligemma_jax.model.stack import scan_layers
-from paligemma_jax.model.stages import branch, stage
+from paligemma_jax.model.stages import branch, scope, stage
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
 LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, key span, new token's slot
@@ -152,6 +152,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @scope("decoder")
     def __call__(
         self, x: Float[Array, "B T D"], queries: TokenSpan, cache: KVCache | None = None
     ) -> tuple[Float[Array, "B T D"], CachedLayers, CachedLayers]:

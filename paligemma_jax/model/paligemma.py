@@ -48,11 +48,11 @@ class PaliGemma(nnx.Module):
     def encode_images(self, images: Images) -> Features:
         """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in
         transformers 5.4 or newer."""
-        with scope("vision"):
-            flat = images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype)
-            x = self.vision(flat)
+        flat = images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype)
+        x = self.vision(flat)
         return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
 
+    @scope("decoder")
     def embed(self, tokens: Tokens, features: Features | None) -> Float[Array, "B T D"]:
         """Text embeddings, with image features in place of the image tokens, in reading order.
 
@@ -87,8 +87,7 @@ class PaliGemma(nnx.Module):
         if features is None and images is not None:
             features = self.encode_images(images)
         span = token_span(valid, prefix, self.config.profile.first_position)
-        with scope("decoder"):
-            return self.decoder(self.embed(tokens, features), span)[0]
+        return self.decoder(self.embed(tokens, features), span)[0]
 
     def __call__(
         self, tokens: Tokens, images: Images | None, valid: Flags, prefix: Flags
@@ -108,7 +107,7 @@ class PaliGemma(nnx.Module):
         x, k, v = self.decoder(self.embed(tokens, features), span)
         last = jnp.argmax(jnp.where(valid, span.positions, -1), axis=1)
         x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-        logits = self.decoder.logits(x, self.config.profile.capped_prefill)
+        logits = stage("logits", self.decoder.logits(x, self.config.profile.capped_prefill))
         return logits, KVCache.from_prefill(k, v, span, slots, self.config.cache)
 
     def decode_step(
@@ -121,5 +120,5 @@ class PaliGemma(nnx.Module):
         no = jnp.zeros_like(token, bool)[:, None]
         query = TokenSpan(position[:, None], prefix=no, valid=~no)
         x, k, v = self.decoder(self.embed(token[:, None], None), query, cache)
-        logits = self.decoder.logits(x[:, 0], self.config.profile.capped_decode)
+        logits = stage("logits", self.decoder.logits(x[:, 0], self.config.profile.capped_decode))
         return logits, cache.write(k, v, after=x)

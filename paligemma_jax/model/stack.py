@@ -42,7 +42,7 @@ def scan_layers(
     """
     x = constrain("B T", x)
     policy = _policy.get()
-    if policy is not None:
+    if policy is not None and not collecting():  # stages are outputs: nothing is left to recompute
         block = jax.checkpoint(block, policy=policy)
     if not isinstance(layers, Sequence):
         if not collecting():

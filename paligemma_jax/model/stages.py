@@ -1,8 +1,24 @@
 """Look inside a forward pass: every intermediate result has a name, and can be replaced.
 
-Used by `Predictor.stages` and by the parity report. State is one context variable: a
-`collect_stages` block sees the stages of the model calls that are traced inside it, so under
-`jax.jit` the complete block belongs inside the traced function.
+This is the only place where a context variable changes what a model computes: the innermost
+`collect_stages` block. `Predictor.stages` and the parity report use it. A block works where the
+model is called, eagerly or within one traced function:
+
+    @jax.jit
+    def patched(model, inputs, fed):
+        with collect_stages(fed=fed) as stages:
+            model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
+        return stages
+
+A block never reaches into another trace, so no compiled program can keep or miss an intervention:
+
+- A model that `jax.jit`, `scan`, `grad` or `vmap` traces inside the block raises an error.
+- A function compiled earlier does not see the block. The block then ends without stages, or
+  without the names to replace, and raises an error.
+- The compiled programs of this library, such as those of `Predictor.generate`, refuse to run
+  inside a block (`sharding/compiled.py`).
+
+Layers stacked for `jax.lax.scan` run one by one inside a block, so that each has its own names.
 """
 
 from __future__ import annotations
@@ -12,15 +28,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import wraps
 from types import MappingProxyType
 from typing import TypeVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+Fed = Mapping[str, Array | np.ndarray]
 Sublayer = TypeVar("Sublayer", bound=Callable)
 
 
@@ -28,8 +47,27 @@ Sublayer = TypeVar("Sublayer", bound=Callable)
 class _Collection:
     attention: bool
     branches: bool
-    fed: Mapping[str, Array | np.ndarray]
+    fed: Fed
+    trace: object = field(default_factory=lambda: jax.extend.core.get_opaque_trace_state())
+    reached: set[str] = field(default_factory=set)  # all names, collected or not
     stages: dict[str, Array] = field(default_factory=OrderedDict)  # jit sorts the keys of a dict
+
+    def collects(self, name: str, branch: bool, attention: bool) -> bool:
+        wanted = (self.branches or not branch) and (self.attention or not attention)
+        return wanted or name in self.fed
+
+    def check_all_fed(self) -> None:
+        if not self.stages:
+            raise ValueError(
+                "a collect_stages block must call the model, got no stage: put the block inside "
+                "the function that is compiled, around the call of the model"
+            )
+        for name in self.fed.keys() - self.reached:
+            near = get_close_matches(name, sorted(self.reached)) or list(self.stages)[:3]
+            raise ValueError(
+                f"fed must name stages that the block computes, got {name!r}; "
+                f"near it: {', '.join(near)}"
+            )
 
 
 _collection: ContextVar[_Collection | None] = ContextVar("collection", default=None)
@@ -38,18 +76,23 @@ _prefix: ContextVar[str] = ContextVar("prefix", default="")
 
 @contextmanager
 def collect_stages(
-    attention: bool = False,
-    branches: bool = False,
-    fed: Mapping[str, Array | np.ndarray] = MappingProxyType({}),
+    attention: bool = False, branches: bool = False, fed: Fed = MappingProxyType({})
 ) -> Iterator[dict[str, Array]]:
-    """Collect the stages of the model calls traced inside, by name, in order of computation.
+    """Collect the stages of one model call, by name, in order of computation.
 
     Args:
-        attention: Also collect attention weights. Queries then run in one chunk.
+        attention: Also collect attention weights: decoder/layers/0/attention/weights
+            [B, N, T, S]. Queries then run in one chunk.
         branches: Also collect what each block adds to the residual stream:
-            layers/0/attention/output and layers/0/mlp/output.
-        fed: Values by stage name with which the model continues in place of its own. The model's
-            own value is still collected, so each stage shows the error made since the last fed one.
+            decoder/layers/0/attention/output and decoder/layers/0/mlp/output.
+        fed: Values by stage name, of any kind, with which the model continues in place of its own.
+            They are cast to the stage's dtype. The model's own value is still collected, so each
+            stage shows the error made since the last fed one.
+
+    Raises:
+        ValueError: While the model runs, if a fed value has another shape than its stage, a stage
+            is computed twice, or a transformation inside the block traces the model. At the end of
+            the block, if a fed name was not computed, or nothing was.
     """
     collection = _Collection(attention, branches, fed)
     token, prefix = _collection.set(collection), _prefix.set("")
@@ -58,6 +101,7 @@ def collect_stages(
     finally:
         _collection.reset(token)
         _prefix.reset(prefix)
+    collection.check_all_fed()
 
 
 def collecting() -> bool:
@@ -66,25 +110,55 @@ def collecting() -> bool:
 
 
 def collecting_attention() -> bool:
-    """Whether this trace collects attention weights."""
+    """Whether the attention weights in this scope are collected or fed."""
     collection = _collection.get()
-    return collection is not None and collection.attention
+    name = _scoped("weights")
+    return collection is not None and collection.collects(name, branch=False, attention=True)
 
 
-def stage(name: str, value: Array, branch: bool = False) -> Array:
-    """Name an intermediate result. Returns `value`, or the value fed in its place."""
+def stage(name: str, value: Array, branch: bool = False, attention: bool = False) -> Array:
+    """Name an intermediate result. Returns `value`, or the value fed in its place.
+
+    Args:
+        branch: The result is collected only with `branches`, or if fed.
+        attention: The result is collected only with `attention`, or if fed.
+    """
     collection = _collection.get()
-    if collection is None or (branch and not collection.branches):
+    if collection is None:
         return value
-    name = f"{_prefix.get()}/{name}".strip("/")
+    name = _scoped(name)
+    collection.reached.add(name)
+    if not collection.collects(name, branch, attention):
+        return value
+    if jax.extend.core.get_opaque_trace_state() != collection.trace:
+        raise ValueError(
+            f"a collect_stages block must be inside the function that jax traces, but {name} is "
+            "traced by jit, scan, grad or vmap inside the block: move the complete block into it"
+        )
+    if name in collection.stages:
+        raise ValueError(
+            f"a collect_stages block must call the model once, but {name} is computed twice: "
+            "use one block per call"
+        )
     collection.stages[name] = value
-    return jnp.asarray(collection.fed[name], value.dtype) if name in collection.fed else value
+    if name not in collection.fed:
+        return value
+    fed = collection.fed[name]
+    if np.shape(fed) != value.shape:
+        raise ValueError(
+            f"the value fed for {name} must be {list(value.shape)}, got {list(np.shape(fed))}"
+        )
+    return jnp.asarray(fed, value.dtype)
+
+
+def _scoped(name: str) -> str:
+    return f"{_prefix.get()}/{name}".strip("/")
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
     """Prefix the stages named inside, and the operations in a profile."""
-    token = _prefix.set(f"{_prefix.get()}/{name}".strip("/"))
+    token = _prefix.set(_scoped(name))
     try:
         with jax.named_scope(name):
             yield

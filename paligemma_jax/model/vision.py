@@ -13,7 +13,7 @@ from paligemma_jax.model.config import VisionConfig
 from paligemma_jax.model.constrain import over_all_tokens
 from paligemma_jax.model.layers import LayerNorm, Linear
 from paligemma_jax.model.stack import scan_layers
-from paligemma_jax.model.stages import branch, stage
+from paligemma_jax.model.stages import branch, scope, stage
 
 
 class Attention(nnx.Module):
@@ -73,6 +73,7 @@ class VisionEncoder(nnx.Module):
         self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = LayerNorm(W, config.layer_norm_eps)
 
+    @scope("vision")
     def __call__(self, images: Float[Array, "M S S 3"]) -> Float[Array, "M P W"]:
         """Encode images in [-1, 1]; the result has their dtype."""
         x = stage("patches", self.patch(patches(images, self.config.patch_size)))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from paligemma_jax.model.constrain import constrain_with
+from paligemma_jax.model.stages import collecting
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import partition_spec, partition_specs
 
@@ -51,6 +52,12 @@ class mesh_jit(Generic[P, R]):
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        if collecting():
+            raise ValueError(
+                "a collect_stages block must call the model itself, but "
+                f"{self.__name__} is a compiled program and would not see the block: "  # type: ignore[attr-defined]
+                "call model(...) inside it; to change what is generated, change the model"
+            )
         with use_mesh(mesh_of(args[0])):
             return self.jitted(*args, **kwargs)
 

@@ -51,6 +51,48 @@ def test_norms_of_one_layer(random_checkpoint, kind):
     )
 
 
+def test_interventions(random_checkpoint, monkeypatch):
+    """A layer, a branch and the attention weights of three layers are replaced at once, in
+    transformers by hooks."""
+    reference, _, model = random_checkpoint("pg2", 3)
+    inputs = random_inputs(reference, ((1, 5, 6),))
+    own = hf_stages(reference, inputs)
+    fed = {
+        "vision/layers/0": own["vision/layers/0"][:, ::-1],
+        "decoder/layers/0/attention/weights": own["decoder/layers/0/attention/weights"][:, ::-1],
+        "decoder/layers/1/mlp/output": own["decoder/layers/1"] * 0.5,
+        "decoder/layers/2": own["decoder/layers/2"] + own["decoder/layers/1"],
+    }
+    tensors = {name: torch.tensor(value.copy()) for name, value in fed.items()}
+    vision, text = reference.model.vision_tower, reference.model.language_model
+    vision = getattr(vision, "vision_model", vision)
+    softmax, inside = torch.nn.functional.softmax, []
+
+    def replaced(*args, **options):
+        return (
+            tensors["decoder/layers/0/attention/weights"] if inside else softmax(*args, **options)
+        )
+
+    def replace_by(module, name):
+        return module.register_forward_hook(lambda *_: tensors[name])
+
+    monkeypatch.setattr(torch.nn.functional, "softmax", replaced)
+    hooks = [
+        replace_by(vision.encoder.layers[0], "vision/layers/0"),
+        text.layers[0].register_forward_pre_hook(lambda *_: inside.append(True)),
+        text.layers[0].register_forward_hook(lambda *_: inside.clear()),
+        replace_by(text.layers[1].post_feedforward_layernorm, "decoder/layers/1/mlp/output"),
+        replace_by(text.layers[2], "decoder/layers/2"),
+    ]
+    expected = hf_stages(reference, inputs)
+    for hook in hooks:
+        hook.remove()
+    actual = scoring.forward_stages(model, inputs, fed=fed)
+    assert np.abs(expected["logits"] - own["logits"]).max() > 0.1
+    for name in ("projector", "decoder/layers/0", "decoder/layers/1", "logits"):
+        np.testing.assert_allclose(actual[name], expected[name], atol=2e-4, err_msg=name)
+
+
 def test_query_scale(random_checkpoint):
     """Tests query_pre_attn_scalar 18, head_dim 20, and heads * head_dim != hidden."""
     reference, _, model = random_checkpoint("pg2", 3)
