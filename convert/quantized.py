@@ -4,7 +4,7 @@ in strips while they are read."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from string import ascii_letters
@@ -152,19 +152,25 @@ def _encoder(format: WeightFormat, contracted: int, name: str) -> Callable:
     return jax.jit(lambda matrix: encode(format, matrix, contracted)[name])
 
 
-def dequantize_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
-    """Replace all codes and scales by the matrices they represent, in the config's dtype."""
-    quantized = checkpoint.parts
+def dequantize_checkpoint(
+    checkpoint: Checkpoint, modules: Collection[str] | None = None
+) -> Checkpoint:
+    """Replace codes and scales by the matrices they represent, in the config's dtype. By default
+    those of all modules."""
+    formats = checkpoint.formats
+    dense = formats.keys() if modules is None else formats.keys() & set(modules)
+    kept = {module: format for module, format in formats.items() if module not in dense}
+    quantized = checkpoint.parts - replace(checkpoint, formats=kept).parts
     tensors = {path: t for path, t in checkpoint.tensors.items() if path not in quantized}
     dtype = DTYPES[checkpoint.config.dtype]
     for path, matrix in quantizable_matrices(checkpoint.config).items():
-        format = checkpoint.formats.get(matrix.module)
-        if format:
+        if matrix.module in dense:
+            format = formats[matrix.module]
             names = matrix.parts(format)
             parts = {name: checkpoint.tensors[f"{matrix.module}/{name}"] for name in names}
             raw = partial(_decode, format, parts, matrix.shape)
             tensors[path] = Tensor(matrix.shape, dtype, raw)
-    return replace(checkpoint, tensors=tensors, formats={})
+    return replace(checkpoint, tensors=tensors, formats=kept)
 
 
 def _decode(

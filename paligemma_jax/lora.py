@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import PyTree
 
-from convert.peft import Factors
+from convert.adapter import Factors
 from paligemma_jax.model.layers import Linear, product
 from paligemma_jax.model.tree import Model, modules, replace_modules
 from paligemma_jax.quantization.modules import QuantizedLinear
@@ -26,7 +26,11 @@ TARGET = r".*(attention|mlp)/\w+"  # the projections of all layers
 
 
 class LoRALinear(nnx.Module):
-    """base(x) + scale * B A x.
+    """base(x) + scale * B A x, or, with a magnitude, DoRA (arXiv:2402.09353): the rows of
+    W + scale * B A are scaled to that length.
+
+    As in peft, no gradient flows through the present length of the rows, and dropout applies to all
+    that is added to base(x).
 
     Args:
         base: The layer to adapt.
@@ -35,6 +39,9 @@ class LoRALinear(nnx.Module):
         scale: alpha / R, or alpha / sqrt(R).
         dropout: Dropout rate of the input of A, inside `lora_dropout`.
         seed: uint32[*lead], distinguishes the dropout of the layers.
+        magnitude: float32[*lead, out...], of DoRA.
+        lengths: float32[*lead, out...], `row_lengths` if they do not change; None computes them in
+            every call.
     """
 
     def __init__(
@@ -45,10 +52,14 @@ class LoRALinear(nnx.Module):
         scale: float,
         dropout: float = 0.0,
         seed: Array | None = None,
+        magnitude: Array | None = None,
+        lengths: Array | None = None,
     ):
         self.base, self.scale, self.dropout = base, scale, dropout
         self.lora_a, self.lora_b = nnx.Param(a), nnx.Param(b)
         self.seed = None if seed is None else nnx.Variable(seed)
+        self.lora_magnitude = None if magnitude is None else nnx.Param(magnitude)
+        self.lengths = None if lengths is None else nnx.Variable(lengths)
 
     @classmethod
     def create(
@@ -59,8 +70,10 @@ class LoRALinear(nnx.Module):
         dropout: float,
         seed: int,
         layer_seed: int,
+        dora: bool = False,
     ) -> LoRALinear:
-        """An adapter that adds 0: B is 0, and A uniform in +-1/sqrt(fan_in), as in peft."""
+        """An adapter that changes nothing yet: B is 0, A uniform in +-1/sqrt(fan_in) as in peft,
+        and the magnitude of DoRA is the length of each row of W."""
         outputs, inputs = base.shape[: -base.contracted], base.shape[-base.contracted :]
         bound = math.prod(inputs) ** -0.5
         key = jax.random.fold_in(jax.random.key(seed), layer_seed)
@@ -69,11 +82,20 @@ class LoRALinear(nnx.Module):
         b = jnp.zeros((*base.lead, *outputs, rank))
         layers = np.arange(math.prod(base.lead)).reshape(base.lead)
         seeds = jnp.asarray(layer_seed + layers, jnp.uint32) if dropout else None
-        return cls(base, a, b, scale, dropout, seeds)
+        magnitude = cls(base, a, b, scale).row_lengths() if dora else None
+        return cls(base, a, b, scale, dropout, seeds, magnitude)
 
     def __call__(self, x: Array) -> Array:
-        low = product(self._drop(x), self.lora_a[...].astype(x.dtype), self.base.contracted)
-        return self.base(x) + self.scale * product(low, self.lora_b[...].astype(x.dtype), 1)
+        y, dropped = self.base(x), self._drop(x)
+        low = product(dropped, self.lora_a[...].astype(x.dtype), self.base.contracted)
+        update = self.scale * product(low, self.lora_b[...].astype(x.dtype), 1)
+        if self.lora_magnitude is None:
+            return y + update
+        ratio = self._ratio(self.lora_magnitude).astype(x.dtype)
+        plain = y if dropped is x else self.base(dropped)
+        if self.base.bias is not None:
+            plain -= self.base.bias[...].astype(x.dtype)
+        return y + (ratio - 1) * plain + ratio * update
 
     def _drop(self, x: Array) -> Array:
         key = _dropout_key.get()
@@ -83,12 +105,30 @@ class LoRALinear(nnx.Module):
         keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
         return jnp.where(keep, x / (1 - self.dropout), 0)
 
+    def _adapted(self) -> Array:
+        """W + scale * B A in float32."""
+        update = _outer(self.lora_a[...], self.lora_b[...], self.base.contracted)
+        return self.base.dense(jnp.float32) + self.scale * update
+
+    def row_lengths(self) -> Array:
+        """The length of each row of W + scale * B A: float32[*lead, out...]."""
+        if self.base.lead:  # one layer at a time, to save memory
+            return jax.lax.map(LoRALinear.row_lengths, self)
+        inputs = tuple(range(-self.base.contracted, 0))
+        return jnp.sqrt(jnp.sum(self._adapted() ** 2, axis=inputs))
+
+    def _ratio(self, magnitude: nnx.Param) -> Array:
+        """The factor of each row with DoRA: float32[*lead, out...]."""
+        lengths = self.row_lengths() if self.lengths is None else self.lengths[...]
+        return magnitude[...] / jax.lax.stop_gradient(lengths)
+
     def merged(self) -> Linear:
         """A `Linear` that computes the same, in the dtype of the base's kernel; in float32 if the
         base is quantized."""
-        base = self.base
-        update = _outer(self.lora_a[...], self.lora_b[...], base.contracted)
-        kernel = base.dense(jnp.float32) + self.scale * update
+        base, kernel = self.base, self._adapted()
+        if self.lora_magnitude is not None:
+            ratio = self._ratio(self.lora_magnitude)
+            kernel *= ratio.reshape(*ratio.shape, *(1 for _ in range(base.contracted)))
         if isinstance(base, Linear):
             kernel = kernel.astype(base.kernel[...].dtype)
 
@@ -123,6 +163,7 @@ def add_lora(
     dropout: float = 0.0,
     target: str = TARGET,
     seed: int = 0,
+    dora: bool = False,
 ) -> Model:
     """Wrap the linear layers whose paths match `target`. The model's output does not change yet.
 
@@ -135,6 +176,7 @@ def add_lora(
         dropout: Dropout rate of the adapters' inputs, inside `lora_dropout`.
         target: Regular expression of layer paths.
         seed: Seed of the initial A.
+        dora: Train the length of each row as well (DoRA, arXiv:2402.09353).
 
     Raises:
         ValueError: No layer matches.
@@ -150,7 +192,8 @@ def add_lora(
             return None
         count += 1
         scale = alpha / (R**0.5 if rslora else R)
-        return LoRALinear.create(module, R, scale, dropout, seed, zlib.crc32(path.encode()))
+        layer_seed = zlib.crc32(path.encode())
+        return LoRALinear.create(module, R, scale, dropout, seed, layer_seed, dora)
 
     model = replace_modules(model, wrap)
     if not count:
@@ -169,7 +212,14 @@ def merge_lora(model: Model) -> Model:
 
 
 def unmerge_lora(model: Model, factors: Mapping[str, Factors]) -> Model:
-    """Undo `attach_lora` and `merge_lora`, up to rounding."""
+    """Undo `attach_lora` and `merge_lora`, up to rounding.
+
+    Raises:
+        ValueError: The adapter has magnitudes (DoRA): a merged model no longer has the lengths that
+            its rows had before.
+    """
+    if any(f.magnitude is not None for f in factors.values()):
+        raise ValueError("an adapter with magnitudes (DoRA) cannot be unmerged; load its base")
     negated = {path: Factors(f.a, f.b, -f.scale) for path, f in factors.items()}
     return merge_lora(attach_lora(model, negated))
 
@@ -181,7 +231,12 @@ def attach_lora(model: Model, factors: Mapping[str, Factors]) -> Model:
         if path not in factors:
             return None
         f = factors[path]
-        return LoRALinear(module, jnp.asarray(f.a), jnp.asarray(f.b), f.scale)  # type: ignore[arg-type]
+        a, b = jnp.asarray(f.a), jnp.asarray(f.b)
+        layer = LoRALinear(module, a, b, f.scale)  # type: ignore[arg-type]
+        if f.magnitude is None:
+            return layer
+        lengths, magnitude = layer.row_lengths(), jnp.asarray(f.magnitude)
+        return LoRALinear(layer.base, a, b, f.scale, magnitude=magnitude, lengths=lengths)
 
     return replace_modules(model, wrap)
 
@@ -190,13 +245,13 @@ def lora_factors(model: PyTree) -> dict[str, Factors]:
     """The adapter of a model, stacked or not: factors by the path of each layer."""
     factors: dict[str, Factors] = {}
     for path, module in modules(model, LoRALinear).items():
-        a, b = to_host(module.lora_a[...]), to_host(module.lora_b[...])
-        if a.ndim == module.base.contracted + 1:
-            factors[path] = Factors(a, b, module.scale)
-            continue
-        for i in range(len(a)):
-            layer_path = path.replace("/layers/", f"/layers/{i}/")
-            factors[layer_path] = Factors(a[i], b[i], module.scale)
+        params = module.lora_a, module.lora_b, module.lora_magnitude
+        arrays = [to_host(param[...]) for param in params if param is not None]
+        if not module.base.lead:
+            arrays = [array[None] for array in arrays]
+        for i, (a, b, *magnitude) in enumerate(zip(*arrays, strict=True)):
+            layer_path = path.replace("/layers/", f"/layers/{i}/") if module.base.lead else path
+            factors[layer_path] = Factors(a, b, module.scale, *magnitude)
     return factors
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from convert import peft
+from convert.adapter import replace_parameters
 from convert.quantized import quantize_checkpoint
 from convert.tensor import Tensor
 from paligemma_jax import lora
@@ -80,7 +81,11 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, quantization = resolve(source), Quantization.parse(quantize)
-    checkpoint = quantize_checkpoint(source.checkpoint.with_numerics(numerics), quantization)
+    checkpoint, adapter = source.checkpoint.with_numerics(numerics), None
+    if source.adapter is not None:
+        adapter = peft.read(source.adapter, checkpoint.config)
+        checkpoint = replace_parameters(checkpoint, adapter)
+    checkpoint = quantize_checkpoint(checkpoint, quantization)
     for note in checkpoint.notes:
         warnings.warn(f"{source.reference}: {note}", stacklevel=2)
     if dtype is None:
@@ -95,9 +100,9 @@ def load_model(
             tensor = tensor.cast("float32" if keep_float32(path) else dtype)
         arrays[path] = _put(tensor, placement.get(path))
     model = with_parameters(model, arrays.pop)
-    if source.adapter is None:
+    if adapter is None:
         return model
-    model = lora.attach_lora(model, peft.load_adapter(source.adapter, config))
+    model = lora.attach_lora(model, adapter.factors)
     return distribute(model if checkpoint.formats else lora.merge_lora(model), mesh)
 
 

@@ -269,10 +269,10 @@ def save_adapter(folder, edit=lambda settings: None, factors=None):
     [
         (
             lambda settings: settings.update(use_dora=True),
-            "is not a plain LoRA adapter: use_dora True",
+            "needs lora_A and lora_B of the same rank, and a lora_magnitude_vector",
         ),
         (lambda settings: settings.update(modules_to_save=["lm_head"]), "modules_to_save"),
-        (lambda settings: settings.update(r=7, rank_pattern={}), "has rank"),
+        (lambda settings: settings.update(r=7, rank_pattern={}), "must have rank 7, but"),
         (
             lambda settings: settings.update(base_model_name_or_path="nowhere"),
             "cannot find the base checkpoint of the adapter .*: no such checkpoint: nowhere",
@@ -281,7 +281,12 @@ def save_adapter(folder, edit=lambda settings: None, factors=None):
             lambda settings: settings.pop("base_model_name_or_path"),
             "has no base_model_name_or_path",
         ),
-        (lambda settings: settings.pop("lora_alpha"), "has an invalid r or lora_alpha"),
+        (lambda settings: settings.pop("lora_alpha"), "json: lora_alpha is missing"),
+        (lambda settings: settings.update(lora_alpha="8"), "lora_alpha must be a number, got '8'"),
+        (lambda settings: settings.update(bias="all"), "bias 'all' is not supported; merge"),
+        (lambda settings: settings.update(lora_bias=True), "lora_bias true is not supported; only"),
+        (lambda settings: settings.update(news=[1]), "news an array of 1 item is not supported"),
+        (lambda settings: settings.update(peft_type="IA3"), "peft_type must be LORA, got 'IA3'"),
     ],
 )
 def test_unsupported_adapters_are_refused(tmp_path, edit, message):

@@ -1,0 +1,103 @@
+"""Save an adapter that peft loads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from convert.adapter import Factors
+from convert.files import atomic_output, json_bytes
+from convert.layout import reorder
+from convert.match import huggingface_weights
+from convert.peft_names import (
+    CONFIG,
+    MAGNITUDE,
+    PREFIX,
+    WEIGHTS,
+    A,
+    B,
+    part_key,
+    part_layouts,
+    peft_name,
+)
+from convert.safetensors import make_header
+from paligemma_jax.model.config import PaliGemmaConfig
+
+
+def save_adapter(
+    directory: Path,
+    adapter: Mapping[str, Factors],
+    config: PaliGemmaConfig,
+    base: str,
+    parameters: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> None:
+    """Save an adapter that peft loads onto transformers' model of `config`. The directory appears
+    when it is complete.
+
+    Args:
+        directory: Replaced if it exists.
+        adapter: Factors by the path of the layer. All have a magnitude, or none has.
+        config: Config of the model.
+        base: The name of the base checkpoint.
+        parameters: New values of other parameters by path: all those of some modules.
+    """
+    weights = {weight.path: weight for weight in huggingface_weights(config)}
+    tensors, ranks, alphas = {}, {}, {}
+    for path, factors in adapter.items():
+        weight = weights[f"{path}/kernel"]
+        layer = peft_name(weight.key).removesuffix(".weight")
+        ranks[layer], alphas[layer] = factors.rank, factors.scale * factors.rank
+        parts = {A: factors.a, B: factors.b, MAGNITUDE: factors.magnitude}
+        sizes = weight.sizes | {"R": factors.rank}
+        for part, (file_layout, model_layout) in part_layouts(weight).items():
+            array = parts[part]
+            if array is not None:
+                array = reorder(np.asarray(array), model_layout, file_layout, sizes)
+                tensors[part_key(layer, part)] = array
+    saved = set()
+    for path, array in parameters.items():
+        weight = weights[path]
+        name = peft_name(weight.key)
+        layouts = weight.model_layout, weight.file_layout
+        tensors[PREFIX + name] = reorder(np.asarray(array), *layouts, weight.sizes)
+        saved.add(name.rpartition(".")[0])
+    (rank, rank_pattern), (alpha, alpha_pattern) = _pattern(ranks), _pattern(alphas)
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": any(factors.magnitude is not None for factors in adapter.values()),
+        "modules_to_save": sorted(saved) or None,
+        "target_modules": sorted(ranks),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    _write(directory, tensors, settings)
+
+
+def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
+    """Return the most common value, and the others by a regular expression for their layer."""
+    [(common, _)] = Counter(values.values()).most_common(1)
+    others = {f"^{re.escape(name)}$": v for name, v in values.items() if v != common}
+    return common, others
+
+
+def _write(directory: Path, tensors: Mapping[str, np.ndarray], settings: dict[str, object]) -> None:
+    contiguous = {key: np.ascontiguousarray(array) for key, array in tensors.items()}
+    header, _ = make_header({key: (array.dtype, array.shape) for key, array in contiguous.items()})
+    with atomic_output(directory, force=True) as new:
+        new.mkdir()
+        (new / WEIGHTS).write_bytes(header + b"".join(a.tobytes() for a in contiguous.values()))
+        (new / CONFIG).write_bytes(json_bytes(settings))
