@@ -122,13 +122,17 @@ def _locate(message: str, content: bytes) -> str:
     """The message of a syntax error, with the line in place of the byte."""
     position = re.search(r" \(byte (\d+)\)$", message)
     if position is None:
+        surrogate = re.search(rb"\\u[dD][89a-fA-F]..", content)  # msgspec calls it "truncated"
+        if surrogate:
+            return f"{surrogate[0].decode(errors='replace')} is half of a surrogate pair"
         return message[0].lower() + message[1:]
     at = int(position[1])
     reason = message[: position.start()].removeprefix("JSON is malformed: ")
     if content[at : at + 9].lstrip(b"-").startswith((b"NaN", b"Infinity")):
         reason = "NaN and Infinity are not JSON"
     line, column = content.count(b"\n", 0, at) + 1, at - content.rfind(b"\n", 0, at)
-    return f"{reason}, line {line} column {column}"
+    where = f"line {line} column {column}" if b"\n" in content.strip() else f"column {column}"
+    return f"{reason}, {where}"
 
 
 def _explain(message: str, value: object) -> str:
@@ -145,7 +149,8 @@ def _explain(message: str, value: object) -> str:
     if expected is None:  # "Invalid enum value 'x'", "Number out of range"
         return f"{field}: {message[0].lower()}{message[1:]}{got}"
     names = " or ".join(_NAMES.get(name, name) for name in expected[1].split(" | "))
-    bound = expected[4].replace(" >= ", " of at least ").replace(" <= ", " of at most ")
+    bound = re.sub(r", got \d+$", "", expected[4])
+    bound = bound.replace(" >= ", " of at least ").replace(" <= ", " of at most ")
     if not got and expected[3]:
         got = f", got {_NAMES.get(expected[3], expected[3])}"
     return f"{field} must be {names}{bound}{got}"

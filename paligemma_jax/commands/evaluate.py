@@ -54,8 +54,9 @@ def evaluate(
         max_new_tokens: Maximum length of an answer in tokens.
         batch_size: Rows per batch.
         beams: Beam search of this width; 1 is greedy decoding.
-        answers: Evaluate these answers instead of running the model: JSONL of rows with answer, or
-            the --output of predict or evaluate.
+        answers: Evaluate these answers instead of running the model: JSONL of rows with answer
+            (with prediction, if the rows of --data have an answer), or the --output of predict or
+            evaluate.
         against: Another run on the same rows to compare with: its --output or answers.jsonl.
         by: Field of a row that names the kind of question; the report has a table by kind.
         cases: Number of cases per section of the report.

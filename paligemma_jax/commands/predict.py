@@ -32,10 +32,11 @@ def predict(
         data: JSONL file whose rows have image (a path, or a list of them, relative to the file)
             and prefix. Other fields are copied to the output.
         output: Output directory. Gets answers.jsonl, the same rows in the same order with
-            "answer", and errors.jsonl, the rows without an answer and why. With several processes,
-            each writes a part (answers-00000-of-00004.jsonl, ...).
+            "answer", and errors.jsonl, the rows without an answer and why. Rows that have an
+            "answer" themselves keep it and get a "prediction" instead. With several processes, each
+            writes a part (answers-00000-of-00004.jsonl, ...).
         batch_size: Maximum number of rows in a batch.
-        score: Add the log-probability of each answer as "score".
+        score: Add the log-probability of each answer as "score" (or "prediction_score").
         resume: Continue the run in --output. No row is answered or written twice.
         json: Print a summary as one JSON object instead of a line of text.
     """

@@ -92,7 +92,8 @@ def _write(output: Path, rows: list[DataRow]) -> None:
     with temporary.open("w", encoding="utf-8") as out:
         for row in rows:
             relative = {**row, "image": os.path.relpath(str(row["image"]), output.parent)}
-            if "mask" in row:
-                relative["mask"] = os.path.relpath(row["mask"], output.parent)
+            mask = row.get("mask")
+            if mask is not None:
+                relative["mask"] = os.path.relpath(mask, output.parent)
             out.write(json.dumps(relative, ensure_ascii=False) + "\n")
     temporary.replace(output)

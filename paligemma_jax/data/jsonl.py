@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Required, TypedDict
+from typing import Required, TypedDict, TypeVar
+
+from convert.typed_json import JsonObject, check, decode
+
+Item = TypeVar("Item")
 
 
 class DataRow(TypedDict, total=False):
-    """A row of a data set, of a file of answers or of a converted data set.
+    """The fields of a row that are read. null counts as absent.
 
-    Every command reads some of these fields. A row may have others; they are copied to the output.
+    A row may have others, of any type; they are copied to the output.
     """
 
     image: Required[str | list[str]]  # paths, relative to the file of the row
-    prefix: Required[str]  # the prompt
-    suffix: str  # the answer to learn, and the reference if there is no other
-    weight: float  # of the row's loss in training
-    answers: list[str]  # reference answers
-    boxes: Sequence[Sequence[float]]  # reference boxes: left, top, right, bottom in pixels
-    labels: list[str]  # of the boxes
-    mask: str  # path of the reference mask, an image
-    id: int | str
-    type: str  # the kind of question
-    question_type: str
-    object: int  # RefCOCO: id of the object that the prompt refers to
-    answer: str  # the model's answer
-    score: float  # log-probability of the answer
-    pieces: list[tuple[str, float]]  # text and log-probability of each token of the answer
-    error: str  # why there is no answer
+    prefix: str | None  # the prompt
+    suffix: str | None  # the answer to learn, and the reference if there is no other
+    weight: float | None  # of the row's loss in training
+    answers: list[str] | str | None  # reference answers
+    boxes: list[tuple[float, float, float, float]] | None  # references: left, top, right, bottom
+    labels: list[str] | None  # of the boxes
+    mask: str | None  # path of the reference mask, an image
+
+
+# The fields that `predict` adds to a row, and their names in a row that has such a field already.
+ANSWER_FIELDS = {
+    "answer": "prediction",
+    "score": "prediction_score",  # log-probability
+    "pieces": "prediction_pieces",  # text and log-probability of each token
+}
+
+
+def answer_field(row: Mapping[str, object], name: str) -> str:
+    """Return the field of a row for the model's "answer", "score" or "pieces".
+
+    Raises:
+        ValueError: The row has fields of both names.
+    """
+    if name not in row:
+        return name
+    other = ANSWER_FIELDS[name]
+    if other in row:
+        raise ValueError(
+            f"a row with a field {name} must not have a field {other}, to which the model's {name} "
+            "is written: rename one of them"
+        )
+    return other
 
 
 def read_lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
@@ -44,29 +64,25 @@ def read_lines(file: str | Path) -> Iterator[tuple[int, bytes]]:
         yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def parse_line(line: bytes) -> object:
-    """Decode one line. A byte order mark is skipped.
-
-    Raises:
-        ValueError: The line is not JSON.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-
-
-def read_jsonl(file: str | Path) -> Iterator[tuple[int, DataRow]]:
+def read_jsonl(file: str | Path, kind: type[Item] = JsonObject) -> Iterator[tuple[int, Item]]:
     """Yield the objects of a file, one at a time, with their line numbers.
 
+    Args:
+        kind: The type of an object; see `convert.typed_json`.
+
     Raises:
-        ValueError: There is no such file, or a line is not a JSON object.
+        ValueError: There is no such file, or a line is not a JSON object of this type.
     """
     for number, line in read_lines(file):
-        try:
-            row = parse_line(line)
-        except ValueError as error:
-            raise ValueError(f"{file}: line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}: line {number}: not a JSON object")
+        yield number, decode(line, kind, f"{file}: line {number}")
+
+
+def read_rows(file: str | Path) -> Iterator[tuple[int, DataRow]]:
+    """Yield the rows of a file, with all their fields, and their line numbers.
+
+    Raises:
+        ValueError: There is no such file, or a line is not a `DataRow`.
+    """
+    for number, row in read_jsonl(file):
+        check(row, DataRow, f"{file}: line {number}")
         yield number, row  # type: ignore[misc]

@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
-from PIL import Image
 
-from paligemma_jax.data.jsonl import parse_line, read_lines
+from convert.typed_json import decode, describe
+from paligemma_jax.data.images import image_error
+from paligemma_jax.data.jsonl import read_lines
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.processing.image import ImageSource
 
 MAX_ERRORS = 5  # errors of a file that are listed
+MAX_WEIGHT = 3.4e38  # of float32, in which losses are weighted
 
 
 class RowSource(Protocol):
@@ -56,7 +57,7 @@ def read_examples(
     errors: dict[int, str] = {}
     for number, line in read_lines(file):
         try:
-            examples.append(make_example(parse_line(line), number, Path(file).parent))
+            examples.append(make_example(decode(line), number, Path(file).parent))
             if check:
                 check(examples[-1])
         except ValueError as error:
@@ -89,24 +90,51 @@ def make_example(
     if isinstance(row, Example):
         return row
     texts = ("prefix", "suffix") if requires_suffix else ("prefix",)
-    if not isinstance(row, dict):
-        raise ValueError(f"not an object with image, {' and '.join(texts)}")
+    if not isinstance(row, Mapping):
+        fields = f"image, {' and '.join(texts)}"
+        raise ValueError(f"a row must be an object with {fields}, got {describe(row)}")
     for name in texts:
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"{name} is {'not a string' if name in row else 'missing'}")
+        _require(isinstance(row.get(name), str), row, name, "a string")
     image = row.get("image")
     images = image if isinstance(image, list | tuple) else [image]
-    sources = [source for source in images if isinstance(source, ImageSource)]
-    if not images or len(sources) < len(images):
-        problem = "not a path or a list of paths" if "image" in row else "missing"
-        raise ValueError(f"image is {problem}")
-    weight = row.get("weight", 1.0)
-    is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-    if not is_number or not 0 <= float(weight) < float("inf"):
-        raise ValueError(f"weight must be a finite number of at least 0, got {weight!r}")
-    sources = [folder / x if isinstance(x, str | Path) else x for x in sources]
+    sources = [_image_source(x, folder) for x in images]
+    sources = [source for source in sources if source is not None]
+    valid = 0 < len(images) == len(sources)
+    _require(valid, row, "image", "a path, an image, or a list of them")
     suffix = row["suffix"] if requires_suffix else ""
-    return Example(tuple(sources), row["prefix"], suffix, float(weight), line)
+    return Example(tuple(sources), row["prefix"], suffix, _weight(row), line)
+
+
+def _image_source(image: object, folder: Path) -> ImageSource | None:
+    """Return an image of a row, a path relative to `folder`; None if it is not an image."""
+    if isinstance(image, dict):  # {"bytes", "path"}: an image column that is not decoded
+        content = image.get("bytes")
+        if content is not None:
+            return content if isinstance(content, bytes) else None
+        image = image.get("path")
+    if isinstance(image, str | Path):
+        return folder / image
+    return image if isinstance(image, ImageSource) else None
+
+
+def _weight(row: Mapping[str, Any]) -> float:
+    """The weight of a row, which may be an array without axes; null counts as absent."""
+    weight = row.get("weight")
+    if weight is None:
+        return 1.0
+    number = weight.item() if getattr(weight, "shape", None) == () else weight
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    valid = is_number and 0 <= number <= MAX_WEIGHT
+    _require(valid, row, "weight", "a finite number of at least 0 in float32")
+    return float(number)
+
+
+def _require(valid: bool, row: Mapping[str, object], name: str, expected: str) -> None:
+    """Raise a ValueError unless the field of a row is valid."""
+    if row.get(name) is None:
+        raise ValueError(f"{name} is missing")
+    if not valid:
+        raise ValueError(f"{name} must be {expected}, got {describe(row[name])}")
 
 
 def _image_errors(examples: list[Example]) -> dict[int, str]:
@@ -114,7 +142,7 @@ def _image_errors(examples: list[Example]) -> dict[int, str]:
     paths = list(dict.fromkeys(path for example in examples for path in example.images))
     paths = paths[jax.process_index() :: jax.process_count()]
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(_image_error, paths)
+        decoded = pool.map(image_error, paths)
         bar = progress_bar(decoded, "images", len(paths), unit="image", leave=False)
         errors = {path: error for path, error in zip(paths, bar, strict=True) if error}
     return {
@@ -123,18 +151,6 @@ def _image_errors(examples: list[Example]) -> dict[int, str]:
         for path in example.images
         if path in errors
     }
-
-
-def _image_error(path: ImageSource) -> str | None:
-    try:
-        with Image.open(path) as image:  # type: ignore[arg-type]
-            image.draft("RGB", (1, 1))  # a JPEG at its coarsest scale: a third of the time
-            image.load()
-    except FileNotFoundError:
-        return f"no such image: {path}"
-    except Exception as error:  # Pillow's decoders raise many types of exceptions
-        return f"{path} is not a readable image ({error})"
-    return None
 
 
 @contextmanager
@@ -150,8 +166,14 @@ def count_rows(name: str, source: RowSource) -> int:
     """Return the number of rows.
 
     Raises:
-        ValueError: `source` has no length, or repeats its rows without end.
+        ValueError: `source` has no length, repeats its rows without end, or is a dict of splits.
     """
+    if isinstance(source, Mapping):
+        splits = ", ".join(map(str, source))
+        raise ValueError(
+            f"{name} must be the rows of one split, got a {type(source).__name__} of {splits}: "
+            f"pass {name}[{next(iter(source), 'train')!r}]"
+        )
     try:
         count = len(source)
     except TypeError:

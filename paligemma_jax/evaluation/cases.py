@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 
-from paligemma_jax.data.jsonl import DataRow, read_jsonl
+from convert.typed_json import Count, check
+from paligemma_jax.data.images import image_size
+from paligemma_jax.data.jsonl import ANSWER_FIELDS, DataRow, answer_field, read_jsonl, read_rows
 from paligemma_jax.inference.offline_files import output_files
+from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.locations import (
     Box,
     Detection,
@@ -22,6 +26,14 @@ from paligemma_jax.processing.locations import (
 from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec
 
 
+class AnsweredRow(DataRow, total=False):
+    """A row with the model's answer."""
+
+    answer: str
+    pieces: list[tuple[str, float]] | None  # text and log-probability of each token
+    error: str
+
+
 @dataclass(frozen=True)
 class Case:
     """A row with its answer.
@@ -30,36 +42,39 @@ class Case:
     image), or else in "suffix".
     """
 
-    row: DataRow
+    row: AnsweredRow
     folder: Path  # base of the paths in the row
+    failed: bool = False  # the row has an "error" instead of an answer
 
     @property
     def answer(self) -> str:
         return self.row.get("answer", "")
 
     @property
-    def images(self) -> list[Path]:
+    def images(self) -> list[ImageSource]:
         image = self.row["image"]
-        return [self.folder / path for path in (image if isinstance(image, list) else [image])]
+        images = image if isinstance(image, list) else [image]
+        return [self.folder / x if isinstance(x, str) else x for x in images]
 
     @property
     def has_text(self) -> bool:
         """Whether there are reference answers."""
-        return "answers" in self.row or "suffix" in self.row
+        return any(self.row.get(name) is not None for name in ("answers", "suffix"))
 
     @property
     def references(self) -> list[str]:
         """All correct answers."""
-        references = self.row.get("answers", self.row.get("suffix"))
+        references = self.row.get("answers")
         if references is None:
+            references = self.row.get("suffix")
+        if references is None or references == []:
             raise ValueError(f"{self._name} has no reference: add answers or suffix")
         return references if isinstance(references, list) else [references]
 
     @cached_property
     def size(self) -> tuple[int, int]:
         """Width and height of the image."""
-        with Image.open(self.images[0]) as image:
-            return image.size
+        return image_size(self.images[0])
 
     @cached_property
     def detections(self) -> Detections:
@@ -71,12 +86,14 @@ class Case:
     @cached_property
     def reference_detections(self) -> list[Detection]:
         """The reference objects."""
-        if "boxes" in self.row:
-            boxes = self.row["boxes"]
-            labels = self.row.get("labels", [""] * len(boxes))
+        boxes = self.row.get("boxes")
+        if boxes is not None:
+            labels = self.row.get("labels") or [""] * len(boxes)
+            if len(labels) != len(boxes):
+                raise ValueError(f"{self._name} has {len(boxes)} boxes, but {len(labels)} labels")
             pairs = zip(labels, boxes, strict=True)
             return [Detection(label, (box[0], box[1], box[2], box[3])) for label, box in pairs]
-        if "mask" in self.row and not self.has_text:
+        if self.row.get("mask") and not self.has_text:
             return []
         return parse_detections(self.references[0], self.size)
 
@@ -86,8 +103,9 @@ class Case:
 
     def reference_mask(self, codec: MaskCodec | None) -> np.ndarray:
         """bool[H, W]: the reference mask."""
-        if "mask" in self.row:
-            file = self.folder / self.row["mask"]
+        path = self.row.get("mask")
+        if path is not None:
+            file = self.folder / path
             if not file.is_file():
                 raise ValueError(f"{self._name}: no mask at {file}")
             return np.asarray(Image.open(file).convert("L")) > 127
@@ -102,7 +120,7 @@ class Case:
         if codec is not None:
             references = list(with_masks(Detections(references), self.size, codec))
             answer = list(with_masks(Detections(answer), self.size, codec))
-        if "mask" in self.row:
+        if self.row.get("mask") is not None:
             mask = self.reference_mask(codec)
             first = references[0] if references else Detection("", _bounding_box(mask))
             references = [replace(first, mask=mask), *references[1:]]
@@ -134,47 +152,69 @@ def _first_mask(
 # ---- From files
 
 
+class _Failure(Struct):
+    """A line of errors.jsonl."""
+
+    line: Count
+    error: str
+
+
+class _Answered(Struct):
+    """The model's fields of a row that are read."""
+
+    answer: str
+    pieces: list[tuple[str, float]] | None = None
+
+
 def collect(data: Path, folder: Path) -> list[Case]:
     """The rows of `data` with the answers that `predict` wrote to `folder`, in one part or several.
 
     A row that failed has the answer "" and its error.
 
     Raises:
-        ValueError: The run is not finished.
+        ValueError: The run is not finished, or a file is damaged.
     """
-    errors: dict[int, str] = {}
-    for file in output_files(folder, "errors"):
-        for _, record in read_jsonl(file):
-            errors[record["line"]] = record["error"]  # type: ignore[typeddict-item]
-    answers = (row for file in output_files(folder, "answers") for row in _read_rows(file))
-    rows: list[DataRow] = []
-    for number, row in read_jsonl(data):
+    errors = {
+        failure.line: failure.error
+        for file in output_files(folder, "errors")
+        for _, failure in read_jsonl(file, _Failure)
+    }
+    answers = (row for file in output_files(folder, "answers") for row in _read_numbered(file))
+    cases: list[Case] = []
+    for number, row in read_rows(data):
         if number in errors:
-            _check_row(row, f"{data}: line {number}")
-            rows.append({**row, "answer": "", "error": errors[number]})
+            failed = {**row, "answer": "", "error": errors[number]}
+            cases.append(Case(failed, data.parent, failed=True))  # type: ignore[arg-type]
             continue
-        answered = next(answers, None)
+        place, answered = next(answers, ("", None))
         if answered is None:
             raise ValueError(
                 f"{folder} is not finished: rows of {data} have no answer yet; "
                 "use --resume to answer the rest"
             )
-        rows.append(answered)
-    return [Case(row, data.parent) for row in rows]
+        names = {name: answer_field(row, name) for name in ANSWER_FIELDS}
+        cases.append(_make_case(answered, data.parent, names, place))
+    return cases
 
 
 def load_answers(file: Path, data: Path) -> list[Case]:
-    """The rows of `data` with an "answer" from any source, from a JSONL file.
+    """The rows of `data` with an "answer" from any source, from a JSONL file; or, where a row of
+    `data` has an answer itself, with the "prediction" that `predict` writes.
 
     Raises:
         ValueError: An answer is missing, or the rows are not those of `data`.
     """
-    rows = _read_rows(file)
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("answer"), str):
-            raise ValueError(f"{file}: row {number} has no answer")
-    cases = [Case(row, data.parent) for row in rows]
-    check_same_rows([Case(row, data.parent) for row in _read_rows(data)], cases, str(file))
+    given = [row for _, row in read_rows(data)]
+    cases = []
+    for i, (place, row) in enumerate(_read_numbered(file)):
+        own = given[i] if i < len(given) else {}
+        names = {
+            name: other if name in own and other in row else name
+            for name, other in ANSWER_FIELDS.items()
+        }
+        cases.append(_make_case(row, data.parent, names, place))
+    originals = [Case(row, data.parent) for row in given]  # type: ignore[arg-type]
+    check_same_rows(originals, cases, str(file))
     return cases
 
 
@@ -188,27 +228,18 @@ def check_same_rows(ours: Sequence[Case], theirs: Sequence[Case], name: str) -> 
         raise ValueError(f"{name} has {len(theirs)} rows, expected {len(ours)}")
 
 
-def _read_rows(file: Path) -> list[DataRow]:
-    rows = []
-    for number, row in read_jsonl(file):
-        _check_row(row, f"{file}: line {number}")
-        rows.append(row)
-    return rows
+def _read_numbered(file: Path) -> Iterator[tuple[str, DataRow]]:
+    for number, row in read_rows(file):
+        yield f"{file}: line {number}", row
 
 
-def _check_row(row: DataRow, name: str) -> None:
-    if not isinstance(row.get("mask", ""), str):
-        raise ValueError(f'{name}: "mask" must be the path of an image, got {row.get("mask")!r}')
-    boxes = row.get("boxes", [])
-    if not isinstance(boxes, list) or not all(map(_is_box, boxes)):
-        raise ValueError(
-            f'{name}: "boxes" must be a list of [left, top, right, bottom], got {boxes!r}'
-        )
+def _make_case(row: DataRow, folder: Path, names: Mapping[str, str], source: str) -> Case:
+    """Make a case with the model's fields under their usual names.
 
-
-def _is_box(box: object) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(isinstance(value, int | float) for value in box)
-    )
+    Args:
+        names: The fields of the row with the model's "answer" and "pieces".
+        source: The file and line, for errors.
+    """
+    fields = {name: row.get(field) for name, field in names.items()}
+    check(fields, _Answered, source)
+    return Case({**row, **fields}, folder)  # type: ignore[arg-type]

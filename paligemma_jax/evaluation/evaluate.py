@@ -34,7 +34,7 @@ class Evaluation:
     @property
     def failed(self) -> int:
         """The number of rows that could not be answered."""
-        return sum("error" in case.row for case in self.cases)
+        return sum(case.failed for case in self.cases)
 
     def json(self) -> dict[str, object]:
         """The results without those of individual cases, for result.json.
@@ -62,7 +62,7 @@ class Evaluation:
         with (Path(folder) / "scores.jsonl").open("w", encoding="utf-8") as out:
             for i, case in enumerate(self.cases):
                 names = ("id", "image", "prefix", "answer")
-                about = {name: case.row.get(name) for name in names if name in case.row}
+                about = {name: value for name, value in case.row.items() if name in names}
                 scores = {name: round(float(each[i]), 6) for name, each in self.scores.items()}
                 out.write(json.dumps(about | scores, ensure_ascii=False) + "\n")
 

@@ -136,12 +136,12 @@ def _kinds(evaluation: Evaluation, name: str) -> str:
 def _card(evaluation: Evaluation, index: int, has_locations: bool) -> str:
     """Render one case: its images, texts and scores."""
     case = evaluation.cases[index]
-    texts = {"prompt": case.row.get("prefix", ""), "answer": case.answer}
+    texts = {"prompt": case.row.get("prefix") or "", "answer": case.answer}
     if evaluation.other_cases:
         texts["other run"] = evaluation.other_cases[index].answer
     texts["reference"] = reference_text(case)
-    if "error" in case.row:
-        texts["error"] = case.row["error"]
+    if case.failed:
+        texts["error"] = case.row.get("error", "")
     lines = []
     for key, text in texts.items():
         text = escape(text)

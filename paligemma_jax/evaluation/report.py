@@ -13,6 +13,7 @@ from paligemma_jax.evaluation.cases import Case
 from paligemma_jax.evaluation.evaluate import Evaluation
 from paligemma_jax.metrics.bootstrap import Interval
 from paligemma_jax.metrics.registry import METRICS
+from paligemma_jax.processing.image import ImageSource
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,17 @@ def markdown(
 
 def _case_row(evaluation: Evaluation, index: int, folder: Path) -> str:
     case = evaluation.cases[index]
-    links = [
-        f"[{path.name}]({Path(os.path.relpath(path, folder)).as_posix()})" for path in case.images
-    ]
+    links = [_link(image, folder) for image in case.images]
     scores = [format_value(n, float(each[index])) for n, each in evaluation.scores.items()]
-    texts = (case.row.get("prefix", ""), case.answer, reference_text(case))
+    texts = (case.row.get("prefix") or "", case.answer, reference_text(case))
     return _row(" ".join(links), *texts, ", ".join(scores))
+
+
+def _link(image: ImageSource, folder: Path) -> str:
+    """A link to a file, relative to `folder`; of an image that is not a file, its type."""
+    if not isinstance(image, str | Path):
+        return type(image).__name__
+    return f"[{Path(image).name}]({Path(os.path.relpath(image, folder)).as_posix()})"
 
 
 def _value_cells(name: str, interval: Interval, sign: bool = False) -> tuple[str, str]:

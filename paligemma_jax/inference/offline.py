@@ -6,14 +6,15 @@ A run that was stopped can be resumed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import jax
 
-from paligemma_jax.data.jsonl import parse_line, read_lines
+from convert.typed_json import JsonObject, decode
+from paligemma_jax.data.jsonl import answer_field, read_lines
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.data.rows import make_example
 from paligemma_jax.inference.answer import Answer
@@ -57,13 +58,14 @@ def predict(
     """Answer the rows {"image", "prefix", ...} of a JSONL file of any size in constant memory.
 
     The folder `output` gets answers.jsonl, the rows with an "answer" in the order of `data`, and
-    errors.jsonl, with {"line", "error", "row"} for each row that cannot be answered.
+    errors.jsonl, with {"line", "error", "row"} for each row that cannot be answered. No field of a
+    row is overwritten: to a row with an "answer" of its own, a "prediction" is added.
 
     Args:
         data: Image paths are relative to it. Other fields are copied to the output.
-        score: Add the log-probability of each answer as "score".
-        pieces: Add the text and log-probability of each token as "pieces", from which
-            `parse_detections` computes the scores of boxes.
+        score: Add the log-probability of each answer as "score", or "prediction_score".
+        pieces: Add the text and log-probability of each token as "pieces", or "prediction_pieces",
+            from which `parse_detections` computes the scores of boxes.
         seed: Random seed. The line number of each row is added to it, so that samples do not depend
             on parts or batches.
         resume: Continue the run in `output`. A killed run loses at most one batch; no row is
@@ -92,7 +94,8 @@ def predict(
     }
     files.begin({**settings, **about}, resume)
 
-    job = _Job(predictor, files, data.parent, options, batch_size, seed, score, pieces)
+    fields = ["answer"] + ["score"] * score + ["pieces"] * pieces
+    job = _Job(predictor, files, data.parent, options, batch_size, seed, fields)
     first, last = rows * number // parts, rows * (number + 1) // parts
     start, answered, tokens = time.perf_counter(), files.answered, 0
     with progress_bar(
@@ -131,22 +134,21 @@ class _Job:
     options: DecodingOptions
     batch_size: int
     seed: int
-    score: bool
-    pieces: bool
+    fields: Sequence[str]  # of the rows to write, named as in ANSWER_FIELDS
 
     def answer(self, window: dict[int, bytes]) -> Iterator[list[Answer]]:
         """Answer the lines of a window that are not pending, and add each batch to the files."""
-        rows: dict[int, object] = {}
+        rows: dict[int, JsonObject] = {}
         prompts: dict[int, EncodedPrompt] = {}
         for line, text in window.items():
             if line in self.files.waiting:
                 continue
-            rows[line] = text.decode(errors="replace")
+            row: object = text.decode(errors="replace")
             try:
-                rows[line] = parse_line(text)
+                row = rows[line] = decode(text)
                 prompts[line] = self._encode(rows[line], line)
             except ValueError as error:
-                self.files.add([{"line": line, "error": str(error), "row": rows[line]}])
+                self.files.add([{"line": line, "error": str(error), "row": row}])
         if not prompts:
             return
         lines = list(prompts)
@@ -162,8 +164,10 @@ class _Job:
             self.files.add(self._record(line, rows[line], a) for line, a in answers.items())
             yield list(answers.values())
 
-    def _encode(self, row: object, line: int) -> EncodedPrompt:
+    def _encode(self, row: JsonObject, line: int) -> EncodedPrompt:
         example = make_example(row, line, self.folder, requires_suffix=False)
+        for name in self.fields:
+            answer_field(row, name)  # raises an error if there is none
         (prompt,) = self.predictor.processor.encode([list(example.images)], [example.prefix])
         tokens, new = len(prompt.prompt), self.options.max_new_tokens
         context = self.predictor.processor.context
@@ -174,14 +178,14 @@ class _Job:
             )
         return prompt
 
-    def _record(self, line: int, row: object, answer: Answer) -> Record:
+    def _record(self, line: int, row: JsonObject, answer: Answer) -> Record:
         if answer.error:
             return {"line": line, "error": answer.error, "row": row}
-        assert isinstance(row, dict)  # checked by `make_example`
-        row = row | {"answer": answer.text}
-        if self.score:
-            row["score"] = answer.score
-        if self.pieces:
+        values: dict[str, object] = {"answer": answer.text, "score": answer.score}
+        if "pieces" in self.fields:
             pieces = answer.pieces(self.predictor.processor.tokenizer)
-            row["pieces"] = [[text, round(value, 6)] for text, value in pieces]
-        return {"line": line, "row": row}
+            values["pieces"] = [[text, round(value, 6)] for text, value in pieces]
+        return {
+            "line": line,
+            "row": row | {answer_field(row, name): values[name] for name in self.fields},
+        }

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from convert.typed_json import Count, JsonObject, decode, load_json
+
 
 class Record(TypedDict):
     """The outcome of one row: the answered row, or an error with the original row."""
 
-    line: int
+    line: Count
     error: NotRequired[str]
-    row: object
+    row: JsonObject | str  # the text of a line that is not JSON
 
 
 class OutputFiles:
@@ -48,7 +50,7 @@ class OutputFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         if file.exists():
-            check_settings(self.folder, json.loads(file.read_text()), settings)
+            check_settings(self.folder, load_json(file), settings)
         else:
             temporary = file.with_suffix(f".{os.getpid()}.tmp")  # parts write it at once
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
@@ -62,9 +64,8 @@ class OutputFiles:
         for path in files:
             path.touch()
         self.answered = sum(1 for _ in _complete_lines(self.answers))
-        self.failed = {json.loads(line)["line"] for line in _complete_lines(self.errors)}
-        records: Iterator[Record] = map(json.loads, _complete_lines(self.pending))
-        self.waiting = {record["line"]: record for record in records}
+        self.failed = {record["line"] for record in _read_records(self.errors)}
+        self.waiting = {record["line"]: record for record in _read_records(self.pending)}
 
     def remaining(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
         """Yield the numbered lines whose outcome is not in the answers or errors file."""
@@ -123,10 +124,12 @@ def _append(file: Path, records: Iterable[object]) -> None:
 
 
 def _encode(record: object) -> bytes:
-    try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair: valid in JSON, not in UTF-8
-        return json.dumps(record).encode() + b"\n"
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+
+
+def _read_records(file: Path) -> Iterator[Record]:
+    for number, line in enumerate(_complete_lines(file), 1):
+        yield decode(line, Record, f"{file}: line {number}")
 
 
 def _complete_lines(file: Path) -> Iterator[bytes]:

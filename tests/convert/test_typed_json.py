@@ -22,6 +22,7 @@ class Inner(Struct):
     rate: float | None = None
     sizes: dict[str, Count] = {}
     names: list[str] = []
+    pair: tuple[int, int] = (0, 0)
 
 
 class Outer(Struct):
@@ -36,13 +37,15 @@ BROKEN = {
     '{"inner": {"width": true}}': "inner.width must be an integer, got true",
     '{"inner": {"width": 3, "rate": []}}': "inner.rate must be a number or null, got an array of 0",
     '{"inner": {"width": 3, "rate": 1e999}}': "inner.rate: number out of range",
-    '{"inner": {"width": 3, "rate": NaN}}': "NaN and Infinity are not JSON, line 1",
+    '{"inner": {"width": 3, "rate": NaN}}': "NaN and Infinity are not JSON, column 32",
     '{"inner": {"width": 3, "sizes": {"a": -1}}}': "inner.sizes[*] must be an integer of at least",
     '{"inner": {"width": 3, "names": ["a", 2]}}': "inner.names[1] must be a string, got 2",
     '{"inner": {}}': "f: inner.width is missing",
     "{}": "f: inner is missing",
     "[]": "f: the content must be an object, got an array of 0 items",
     '{"inner":\n {"width" 3}}': "f: not readable JSON (expected ':', line 2 column 11)",
+    r'{"name": "\ud800"}': r"f: not readable JSON (\ud800 is half of a surrogate pair)",
+    '{"inner": {"width": 3, "pair": [1]}}': "pair must be an array of length 2, got an array of 1",
     "": "f: not readable JSON",
     '{"x": ' + "[" * 10**5: "f: not readable JSON (nested more",
     '{"inner": {"width": 1' + "0" * 5000 + "}}": "f: inner.width",

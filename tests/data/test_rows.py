@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from support.finetuning import data  # noqa: F401
+from support.mutations import mutations
 
 from paligemma_jax.data.rows import make_example, read_examples
 from paligemma_jax.training.batches import row_order
@@ -41,9 +44,9 @@ def test_unusable_rows_are_counted_and_listed(tmp_path):
     message = str(error.value)
     for part in (
         "7 rows cannot be used",
-        "line 1: not JSON",
+        "line 1: not readable JSON",
         "line 3: image is missing",
-        "line 4: suffix is not a string",
+        "line 4: suffix is missing",
         "and 2 more",
     ):
         assert part in message
@@ -77,7 +80,7 @@ def test_images_bytes_and_lengths_are_checked(data, tmp_path):  # noqa: F811
         "half.jpg is not a readable image",
         "line 3: no such image",
         "line 5: ",
-        "line 6: not JSON",
+        "line 6: not readable JSON",
         "and 1 more",
     ):
         assert part in message
@@ -94,6 +97,61 @@ def test_weights_of_numpy_and_tuples_of_images_are_accepted(weight):
     row = {"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}
     example = make_example(row, 1)
     assert example.weight == float(weight) and len(example.images) == 2
+
+
+def test_a_weight_of_null_is_absent_and_an_array_without_axes_is_a_number():
+    row = {"image": "a.png", "prefix": "ocr", "suffix": "1"}
+    for weight, value in ((None, 1), (np.array(2.0), 2), (jnp.array(3), 3)):
+        assert make_example(row | {"weight": weight}, 1).weight == value
+
+
+WRONG_ROWS = {
+    "a row must be an object with image, prefix and suffix, got an array of 0 items": [],
+    "image is missing": {"image": None},
+    "image must be a path, an image, or a list of them, got 3": {"image": 3},
+    "image must be a path, an image, or a list of them, got an array of 0 items": {"image": []},
+    "prefix must be a string, got 7": {"prefix": 7},
+    "suffix must be a string, got an array of 1 item": {"suffix": ["x"]},
+    "suffix is missing": {"suffix": None},
+    "weight must be a finite number of at least 0 in float32, got 1e+39": {"weight": 1e39},
+    "weight must be a finite number of at least 0 in float32, got true": {"weight": True},
+    "weight must be a finite number of at least 0 in float32, got 1000000": {"weight": 10**999},
+    "weight must be a finite number of at least 0 in float32, got '1'": {"weight": "1"},
+}
+
+
+@pytest.mark.parametrize("error", WRONG_ROWS)
+def test_fields_of_the_wrong_type_are_refused(error):
+    row, change = {"image": "a.png", "prefix": "ocr", "suffix": "1"}, WRONG_ROWS[error]
+    with pytest.raises(ValueError, match=re.escape(error)):
+        make_example(row | change if isinstance(change, dict) else change, 1)
+
+
+def test_rows_of_any_json_are_read_or_refused_with_their_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    row = {"image": ["a.png"], "prefix": "ocr", "suffix": "1", "weight": 2.0, "more": [{}]}
+    for text in mutations(row):
+        file.write_text(text + "\n")
+        try:
+            read_examples(file)
+        except ValueError as error:
+            assert f"{file}: 1 rows cannot be used: line 1: " in str(error)
+            assert len(str(error)) < 400
+
+
+class DatasetDict(dict):
+    """A stand-in for that of the datasets library."""
+
+
+def test_a_dict_of_splits_is_refused_by_name(data, tmp_path):  # noqa: F811
+    splits = DatasetDict(train=[], validation=[])
+    with pytest.raises(
+        ValueError,
+        match=r"data must be the rows of one split, got a DatasetDict of train, validation: "
+        r"pass data\['train'\]",
+    ):
+        finetune(FinetuneConfig(str(data), str(tmp_path / "run"), steps=1), data=splits)
 
 
 def test_a_file_without_rows_is_refused(tmp_path):

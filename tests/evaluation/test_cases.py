@@ -1,10 +1,12 @@
 """Cases: answers, references, and the files that they are read from."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.mutations import mutations
 
 from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.evaluation.cases import Case, collect, load_answers
@@ -68,9 +70,9 @@ def test_rows_with_only_a_mask(photo, tmp_path, make_cases):
 @pytest.mark.parametrize(
     "fields, error",
     [
-        ({"mask": 7}, '"mask" must be the path of an image, got 7'),
-        ({"boxes": [[1, 2, 3]]}, r'"boxes" must be a list of .*, got \[\[1, 2, 3\]\]'),
-        ({"boxes": 5}, '"boxes" must be a list of .*, got 5'),
+        ({"mask": 7}, "mask must be a string or null, got 7"),
+        ({"boxes": [[1, 2, 3]]}, r"boxes\[0\] must be an array of length 4, got an array of 3"),
+        ({"boxes": 5}, "boxes must be an array or null, got 5"),
     ],
 )
 def test_references_of_the_wrong_type_are_refused(tmp_path, fields, error):
@@ -78,6 +80,56 @@ def test_references_of_the_wrong_type_are_refused(tmp_path, fields, error):
     file.write_text(json.dumps({"image": "photo.png", "answer": ""} | fields) + "\n")
     with pytest.raises(ValueError, match=f"wrong.jsonl: line 1: {error}"):
         load_answers(file, file)
+
+
+REFERENCES = {"answers": ["x"], "boxes": [[0, 0, 1, 1]], "labels": ["x"], "mask": "m.png"}
+ANSWERED = {"image": ["a.png"], "prefix": "q", "suffix": "x", **REFERENCES}
+ANSWERED |= {"answer": "x", "pieces": [["x", -0.5]], "more": [{}]}
+
+
+def test_answers_of_any_json_are_read_or_refused_with_their_line(tmp_path):
+    data, mine = tmp_path / "data.jsonl", tmp_path / "mine.jsonl"
+    data.write_text(json.dumps(ANSWERED) + "\n")
+    read = 0
+    for text in mutations(ANSWERED):
+        mine.write_text(text + "\n")
+        try:
+            load_answers(mine, data)
+            read += 1
+        except ValueError as error:
+            assert str(error).startswith(str(mine)) and len(str(error)) < 300
+    assert read > 50
+    (tmp_path / "answers.jsonl").write_text(json.dumps(ANSWERED) + "\n")
+    for text in mutations({"line": 1, "error": "gone", "row": ANSWERED}):
+        (tmp_path / "errors.jsonl").write_text(text + "\n")
+        with contextlib.suppress(ValueError):
+            collect(data, tmp_path)
+
+
+def test_labels_that_do_not_match_the_boxes_are_refused(tmp_path):
+    row = {"image": "photo.png", "boxes": [[0, 0, 1, 1]], "labels": ["a", "b"]}
+    with pytest.raises(ValueError, match="has 1 boxes, but 2 labels"):
+        _ = Case(row, tmp_path).reference_detections
+
+
+def test_null_counts_as_absent(photo, tmp_path):
+    row = {"image": "photo.png", "prefix": None, "answers": None, "suffix": "a", "answer": "a"}
+    case = Case(row | {"boxes": None, "labels": None, "mask": None, "type": None}, tmp_path)
+    assert case.references == ["a"] and case.reference_detections == []
+    assert evaluate([case], ["exact_match"], samples=5).intervals["exact_match"].value == 1
+    with pytest.raises(ValueError, match="has no reference: add answers or suffix"):
+        _ = Case({"image": "photo.png", "answers": [], "suffix": "a"}, tmp_path).references
+
+
+def test_predictions_beside_answers_of_the_data_are_evaluated(tmp_path):
+    """What `predict` wrote to rows that have an answer of their own, or a field called pieces."""
+    own = {"image": "a.png", "prefix": "q", "answer": 4, "pieces": 32, "error": "none"}
+    data, answers = tmp_path / "data.jsonl", tmp_path / "answers.jsonl"
+    data.write_text(json.dumps(own) + "\n")
+    answers.write_text(json.dumps(own | {"prediction": "x"}) + "\n")
+    (tmp_path / "errors.jsonl").touch()
+    (case,) = collect(data, tmp_path)
+    assert case.answer == "x" and not case.failed and case.row["pieces"] is None
 
 
 def test_runs_on_different_rows_are_not_compared(tmp_path, make_cases):
@@ -99,10 +151,10 @@ ROW = '{"image": "a.png", "prefix": "q", "answer": "x"}\n'
 @pytest.mark.parametrize(
     "text, error",
     [
-        (ROW + '{"image": "a.png"}\n', "row 2 has no answer"),
+        (ROW + '{"image": "a.png"}\n', "mine.jsonl: line 2: answer must be a string, got null"),
         (ROW, "mine.jsonl has 1 rows, expected 2"),
         (ROW.replace("a.png", "b.png") * 2, r"different rows: row 1 is \('b.png', 'q'\)"),
-        ("{\n", "mine.jsonl: line 1: not JSON"),
+        ("{\n", "mine.jsonl: line 1: not readable JSON"),
     ],
 )
 def test_files_of_answers_must_match_the_data(tmp_path, text, error):
