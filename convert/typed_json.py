@@ -4,6 +4,10 @@ The one place through which every JSON file passes, a line of JSONL and the JSON
 safetensors file included. A type is a `msgspec.Struct`, or anything that msgspec decodes; it states
 the fields that are read, and others are ignored. Size, depth and range are bounded, and every error
 is one line: the file, the line, the field, what was expected and what was found.
+
+Never join a type with bounds to a tuple of fixed length in a union, as in
+`Annotated[float, Meta(ge=0)] | tuple[float, float]`: msgspec 0.22 reads the wrong memory. A list
+with min_length and max_length works.
 """
 
 from __future__ import annotations

@@ -52,7 +52,8 @@ def generate(
 
     groups, prompts = _pair(list(image), list(prompt))
     drawings = _drawings(groups, draw) if draw else {}
-    opened = {path: load_image(path) for path in image}  # errors come before the model is loaded
+    # Errors come before the model is loaded. Its settings decide about transparency.
+    opened = {path: load_image(path, on_white=False) for path in image}
     options = decoding.options()
     predictor = source.load()
     answers = predictor.answers(

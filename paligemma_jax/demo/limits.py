@@ -77,6 +77,6 @@ class Limits:
         if megapixels > self.megapixels:
             raise ValueError(f"{name} is too large: {megapixels:.0f} megapixels, {limit}.")
         try:
-            return load_image(path)
+            return load_image(path, on_white=False)  # the checkpoint's settings decide
         except ValueError:
             raise ValueError(f"{name} is damaged or incomplete.") from None

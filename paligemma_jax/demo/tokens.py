@@ -11,7 +11,6 @@ from PIL import Image
 from paligemma_jax.inference import scoring
 from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.processing.image import pixel_values
 from paligemma_jax.processing.processor import Inputs, round_up
 
 ALTERNATIVES = 3  # per token
@@ -67,6 +66,6 @@ def _teacher_forced(
     processor = predictor.processor
     (row,) = processor.encode([images], [prompt], [text])
     length = min(round_up(len(row.prompt) + len(row.suffix)), processor.context)
-    pixels = pixel_values(list(images), processor.image_size)
+    pixels = processor.pixel_values(list(images))
     inputs = Inputs(images=pixels, **processor.pad([row], length=length))
     return list(row.suffix), *scoring.alternatives(predictor.model, inputs, ALTERNATIVES + 1)

@@ -15,7 +15,6 @@ from paligemma_jax.inference.generate import decode_chunks, generate
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Sampler, is_integer
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import pixel_values
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor
 
 STREAM = 8  # tokens per dispatch while streaming
@@ -72,7 +71,7 @@ def stream_answer(
         )
     options = _check_options(model, processor, [prompt], options)
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
-    images = pixel_values(prompt.images, processor.image_size)
+    images = processor.pixel_values(prompt.images)
     inputs = replace(pad_batch(processor, [prompt]), images=images)
     chunks = decode_chunks(model, inputs, options, seeds=check_seeds([seed], 1), chunk=STREAM)
     yield from detokenizer.stream(tokens[0].tolist() for tokens, _ in chunks)

@@ -21,7 +21,7 @@ from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.inference.sampling import is_integer
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.image import ImageSource, pixel_values
+from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
@@ -60,7 +60,7 @@ def run_batches(
     uses = Counter(_key(image) for prompt in prompts for image in prompt.images)
     bar = progress_bar(total=len(prompts), unit="prompt", show=progress)
     with ThreadPoolExecutor(4) as threads, bar:
-        images = ImageCache(model, processor.image_size, threads, uses)
+        images = ImageCache(model, processor, threads, uses)
         for number, batch in enumerate(batches):
             for ahead in batches[number : number + 1 + AHEAD]:
                 images.open([image for i in ahead for image in prompts[i].images])
@@ -127,7 +127,7 @@ class ImageCache:
     """Opened images and their features, each kept from its first prompt to its last."""
 
     model: PaliGemma
-    image_size: int
+    processor: Processor
     threads: ThreadPoolExecutor
     uses: Counter[Hashable]  # number of remaining uses of each image
     opened: dict[Hashable, Future[np.ndarray]] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class ImageCache:
         for image in images:
             key = _key(image)
             if key not in self.opened:
-                self.opened[key] = self.threads.submit(_open, image, self.image_size)
+                self.opened[key] = self.threads.submit(self.processor.pixel_values, [image])
 
     def error(self, image: ImageSource) -> ValueError | None:
         """The error of an image that cannot be read, or None."""
@@ -152,7 +152,7 @@ class ImageCache:
         keys = [_key(image) for image in images]
         new = [key for key in dict.fromkeys(keys) if key not in self.encoded]
         if new:
-            pixels = np.stack([self.opened[key].result() for key in new])
+            pixels = np.concatenate([self.opened[key].result() for key in new])
             missing = self.padded_batch_size(len(new)) - len(new)
             padding = np.zeros((missing, *pixels.shape[1:]), pixels.dtype)
             features = encode_images(self.model, jnp.asarray(np.concatenate([pixels, padding])))
@@ -172,10 +172,6 @@ class ImageCache:
             if self.uses[key] <= 0:
                 self.encoded.pop(key, None)
                 self.opened.pop(key, None)
-
-
-def _open(image: ImageSource, size: int) -> np.ndarray:
-    return pixel_values([image], size)[0]
 
 
 @jax.jit

@@ -13,6 +13,7 @@ from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.stack import stack_model
+from paligemma_jax.processing.image_settings import read_image_settings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.sharding import devices
@@ -73,8 +74,9 @@ def make_processor(source: CheckpointSource) -> Processor:
             f"{source.reference}: tokenizer.model has {ids} ids, but vocab_size in config.json is "
             f"{rows}: use files of one checkpoint"
         )
-    vision = config.vision
-    return Processor(tokenizer, vision.image_size, vision.num_patches, config.max_context)
+    size, patches = config.vision.image_size, config.vision.num_patches
+    settings = read_image_settings(source.tokenizer_dir, size, patches)
+    return Processor(tokenizer, size, patches, config.max_context, settings)
 
 
 def enable_compilation_cache() -> None:

@@ -21,7 +21,7 @@ from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stages import Fed
 from paligemma_jax.processing.image import ImageSource, load_image
-from paligemma_jax.processing.locations import Detections, parse_detections, with_masks
+from paligemma_jax.processing.locations import Detections, join_labels, parse_detections, with_masks
 from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec, load_codec
 from paligemma_jax.processing.processor import EncodedPrompt, ImageInputs, Inputs, Processor
 
@@ -154,17 +154,17 @@ class Predictor:
         (encoded,) = self.processor.encode([image] if is_group else image, prompt)
         yield from stream_answer(self.model, self.processor, encoded, decoding, seed)
 
-    def detect(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
-        """Detect objects ("cat"; "cat ; dog") in an image: boxes in pixels, with scores.
+    def detect(self, image: ImageSource, label: Texts, **options: Keyword) -> Detections:
+        """Detect objects ("cat"; ["cat", "dog"]) in an image: boxes in pixels, with scores.
 
         Further arguments are those of `answers`.
         """
-        return self._answer_detections(image, f"detect {label}", options)
+        return self._answer_detections(image, f"detect {join_labels(label)}", options)
 
-    def segment(self, image: ImageSource, label: str, **options: Keyword) -> Detections:
+    def segment(self, image: ImageSource, label: Texts, **options: Keyword) -> Detections:
         """Detect objects with their masks. ValueError if the checkpoint has no mask codec."""
         _ = self.codec  # raises before the model runs
-        return self._answer_detections(image, f"segment {label}", options)
+        return self._answer_detections(image, f"segment {join_labels(label)}", options)
 
     def detections(self, answer: Answer | str, image: ImageSource) -> Detections:
         """Parse the detections in an answer about an image, in pixels.

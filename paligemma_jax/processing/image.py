@@ -16,13 +16,14 @@ from PIL import Image, ImageOps
 
 from paligemma_jax.processing.encoded_image import check_encoded_image, decoding
 from paligemma_jax.processing.image_array import SupportsArray, to_uint8
+from paligemma_jax.processing.image_settings import ImageSettings
 
 ImageSource = str | Path | bytes | dict | Image.Image | SupportsArray
 
 SOURCES = 'a path, a PIL image, an array, encoded bytes or {"bytes": ..., "path": ...}'
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, on_white: bool = True) -> Image.Image:
     """Load an RGB image.
 
     A source gives the same pixels as in transformers 5.23, where files and opened images differ:
@@ -40,6 +41,8 @@ def load_image(source: ImageSource) -> Image.Image:
         source: A path; a PIL image; an array of numpy, JAX or torch of shape [H, W], [H, W, 1], 3
             or 4, uint8 or float in [0, 1]; the bytes of an image file; or a dict {"bytes", "path"}
             of them, as in Hugging Face data sets that do not decode.
+        on_white: Composite transparency on white (`do_convert_rgb` of transformers). Without, every
+            color is kept as it is stored, and an alpha channel is dropped.
 
     Raises:
         ValueError: The source is not an image, or cannot be decoded completely or safely.
@@ -48,7 +51,7 @@ def load_image(source: ImageSource) -> Image.Image:
         source = _from_dict(source)
     if isinstance(source, bytes):
         name = f"the encoded image of {len(source)} bytes"
-        return _composite_on_white(_read(source, name), name)
+        return _to_rgb(_read(source, name), on_white, name)
     if isinstance(source, str | Path):
         name = str(source)
         # Unlike Path.is_file, False for a name that is too long, such as a prompt.
@@ -56,24 +59,45 @@ def load_image(source: ImageSource) -> Image.Image:
             raise ValueError(f"no image file at {name}: check the path, or download the URL")
         with decoding(name):
             content = Path(source).read_bytes()
-        return _composite_on_white(_read(content, name), name)
+        return _to_rgb(_read(content, name), on_white, name)
     if isinstance(source, Image.Image):
-        return _composite_on_white(source, getattr(source, "filename", "") or "the PIL image")
+        return _to_rgb(source, on_white, getattr(source, "filename", "") or "the PIL image")
     if isinstance(source, SupportsArray):
-        return _composite_on_white(Image.fromarray(to_uint8(source)), "the array")
+        return _to_rgb(Image.fromarray(to_uint8(source)), on_white, "the array")
     raise ValueError(f"an image must be {SOURCES}, got {type(source).__name__}")
 
 
-def pixel_values(images: Sequence[ImageSource], size: int) -> Float32[np.ndarray, "M S S 3"]:
-    """Resize images to squares of `size` pixels, with values in [-1, 1].
+def pixel_values(
+    images: Sequence[ImageSource], size: int, settings: ImageSettings = ImageSettings()
+) -> Float32[np.ndarray, "M S S 3"]:
+    """Resize images to squares of `size` pixels, and normalize them; by default to [-1, 1].
 
-    Uses PIL's bicubic filter, and does not keep the aspect ratio. `x / 127.5 - 1` in float32 equals
-    the reference's rescaling by 1/255 and normalization with mean and deviation 0.5 bit by bit.
+    The aspect ratio is not kept. Rounding is that of transformers (`rescale` and `normalize` in
+    image_transforms): the product in float64, the rest in float32.
+
+    Raises:
+        ValueError: An image cannot be loaded, or has another size and `settings` do not resize.
     """
-    bicubic = Image.Resampling.BICUBIC
-    squares = [load_image(image).resize((size, size), bicubic) for image in images]
-    pixels = np.stack([np.asarray(square, np.float32) for square in squares])
-    return pixels / np.float32(127.5) - np.float32(1)
+    squares = [_square(load_image(image, settings.on_white), size, settings) for image in images]
+    pixels = np.stack([np.asarray(square) for square in squares])
+    if settings.rescale_factor is not None:
+        pixels = pixels * np.float64(settings.rescale_factor)
+    pixels = pixels.astype(np.float32)
+    if settings.mean is not None:
+        mean, std = np.array([settings.mean, settings.std], np.float32)
+        pixels = (pixels - mean) / std
+    return pixels
+
+
+def _square(image: Image.Image, size: int, settings: ImageSettings) -> Image.Image:
+    if settings.resize:
+        return image.resize((size, size), Image.Resampling(settings.resample))
+    if image.size != (size, size):
+        raise ValueError(
+            f"an image must have {size}x{size} pixels because do_resize is false in the "
+            f"checkpoint's image processor, got {image.width}x{image.height}: resize it first"
+        )
+    return image
 
 
 def _from_dict(source: dict) -> bytes | str:
@@ -99,11 +123,12 @@ def _read(content: bytes, name: str) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _composite_on_white(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, on_white: bool, name: str) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"{name} is empty ({image.width}x{image.height} pixels)")
     with decoding(name):
-        if "A" not in image.getbands() and image.info.get("transparency") is None:
+        is_opaque = "A" not in image.getbands() and image.info.get("transparency") is None
+        if is_opaque or not on_white:
             return image.convert("RGB")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

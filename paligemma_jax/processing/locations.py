@@ -10,6 +10,7 @@ bottom) in pixels, as in Pillow.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -61,6 +62,17 @@ class Detections(list[Detection]):
     def __init__(self, detections: Iterable[Detection] = (), skipped: Iterable[str] = ()):
         super().__init__(detections)
         self.skipped = list(skipped)
+
+
+def join_labels(label: str | Sequence[str]) -> str:
+    """Join the labels of a prompt that detects or segments: "cat ; dog". ValueError if they are not
+    text."""
+    labels = [label] if isinstance(label, str) else label
+    if not isinstance(labels, list | tuple) or {type(name) for name in labels} != {str}:
+        raise ValueError(
+            f"label must be a str, as in 'cat', or a list of them, got {reprlib.repr(label)}"
+        )
+    return " ; ".join(labels)
 
 
 def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:

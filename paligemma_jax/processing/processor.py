@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from paligemma_jax.processing.image import ImageSource, pixel_values
+from paligemma_jax.processing.image_settings import ImageSettings
 from paligemma_jax.processing.tokenizer import IMAGE, Tokenizer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Processor:
     image_size: int  # S: pixels per side
     image_tokens: int  # per image: (S / patch size) squared
     context: int = 8192  # maximum number of tokens of a row, images included
+    image_settings: ImageSettings = field(default_factory=ImageSettings)
 
     def __call__(
         self,
@@ -93,8 +95,12 @@ class Processor:
                 truncated, dropped or repeated.
         """
         encoded = self.encode(images, prompts, suffixes)
-        pixels = pixel_values([i for prompt in encoded for i in prompt.images], self.image_size)
+        pixels = self.pixel_values([image for prompt in encoded for image in prompt.images])
         return Inputs(images=pixels, **self.pad(encoded, padding_side, length))
+
+    def pixel_values(self, images: Sequence[ImageSource]) -> Float32[np.ndarray, "M S S 3"]:
+        """Turn images into pixels with the settings of the checkpoint (`image.pixel_values`)."""
+        return pixel_values(images, self.image_size, self.image_settings)
 
     def encode(
         self,

@@ -28,10 +28,11 @@ class Augment:
     flip: float = 0.0  # probability of mirroring
     crop: float = 1.0  # smallest fraction of each side to keep
     color: float = 0.0  # largest change of brightness, contrast and saturation
+    on_white: bool = True  # composite transparency on white (`load_image`)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Load the images of an example and augment them. Deterministic in the state of `rng`."""
-        images = [load_image(image) for image in example.images]
+        images = [load_image(image, self.on_white) for image in example.images]
         prefix, suffix = example.prefix, example.suffix
         mirror, window = rng.random() < self.flip, self._window(rng)
         factors = 1 + self.color * rng.uniform(-1, 1, 3)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from paligemma_jax.data.rows import Example, RowSource, error_prefix, example_at
-from paligemma_jax.processing.image import ImageSource, pixel_values
+from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.processor import AnyArray, EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.training.augment import Augment
 from paligemma_jax.training.config import FinetuneConfig
@@ -84,7 +84,7 @@ class Batcher:
             with error_prefix(f"row {example.line}"):
                 row = encode_example(example, self.processor, self.length)
                 if i in self.local_rows and not self.features:
-                    pixels.append(pixel_values(row.images, self.processor.image_size))
+                    pixels.append(self.processor.pixel_values(row.images))
             rows.append(row)
         self._check_image_counts(examples, rows, parts)
         length = self.length or min(round_up(max(map(len, rows))), self.processor.context)
@@ -137,7 +137,8 @@ def training_batch(config: FinetuneConfig, batcher: Batcher, source: RowSource, 
     order = row_order(len(source), config.seed, start, config.batch_size)
     examples = [example_at(source, int(i)) for i in order]
     if config.augments:
-        augment = Augment(config.flip, config.crop, config.color)
+        on_white = batcher.processor.image_settings.on_white
+        augment = Augment(config.flip, config.crop, config.color, on_white)
         examples = [
             augment(example, np.random.default_rng((config.seed, i)))
             for i, example in enumerate(examples, start)

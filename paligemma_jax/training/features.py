@@ -15,7 +15,8 @@ from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.data.rows import RowSource, example_at
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.tree import parameters
-from paligemma_jax.processing.image import ImageSource, pixel_values
+from paligemma_jax.processing.image import ImageSource
+from paligemma_jax.processing.processor import Processor
 from paligemma_jax.sharding import hosts
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
@@ -24,17 +25,20 @@ from paligemma_jax.sharding.compiled import mesh_jit
 class FeatureCache:
     """Features [P, W] of image files, in DIRECTORY/ENCODER/IMAGE.npy.
 
-    Both names are hashes, of the encoder's weights and of the file, so that entries never go stale.
+    Both names are hashes, of the encoder's weights with the image settings and of the file, so that
+    entries never go stale.
     """
 
-    def __init__(self, directory: Path, model: PaliGemma, image_size: int):
+    def __init__(self, directory: Path, model: PaliGemma, processor: Processor):
         weights = parameters(model)
         dtype = model.config.activation_dtype
-        digest = hashlib.sha256(f"{model.config.vision} {dtype}".encode())
+        digest = hashlib.sha256(
+            f"{model.config.vision} {dtype} {processor.image_settings}".encode()
+        )
         for path in sorted(path for path in weights if path.startswith("vision/")):
             digest.update(np.ascontiguousarray(to_host(weights[path])).view(np.uint8).data)
         self.folder = directory / digest.hexdigest()[:16]
-        self.image_size, self.dtype = image_size, DTYPES[dtype]
+        self.processor, self.dtype = processor, DTYPES[dtype]
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def file(self, image: ImageSource) -> Path:
@@ -62,7 +66,7 @@ class FeatureCache:
             for start in range(0, len(missing), batch_size):
                 files = missing[start : start + batch_size]
                 padded = [*files, *files[:1] * (batch_size - len(files))]
-                pixels = pixel_values([images[file] for file in padded], self.image_size)
+                pixels = self.processor.pixel_values([images[file] for file in padded])
                 features = to_host(encode(model, pixels))  # type: ignore[arg-type]
                 if hosts.is_first_process():
                     for file, array in zip(files, features, strict=False):

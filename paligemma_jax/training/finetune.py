@@ -84,7 +84,7 @@ def finetune(
     model = load_trainable(config, source, mesh)
     features = None
     if config.features:
-        features = FeatureCache(Path(config.features), model, processor.image_size)
+        features = FeatureCache(Path(config.features), model, processor)
         features.fill(model, [rows, validation_rows], config.batch_size)
     own_rows = local_rows(config.batch_size, mesh)
     batcher = Batcher(processor, config.batch_size, config.length, own_rows, features)

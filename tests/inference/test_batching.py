@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -19,6 +20,8 @@ import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.inference import answering, batching, generate, scoring
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
+from paligemma_jax.processing.image_settings import ImageSettings
+from paligemma_jax.processing.processor import Processor
 
 PHOTO = str(TINY.parent / "digits.jpg")
 TASKS = ["caption en", "ocr", "answer en how many digits?", *(f"detect {d}" for d in range(10))]
@@ -57,11 +60,23 @@ def test_a_thousand_answers_keep_the_order_of_their_prompts(tiny, photos):
 
 def test_images_are_opened_and_encoded_once(tiny, photos):
     images = [photos[i % 3] for i in range(12)]
-    opening = mock.patch.object(batching, "pixel_values", side_effect=batching.pixel_values)
+    opening = mock.patch.object(
+        Processor, "pixel_values", autospec=True, side_effect=Processor.pixel_values
+    )
     with spy_on_encoding() as encode, opening as opened:
         tiny.generate(images, [TASKS[i] for i in range(12)], 4, batch_size=4)
     assert opened.call_count == 3
     assert encoded_images(encode) in (3, 4)  # padded to a power of two
+
+
+def test_image_settings_steer_batches_and_streams(tiny, photos):
+    """With a rescale factor of 0, every image is black."""
+    settings = ImageSettings(rescale_factor=0.0)
+    blind = replace(tiny, processor=replace(tiny.processor, image_settings=settings))
+    (expected,) = tiny.generate(Image.new("RGB", (112, 112)), "ocr", 40)
+    assert blind.generate(photos[0], "ocr", 40) == [expected]
+    assert "".join(blind.stream(photos[0], "ocr", 40)) == expected
+    assert tiny.generate(photos[0], "ocr", 40) != [expected]
 
 
 def test_images_are_dropped_after_their_last_use(tiny, photos):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,32 @@ def test_y_comes_first_and_the_last_bin_is_the_edge():
     (cat,) = parse_detections(text, (300, 600))
     assert cat == Detection("tabby cat", (100.0, 0.0, 300.0, 400.0))
     assert location_text([cat], (300, 600)) == text
+
+
+class Prompts(pg.Predictor):
+    """Answers nothing; keeps the prompts."""
+
+    codec = None
+
+    def answers(self, image, prompt, **options):
+        self.processor.append(prompt)
+        return [Answer("", [], [], 0.0)]
+
+    def detections(self, answer, image):
+        return Detections()
+
+
+@pytest.mark.parametrize("method", ["detect", "segment"])
+def test_several_labels_are_joined_in_the_prompt(method):
+    prompts = []
+    ask = getattr(Prompts(model=None, processor=prompts), method)
+    for label in ("3", ["3"], ["3", "4"], ("a cat", "4 ; 5")):
+        ask(PHOTO, label)
+    expected = ["3", "3", "3 ; 4", "a cat ; 4 ; 5"]
+    assert prompts == [f"{method} {text}" for text in expected]
+    for label, got in ((None, "None"), ([], "[]"), (3, "3"), (["3", None], "['3', None]")):
+        with pytest.raises(ValueError, match=f"label must be a str.*got {re.escape(got)}"):
+            ask(PHOTO, label)
 
 
 def test_a_round_trip_is_exact_to_half_a_bin():

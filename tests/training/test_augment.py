@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.data.rows import Example
+from paligemma_jax.inference.loading import make_processor
+from paligemma_jax.processing.image import pixel_values
+from paligemma_jax.processing.image_settings import ImageSettings
 from paligemma_jax.training.augment import Augment, crop_box, move_boxes
+from paligemma_jax.training.batches import Batcher, training_batch
+from paligemma_jax.training.config import FinetuneConfig
 
 SIZE = 256
 
@@ -109,3 +117,18 @@ def test_boxes_in_the_prompt_are_mirrored_and_prevent_cropping():
     new = Augment(flip=1.0, crop=0.5)(example, np.random.default_rng(0))
     assert new.prefix == "<loc0000><loc0767><loc0160><loc1023> thing 0"
     assert new.images[0].size == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize("on_white", [True, False])
+def test_transparency_follows_the_image_settings(on_white):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 2, (20, 30, 3), np.uint8) * 255)
+    image.info["transparency"] = (255, 0, 255)
+    processor = make_processor(resolve("tiny"))
+    processor = replace(processor, image_settings=ImageSettings(on_white=on_white))
+    batcher = Batcher(processor, 1, None, range(1))
+    rows = [Example((image,), "ocr", "1", 1.0, 0)]
+    batch = training_batch(FinetuneConfig("", "", batch_size=1, flip=1.0), batcher, rows, 0)
+    stored = np.array(image)[:, ::-1]
+    white = np.where((stored == (255, 0, 255)).all(2, keepdims=True), 255, stored)
+    pixels = pixel_values([white if on_white else stored], processor.image_size)
+    np.testing.assert_array_equal(batch.inputs.images[0], pixels)

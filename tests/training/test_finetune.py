@@ -30,9 +30,13 @@ from paligemma_jax.checkpoints.save import save_model
 from paligemma_jax.checkpoints.source import TINY, resolve
 from paligemma_jax.data import progress
 from paligemma_jax.data.rows import read_examples
+from paligemma_jax.inference.loading import make_processor
 from paligemma_jax.model.tree import parameters
-from paligemma_jax.training import features, runs
+from paligemma_jax.processing.image_settings import ImageSettings
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.training import runs
 from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.features import FeatureCache
 from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.prepare import load_trainable
 from paligemma_jax.training.trainer import Trainer
@@ -234,8 +238,15 @@ def test_cached_features_give_the_same_losses(data, tmp_path, monkeypatch):
     finetune(cached, validation=read_examples(data))
     np.testing.assert_allclose(losses(tmp_path / "kept"), losses(tmp_path / "plain"), rtol=1e-5)
     assert len(list((tmp_path / "features").rglob("*.npy"))) == 12
-    monkeypatch.setattr(features, "pixel_values", None)
+    monkeypatch.setattr(Processor, "pixel_values", None)
     finetune(replace(cached, output=str(tmp_path / "again")))
+
+
+def test_features_are_cached_by_image_settings(tmp_path):
+    model, processor = load_model(TINY), make_processor(resolve(TINY))
+    stretched = replace(processor, image_settings=ImageSettings(rescale_factor=1 / 127.5))
+    caches = [FeatureCache(tmp_path, model, each) for each in (processor, stretched, processor)]
+    assert caches[0].folder == caches[2].folder != caches[1].folder
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):

@@ -1,0 +1,51 @@
+"""What a loaded checkpoint takes from the files beside its weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoImageProcessor, SiglipImageProcessorPil
+
+from convert import formats, orbax
+from paligemma_jax.checkpoints.source import resolve
+from paligemma_jax.inference.loading import make_processor
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+
+
+def image_processor(size, tokens):
+    return SiglipImageProcessorPil(
+        size={"height": size, "width": size},
+        image_mean=[0.485, 0.456, 0.406],
+        resample=2,
+        image_seq_length=tokens,
+    )
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_image_settings_survive_conversion(file, random_directory, tmp_path):
+    """Also at another resolution, for which `convert` edits the files. The reference is
+    transformers' processor (PIL) of the converted directory."""
+    directory = random_directory()
+    settings = image_processor(56, 16).to_dict()
+    content = settings if file.startswith("pre") else {"image_processor": settings}
+    (directory / file).write_text(json.dumps(content))
+    for resolution, to in ((56, "jax"), (28, "jax"), (28, "huggingface")):
+        converted = tmp_path / f"{to}-{resolution}"
+        formats.convert(directory, converted, to, resolution=resolution)
+        ours = make_processor(resolve(converted))
+        files = converted / orbax.FILES if to == "jax" else converted
+        theirs = AutoImageProcessor.from_pretrained(files, backend="pil", local_files_only=True)
+        assert theirs.image_seq_length == ours.image_tokens == (resolution // 14) ** 2
+        pixels = theirs(IMAGE, return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(ours(IMAGE, "caption en").images, pixels)
+
+
+def test_settings_of_another_model_are_refused(random_directory):
+    directory = random_directory()
+    image_processor(224, 256).save_pretrained(directory)
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: size must be .*'height': 56"):
+        make_processor(resolve(directory))
