@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from convert import formats
+from convert import formats, peft
 from convert.checkpoint import Checkpoint
 from convert.quantized import dequantize_checkpoint
 from convert.tensor import Index, Tensor
@@ -166,11 +166,22 @@ def _load_examples(
     return Examples(list(images), list(prompts), list(suffixes) or None, ours, theirs)
 
 
+class _DenseSource(CheckpointSource):
+    """A source whose quantized matrices are dequantized when they are read."""
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        checkpoint = super().checkpoint
+        return dequantize_checkpoint(checkpoint) if checkpoint.formats else checkpoint
+
+
 def _open_dense(source: CheckpointSource) -> Checkpoint:
-    """The checkpoint with an adapter merged (on use) and quantized matrices dequantized."""
+    """The checkpoint with quantized matrices dequantized, and an adapter merged on use."""
+    source = _DenseSource(*(getattr(source, field.name) for field in fields(source)))
     checkpoint = source.checkpoint
     if source.adapter is None:
-        return dequantize_checkpoint(checkpoint) if checkpoint.formats else checkpoint
+        return checkpoint
+    peft.load_adapter(source.adapter, checkpoint.config)  # refuses it before transformers runs
 
     @cache
     def merged() -> dict[str, jax.Array]:
@@ -183,5 +194,4 @@ def _open_dense(source: CheckpointSource) -> Checkpoint:
         return Tensor(tensor.shape, np.dtype("float32"), read)
 
     tensors = {path: merged_tensor(path, tensor) for path, tensor in checkpoint.tensors.items()}
-    config = replace(checkpoint.config, dtype="float32")
-    return Checkpoint("jax", config, tensors)
+    return Checkpoint("jax", replace(checkpoint.config, dtype="float32"), tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -49,10 +50,10 @@ def _image_details(ours: np.ndarray, theirs: np.ndarray, files: list[str]) -> It
     if ours.shape != theirs.shape:
         yield describe_shapes(ours, theirs)
         return
-    for file, here, there in zip(files, ours, theirs, strict=True):
-        difference = np.abs(here - there).max()
+    for i, file in enumerate(files):
+        difference = np.abs(ours[i] - theirs[i]).max()
         if difference:
-            yield f"{file}: pixels in [-1, 1] differ by up to {difference:.2g}"
+            yield f"image {i} ({Path(file).name}) differs by up to {difference:.2g}"
 
 
 def _token_details(

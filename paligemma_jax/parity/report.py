@@ -38,14 +38,6 @@ RATIO_COLUMNS = ("relative", "transformers", "ratio", "limit") + (
 )
 
 
-# Of a reference whose weights transformers did not read: of a checkpoint, of a preset.
-UNREAD = (
-    "this project read the weights of both models (--against DIR compares with a Hugging Face "
-    "directory, which transformers reads)",
-    "both models have the same random weights",
-)
-
-
 def as_dict(report: Report) -> dict:
     """Return plain numbers, for --json."""
     tokens = report.tokens
@@ -114,12 +106,17 @@ def cost(report: Report) -> str:
 def reference(report: Report) -> str:
     """State who read the weights of transformers' model."""
     source, examples = report.case.source, report.case.examples
+    if examples is None:
+        return "only the computation is compared: both models have the same random weights"
     if source is None:
-        return f"{UNREAD[examples is None]}: only the computation is compared"
+        return (
+            "only the computation is compared: transformers has the weights that this project read "
+            "(it reads a Hugging Face directory itself: --against DIR)"
+        )
     peft = f" and peft {version('peft')}" if source.adapter else ""
     text = f"{source.reference} is read by transformers {version('transformers')}{peft}"
-    if examples and examples.theirs.released:
-        text += "; without a preprocessor_config.json, images are processed as in the releases"
+    if examples.theirs.released:
+        text += "; it has no preprocessor_config.json, so images are processed as in the releases"
     return text
 
 
@@ -152,7 +149,7 @@ def verdict(report: Report) -> str:
         text = f"first divergence: {first}: {row.details[0]}"
     others = [other.stage for other in report.rows if other.diverges and other is not row]
     if others:
-        text += f"\nalso diverging on transformers' input: {', '.join(others[:4])}"
+        text += f"\nalso diverging: {', '.join(others[:4])}"
     if len(others) > 4:
         text += f" and {len(others) - 4} more"
     return text

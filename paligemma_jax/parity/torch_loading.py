@@ -5,11 +5,13 @@ Nothing here goes through this project's readers: only the locations of the file
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paligemma_jax.checkpoints.source import CheckpointSource
@@ -36,11 +38,12 @@ def prepare_torch(threads: int | None = None) -> None:
     """
     try:
         import torch
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
     except ImportError:
         raise ValueError(f"comparing with transformers {EXTRA}") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
 
@@ -88,9 +91,7 @@ def load_reference(source: CheckpointSource, dtype: str) -> TorchModel:
             **options,  # type: ignore[arg-type]
         )
         if getattr(model, "hf_quantizer", None):
-            import torch
-
-            model = model.dequantize(dtype=getattr(torch, dtype))
+            model = _dequantize(model)
     unfilled = sorted(info["missing_keys"]) + sorted(key for key, *_ in info["mismatched_keys"])
     if unfilled:
         more = f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else ""
@@ -99,15 +100,38 @@ def load_reference(source: CheckpointSource, dtype: str) -> TorchModel:
             f"{', '.join(unfilled[:3])}{more}"
         )
     if source.adapter:
-        with reported_by_transformers(f"load the adapter {source.adapter}"):
-            from peft import PeftModel
-
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
-                warnings.filterwarnings("error", "Found missing adapter keys")
-                merged = PeftModel.from_pretrained(model, str(source.adapter))
-            model = merged.merge_and_unload()  # type: ignore[operator]
+        model = _merge_adapter(model, source.adapter)
     return model.eval()
+
+
+def _dequantize(model: TorchModel) -> TorchModel:
+    """The model with bitsandbytes' matrices in float32.
+
+    They are flat for it: where blocks cross rows, bitsandbytes 0.50.2 reads wrong scales on a CPU.
+    """
+    import torch
+
+    shapes = {}
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            shapes[name] = state.shape
+            state.shape, state.dtype = torch.Size([state.shape.numel()]), torch.float32
+    model = model.dequantize(dtype=torch.float32)
+    for name, shape in shapes.items():
+        weight = model.get_submodule(name).weight
+        weight.data = weight.data.reshape(shape)  # type: ignore[union-attr, operator]
+    return model
+
+
+def _merge_adapter(model: TorchModel, adapter: Path) -> TorchModel:
+    with reported_by_transformers(f"load the adapter {adapter}"), warnings.catch_warnings():
+        from peft import PeftModel
+
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers about itself
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+        return adapted.merge_and_unload()  # type: ignore[operator]
 
 
 def check_sizes(model: TorchModel, config: PaliGemmaConfig) -> None:
