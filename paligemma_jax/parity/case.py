@@ -181,7 +181,7 @@ def _open_dense(source: CheckpointSource) -> Checkpoint:
     checkpoint = source.checkpoint
     if source.adapter is None:
         return checkpoint
-    peft.load_adapter(source.adapter, checkpoint.config)  # refuses it before transformers runs
+    peft.read(source.adapter, checkpoint.config)  # refuses it before transformers runs
 
     @cache
     def merged() -> dict[str, jax.Array]:
