@@ -47,8 +47,8 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
             notes.append(
                 f"its index states {total} bytes, but its tensors have {checkpoint.nbytes}"
             )
-    if "tokenizer.model" not in checkpoint.files:
-        notes.append("it has no tokenizer.model, which is needed for text")
+    if not {"tokenizer.json", "tokenizer.model"} & checkpoint.files.keys():
+        notes.append("it has no tokenizer.json or tokenizer.model, one of which is needed for text")
     return notes
 
 

@@ -61,8 +61,9 @@ def resolve(
         adapter = weights
         weights = _locate_base(adapter)
     is_ours = (weights / orbax.CONFIG).exists()
-    tokenizer_dir = weights / orbax.FILES if is_ours else weights
-    codecs = sorted((tokenizer_dir.parent if weights.is_file() else tokenizer_dir).glob("vae-*"))
+    directory = weights.parent if weights.is_file() else weights
+    tokenizer_dir = directory / orbax.FILES if is_ours else directory
+    codecs = sorted(tokenizer_dir.glob("vae-*"))
     codec_file = next((file for file in codecs if file.suffix in (".npz", ".safetensors")), None)
     return CheckpointSource(str(reference), weights, adapter, tokenizer_dir, codec_file)
 

@@ -64,15 +64,15 @@ def load(
 
 def make_processor(source: CheckpointSource) -> Processor:
     """Make the processor of a checkpoint. ValueError if its tokenizer and config disagree."""
-    config, file = source.config, source.tokenizer_dir / "tokenizer.model"
-    tokenizer = Tokenizer(file, config.image_token_id)
+    config = source.config
+    tokenizer = Tokenizer(source.tokenizer_dir, config.image_token_id)
     ids, rows = tokenizer.vocab_size, config.decoder.vocab_size
     if tokenizer.image_id == ids - 1:  # as the last id, <image> needs no row of the table
         ids -= 1
     if ids > rows:
         raise ValueError(
-            f"{source.reference}: tokenizer.model has {ids} ids, but vocab_size in config.json is "
-            f"{rows}: use files of one checkpoint"
+            f"{source.reference}: {tokenizer.file.name} has {ids} ids, but vocab_size in "
+            f"config.json is {rows}: use files of one checkpoint"
         )
     size, patches = config.vision.image_size, config.vision.num_patches
     settings = read_image_settings(source.tokenizer_dir, size, patches)

@@ -126,7 +126,7 @@ class Processor:
             EncodedPrompt(
                 tuple(islice(remaining, text.count(IMAGE))),
                 self._prompt_ids(text),
-                [] if answer is None else [*self.tokenizer.encode(answer), self.tokenizer.eos_id],
+                [] if answer is None else self.tokenizer.encode(answer + self.tokenizer.eos),
             )
             for text, answer in zip(texts, answers, strict=True)
         ]
@@ -179,8 +179,8 @@ class Processor:
 
     def _prompt_ids(self, prompt: str) -> list[int]:
         before, image, after = prompt.rpartition(IMAGE)
-        bos, image_id = self.tokenizer.bos_id, self.tokenizer.image_id
-        ids = [*self.tokenizer.encode(before + image), bos, *self.tokenizer.encode(after + "\n")]
+        image_id = self.tokenizer.image_id
+        ids = self.tokenizer.encode(f"{before}{image}{self.tokenizer.bos}{after}\n")
         repeated = ([i] * (self.image_tokens if i == image_id else 1) for i in ids)
         return list(chain.from_iterable(repeated))
 

@@ -93,10 +93,11 @@ def test_a_converted_checkpoint_keeps_its_tokenizer_and_codec_apart(tmp_path):
     assert source.config.vision == resolve("tiny").config.vision
 
 
-def test_a_mask_codec_is_found_beside_an_npz(tmp_path):
+def test_tokenizer_and_mask_codec_are_found_beside_an_npz(tmp_path):
     for name in ("weights.npz", "vae-readme.txt", "vae-oid.npz"):
         (tmp_path / name).write_bytes(b"")
-    assert resolve(tmp_path / "weights.npz").codec_file == tmp_path / "vae-oid.npz"
+    source = resolve(tmp_path / "weights.npz")
+    assert (source.tokenizer_dir, source.codec_file) == (tmp_path, tmp_path / "vae-oid.npz")
     assert resolve(GOLDEN / "pg2").codec_file is None
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoImageProcessor, SiglipImageProcessorPil
+from support.hf_processor import save_processor
+from transformers import AutoImageProcessor, AutoProcessor, SiglipImageProcessorPil
 
+import paligemma_jax as pg
 from convert import formats, orbax
+from convert.inspection import inspect
 from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.inference.loading import make_processor
 
@@ -49,3 +53,38 @@ def test_settings_of_another_model_are_refused(random_directory):
     image_processor(224, 256).save_pretrained(directory)
     with pytest.raises(ValueError, match=r"preprocessor_config.json: size must be .*'height': 56"):
         make_processor(resolve(directory))
+
+
+@pytest.fixture
+def without_model(random_directory) -> Path:
+    """A checkpoint as release 5 of transformers saves it, without tokenizer.model."""
+    directory = random_directory()
+    save_processor(directory, 56, 14)
+    processor = AutoProcessor.from_pretrained(directory)
+    processor.tokenizer.add_tokens(["zebra"])
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<cell>"]})
+    processor.save_pretrained(directory)
+    (directory / "tokenizer.model").unlink()
+    return directory
+
+
+def test_tokenizer_json_travels_through_conversions(without_model, tmp_path):
+    theirs = AutoProcessor.from_pretrained(without_model).tokenizer
+    pg.convert(without_model, tmp_path / "jax", "jax")
+    pg.convert(tmp_path / "jax", tmp_path / "back", "huggingface")
+    for directory in (without_model, tmp_path / "jax", tmp_path / "back"):
+        ours = make_processor(resolve(directory)).tokenizer
+        ids = ours.encode("cat<cell> zebra")
+        assert ids == theirs.encode("cat<cell> zebra", add_special_tokens=False)
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "cat zebra"
+        assert not any("tokenizer" in note for note in inspect(directory)["notes"])
+
+
+def test_without_a_tokenizer_the_error_names_both_files(random_directory):
+    directory = random_directory()
+    (directory / "tokenizer.model").unlink()
+    with pytest.raises(
+        ValueError, match=r"no tokenizer at .*: copy tokenizer\.json or tokenizer\.m"
+    ):
+        pg.load(directory)
+    assert "it has no tokenizer.json or tokenizer.model" in inspect(directory)["notes"][-1]
