@@ -103,7 +103,9 @@ def open_tree(params: Path) -> dict[tuple[str, ...], TensorEntry]:
         ValueError: The tree is damaged or has another form.
     """
     tree = load_json(params / "_METADATA", _Tree)
-    leaves = [leaf for leaf in tree.tree_metadata.values() if leaf.value_metadata.value_type != "None"]
+    leaves = [
+        leaf for leaf in tree.tree_metadata.values() if leaf.value_metadata.value_type != "None"
+    ]
     paths = [tuple(str(step.key) for step in leaf.key_metadata) for leaf in leaves]
     return {keys: _entry(params, ".".join(keys), tree) for keys in paths}
 

@@ -19,6 +19,7 @@ from paligemma_jax.data.images import image_error
 from paligemma_jax.data.jsonl import read_lines
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.processing.image import ImageSource
+from paligemma_jax.processing.image_array import is_channels_first
 
 MAX_ERRORS = 5  # errors of a file that are listed
 MAX_WEIGHT = 3.4e38  # of float32, in which losses are weighted
@@ -105,7 +106,7 @@ def make_example(
     return Example(tuple(sources), row["prefix"], suffix, _weight(row), line)
 
 
-def _image_source(image: object, folder: Path) -> ImageSource | None:
+def _image_source(image: Any, folder: Path) -> ImageSource | None:
     """Return an image of a row, a path relative to `folder`; None if it is not an image."""
     if isinstance(image, dict):  # {"bytes", "path"}: an image column that is not decoded
         content = image.get("bytes")
@@ -114,6 +115,9 @@ def _image_source(image: object, folder: Path) -> ImageSource | None:
         image = image.get("path")
     if isinstance(image, str | Path):
         return folder / image
+    # Hugging Face data sets in torch format have the channels first, those in other formats last.
+    if hasattr(image, "permute") and is_channels_first(image.shape):
+        return image.permute(1, 2, 0)
     return image if isinstance(image, ImageSource) else None
 
 

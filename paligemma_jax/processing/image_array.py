@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -64,16 +65,19 @@ def _to_numpy(source: Any) -> np.ndarray:
         ) from None
 
 
+def is_channels_first(shape: Sequence[int]) -> bool:
+    """Whether an array of this shape can be an image [C, H, W], and not [H, W, C]."""
+    return len(shape) == 3 and shape[0] in CHANNELS and shape[2] not in CHANNELS
+
+
 def _check_shape(shape: tuple[int, ...]) -> None:
-    channels_last = len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNELS)
-    if channels_last and 0 not in shape:
-        return
-    if len(shape) == 3 and shape[0] in CHANNELS and 0 not in shape:
+    if is_channels_first(shape) and 0 not in shape:
         raise ValueError(
             f"an image array must have its channels last, got {list(shape)}: transpose it with "
             "image.transpose(1, 2, 0), or image.permute(1, 2, 0) in torch"
         )
-    raise ValueError(
-        "an image array must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], "
-        f"got {list(shape)}: pass one image, channels last"
-    )
+    if len(shape) not in (2, 3) or 0 in shape or (len(shape) == 3 and shape[2] not in CHANNELS):
+        raise ValueError(
+            "an image array must be [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], "
+            f"got {list(shape)}: pass one image, channels last"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import numpy as np
@@ -185,8 +185,13 @@ class Processor:
         return list(chain.from_iterable(repeated))
 
 
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    """Whether a value has several images or texts: a list, a tuple, a column of a data set."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
 def _texts(texts: str | Sequence[str], name: str) -> list[str]:
-    listed: list = list(texts) if isinstance(texts, list | tuple) else [texts]
+    listed: list = list(texts) if is_list(texts) else [texts]
     for i, text in enumerate(listed):
         if not isinstance(text, str):
             raise ValueError(f"{name} {i} must be a str, got {type(text).__name__}")
@@ -205,8 +210,8 @@ def _assign_images(
     """
     if images is None:
         images = []
-    entries: list = list(images) if isinstance(images, list | tuple) else [images]
-    groups = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
+    entries: list = list(images) if is_list(images) else [images]
+    groups = [list(entry) if is_list(entry) else [entry] for entry in entries]
     flat: list[ImageSource] = list(chain(*groups))
     given = [len(group) for group in groups]
     placeholders = [prompt.count(IMAGE) for prompt in prompts]
@@ -224,7 +229,7 @@ def _assign_images(
             f"prompt {placeholders.index(0)} has no {IMAGE} but another prompt has: "
             "write it into every prompt or into none"
         )
-    is_nested = any(isinstance(entry, list | tuple) for entry in entries)
+    is_nested = any(map(is_list, entries))
     if (given != placeholders) if is_nested else (len(flat) != sum(placeholders)):
         counts = given if is_nested else len(flat)
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 
@@ -13,6 +14,7 @@ from support.finetuning import data  # noqa: F401
 from support.mutations import mutations
 
 from paligemma_jax.data.rows import make_example, read_examples
+from paligemma_jax.processing.image import load_image
 from paligemma_jax.training.batches import row_order
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.finetune import finetune
@@ -97,6 +99,20 @@ def test_weights_of_numpy_and_tuples_of_images_are_accepted(weight):
     row = {"image": ("a.png", "b.png"), "prefix": "ocr", "suffix": "1", "weight": weight}
     example = make_example(row, 1)
     assert example.weight == float(weight) and len(example.images) == 2
+
+
+def test_images_of_every_format_of_a_data_set():
+    """Hugging Face data sets: decoded or not, and in the formats numpy, jax and torch, of which
+    the last has the channels first."""
+    torch = pytest.importorskip("torch")
+    array = np.random.default_rng(0).integers(0, 256, (16, 19, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    images = [Image.fromarray(array), {"bytes": stream.getvalue(), "path": None}, array]
+    images += [jnp.asarray(array), torch.from_numpy(array).permute(2, 0, 1)]
+    for image in images:
+        example = make_example({"image": image, "prefix": "ocr", "suffix": "1"}, 0)
+        np.testing.assert_array_equal(load_image(example.images[0]), array)
 
 
 def test_a_weight_of_null_is_absent_and_an_array_without_axes_is_a_number():

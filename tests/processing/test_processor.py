@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import jax
 import numpy as np
@@ -139,6 +140,8 @@ def test_paths_arrays_and_images_give_the_same_pixels(ours, tmp_path):
     expected = ours(A, "caption en").images
     for source in (path, str(path), np.asarray(A), [path], (A,), [[str(path)]], [(np.asarray(A),)]):
         np.testing.assert_array_equal(ours(source, "caption en").images, expected)
+    columns = ours(deque([A, B]), deque(["a", "b"]))  # as of a data set: sequences, but no lists
+    np.testing.assert_array_equal(columns.images, ours([A, B], ["a", "b"]).images)
     mixed = ours([path, [B, np.asarray(C)]], ["a", "b"])
     np.testing.assert_array_equal(mixed.images, ours([[A], [B, C]], ["a", "b"]).images)
 
