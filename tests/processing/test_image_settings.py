@@ -9,6 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from PIL import Image
+from support.mutations import mutations
 from transformers import AutoImageProcessor
 
 from paligemma_jax.processing.image import load_image, pixel_values
@@ -204,3 +205,26 @@ def test_other_settings_are_refused(case, nested, tmp_path):
         read_image_settings(tmp_path, SIZE, TOKENS)
     name = "processor_config.json" if nested else "preprocessor_config.json"
     assert str(error.value).startswith(f"{tmp_path / name}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_mutated_files_are_refused_or_followed(nested, files, tmp_path):
+    """Every value replaced by values of other types: one line, or the pixels of transformers."""
+    whole = {**RELEASE_4, "do_center_crop": False, "do_pad": None, "input_data_format": None}
+    file = tmp_path / ("processor_config.json" if nested else "preprocessor_config.json")
+    followed = 0
+    for text in mutations({"image_processor": whole} if nested else whole):
+        file.write_text(text)
+        try:
+            ours = our_pixels(tmp_path, files["key.png"])
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400, text[:300]
+            continue
+        transformers_processor.cache_clear()
+        try:
+            theirs = transformers_pixels(tmp_path, files["key.png"])
+        except Exception:
+            continue
+        np.testing.assert_array_equal(ours, theirs, text)
+        followed += 1
+    assert followed > 20
