@@ -74,6 +74,27 @@ def test_placeholders_share_out_the_images(generate, predictor, rotated):
     assert lines == predictor.generate([IMAGE, rotated], [prompt] * 2, NEW_TOKENS)
 
 
+def test_transparency_is_left_to_the_checkpoint(generate, tmp_path, monkeypatch):
+    """Its image settings decide whether a transparent color becomes white."""
+    from PIL import Image
+
+    from paligemma_jax.inference.answer import Answer
+    from paligemma_jax.processing.image import load_image
+
+    file, passed = str(tmp_path / "key.png"), []
+    Image.new("RGB", (8, 8), "red").save(file, transparency=(255, 0, 0))
+
+    def answers(self, images, prompts, **options):
+        passed.extend(images[0])
+        return [Answer("red", [], [], 0.0)]
+
+    monkeypatch.setattr(pg.Predictor, "answers", answers)
+    assert generate("--image", file, "--prompt", "what color is this") == ["red"]
+    for on_white, color in ((True, (255, 255, 255)), (False, (255, 0, 0))):
+        for source in (file, passed[0]):
+            assert load_image(source, on_white).getpixel((0, 0)) == color
+
+
 def test_json_is_one_object_per_line(generate, predictor, rotated):
     """Objects come in the order of the prompts, with newlines and quotes in strings."""
     images = [IMAGE, rotated, IMAGE]
