@@ -19,6 +19,7 @@ def demo(
     host: str = "127.0.0.1",
     port: int = 7860,
     users: int = 2,
+    hosts: tuple[str, ...] = (),
     limits: Annotated[Limits, tyro.conf.arg(name="max")] = Limits(),
     dtype: Dtype = None,
     numerics: Numerics = None,
@@ -35,6 +36,7 @@ def demo(
             password.
         port: Port; 0 picks a free one.
         users: Number of concurrent requests; further ones wait in a queue.
+        hosts: Names under which visitors open the page, if not by --host, such as a proxy's.
         dtype: Data type of the parameters: float32, bfloat16 or float16.
         numerics: Numerics profile: transformers or big_vision.
         quantize: Weight format, as for `generate`: int8, int4, nf4, ...
@@ -50,7 +52,7 @@ def demo(
     for predictor in predictors.values():  # compile before the first visitor arrives
         next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the uploads, too
-    with serve(predictors, limits, host, port, users) as address:
+    with serve(predictors, limits, host, port, users, hosts) as address:
         print(f"{address}  (press Ctrl-C to stop)", flush=True)
         Event().wait()
 
@@ -65,3 +67,9 @@ def _check(port: int, users: int, limits: Limits) -> None:
     for name, value in vars(limits).items():
         if not value > 0:
             raise ValueError(f"--max.{name.replace('_', '-')} must be greater than 0, got {value}")
+    prompt = limits.images * limits.megabytes
+    if not prompt <= limits.visitor_megabytes <= limits.total_megabytes:
+        raise ValueError(
+            f"--max.visitor-megabytes must be from {prompt:g} (the pictures of a prompt) to "
+            f"{limits.total_megabytes:g} (--max.total-megabytes), got {limits.visitor_megabytes:g}"
+        )

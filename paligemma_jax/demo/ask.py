@@ -6,6 +6,7 @@ import logging
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax
 from PIL import Image
@@ -26,7 +27,8 @@ TASKS = {
     "Detect": "detect ",
     "Segment": "segment ",
 }
-METHODS = ("Greedy", "Sample", "Beam")
+Method = Literal["Greedy", "Sample", "Beam"]
+METHODS = get_args(Method)
 MAX_PROGRAMS = 64  # each uses memory maps; Linux limits a process to 65,530
 MAX_SIDE = 1600  # pixels of the picture that boxes are drawn on
 
@@ -35,7 +37,7 @@ MAX_SIDE = 1600  # pixels of the picture that boxes are drawn on
 class Settings:
     """The settings of the page as the browser sends them; pass them through `checked`."""
 
-    method: str = "Greedy"
+    method: Method = "Greedy"
     temperature: float = 1.0
     top_k: float = 0  # 0 disables it
     top_p: float = 1.0

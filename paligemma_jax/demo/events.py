@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+import msgspec
 from gradio.components import Component
 
+from convert.typed_json import check
 from paligemma_jax.demo import html
 from paligemma_jax.demo.ask import (
     EXAMPLES,
@@ -28,18 +30,42 @@ from paligemma_jax.processing.locations import draw
 
 FOCUS_PROMPT = """() => {
   const box = document.querySelector('#prompt textarea');
-  box.focus();
-  box.setSelectionRange(1e6, 1e6);
+  box?.focus();
+  box?.setSelectionRange(1e6, 1e6);
 }"""
 SHOW_ANSWER = """() => {
   const answers = document.querySelector('#answers');
-  if (innerWidth < 800) answers.scrollIntoView({behavior: 'smooth', block: 'nearest'});
+  if (innerWidth < 800) answers?.scrollIntoView({behavior: 'smooth', block: 'nearest'});
 }"""
 
 Options = dict[str, Any]  # Any: keyword arguments of Gradio's event listeners
 Updates = list[object]
 
 HIDDEN: Options = dict(api_visibility="private", concurrency_limit=None, show_progress="hidden")
+
+
+class Upload(msgspec.Struct):
+    """The value of an image input. `Gate` lets only paths of uploads through."""
+
+    path: str
+
+
+class Question(msgspec.Struct):
+    """The inputs of a run, as the browser sends them."""
+
+    pictures: list[Upload | None]
+    prompt: str
+    settings: Settings
+
+    @classmethod
+    def decode(cls, inputs: Sequence[object], pictures: int) -> Question:
+        """Check the pictures, the prompt and the settings. Raises gr.Error for another type."""
+        settings = dict(zip(Settings.__annotations__, inputs[pictures + 1 :], strict=True))
+        fields = dict(pictures=inputs[:pictures], prompt=inputs[pictures], settings=settings)
+        try:
+            return check(fields, cls)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from None
 
 
 @dataclass(frozen=True)
@@ -70,7 +96,7 @@ class Panel:
 class Answered:
     """The last request and its answers, for their token probabilities."""
 
-    files: tuple[str | None, ...]
+    files: list[str | None]
     prompt: str
     texts: list[str]
 
@@ -125,6 +151,7 @@ def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: in
         fn=partial(_answer, parts, predictors, limits),
         inputs=[*parts.pictures, parts.prompt, *parts.settings],
         outputs=parts.outputs(),
+        preprocess=False,  # `gr.Image` would decode the pictures before they are checked
         show_progress="minimal",
         show_progress_on=[panel.text for panel in parts.panels],
         **queue,
@@ -168,17 +195,14 @@ def _stopped() -> Updates:
 
 
 def _answer(
-    parts: Parts,
-    predictors: list[Predictor],
-    limits: Limits,
-    *inputs: Any,  # from the browser
+    parts: Parts, predictors: list[Predictor], limits: Limits, *inputs: object
 ) -> Iterator[Updates]:
     """Run the prompt. The inputs are the pictures, the prompt and the settings."""
-    count = len(parts.pictures)
-    files, prompt, settings = inputs[:count], inputs[count], Settings(*inputs[count + 1 :])
+    question = Question.decode(inputs, len(parts.pictures))
+    files, prompt = [picture and picture.path for picture in question.pictures], question.prompt
     yield parts.reset(html.WAITING, running=True)
     previous = [Reply()] * len(parts.panels)
-    for replies in ask(predictors, limits, files, prompt, settings):
+    for replies in ask(predictors, limits, files, prompt, question.settings):
         updates = parts.update(replies, previous)
         if all(reply.done for reply in replies):
             answered = any(not reply.error for reply in replies)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from paligemma_jax.processing.encoded_image import check_encoded_image
 from paligemma_jax.processing.image import load_image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, which is a program
@@ -16,7 +17,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, whic
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits per request."""
+    """Limits on what a visitor may send, and on what is stored."""
 
     megabytes: float = 10.0
     """Maximum file size of a picture, in MB."""
@@ -30,6 +31,10 @@ class Limits:
     """Maximum length of the answer, in tokens."""
     beams: int = 8
     """Maximum number of beams."""
+    visitor_megabytes: float = 100.0
+    """Maximum size of the stored pictures of an address, in MB; the oldest are deleted."""
+    total_megabytes: float = 1000.0
+    """Maximum size of all stored pictures, in MB; the oldest are deleted."""
 
     def open_images(self, files: Sequence[str | None]) -> list[Image.Image]:
         """Return the pictures in RGB, rotated upright; None entries are skipped.
@@ -59,6 +64,8 @@ class Limits:
 
     def _open_image(self, path: Path) -> Image.Image:
         name = path.name
+        if not path.is_file():
+            raise ValueError(f"{name} is no longer stored. Upload it again.")
         megabytes = os.path.getsize(path) / 1e6
         if megabytes > self.megabytes:
             raise ValueError(
@@ -76,6 +83,7 @@ class Limits:
             ) from None
         if megapixels > self.megapixels:
             raise ValueError(f"{name} is too large: {megapixels:.0f} megapixels, {limit}.")
+        check_encoded_image(path.read_bytes(), name)
         try:
             return load_image(path, on_white=False)  # the checkpoint's settings decide
         except ValueError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -46,23 +45,9 @@ def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Bl
 
 
 def upload(**options: Any) -> gr.Image:  # Any: passed on to gr.Image
-    """Return an image input whose value is the path of the uploaded file.
-
-    Nothing is decoded before `Limits` has checked it, and no URL is fetched. The methods are
-    replaced on the instance because Gradio writes a .pyi file for a subclass.
-    """
+    """Return an image input. Events that read it leave the decoding to `Limits`."""
     options |= dict(sources=["upload", "clipboard", "webcam"], buttons=["fullscreen"])
-    image: Any = gr.Image(type="filepath", **options)  # Any: two methods are replaced
-    move_to_cache = image.async_move_resource_to_block_cache
-
-    async def cache_upload(location: str | Path | None) -> str | None:
-        if "://" in str(location):
-            raise gr.Error("Upload a picture; URLs are not fetched.")
-        return await move_to_cache(location)
-
-    image.async_move_resource_to_block_cache = cache_upload
-    image.preprocess = lambda payload: payload.path if payload else None
-    return image
+    return gr.Image(**options)
 
 
 def _more_pictures(count: int) -> list[gr.Image]:

@@ -144,6 +144,16 @@ def test_errors_are_shown_as_messages(visit, tmp_path):
     expect_answer(page, "4 3 2 3")
 
 
+def test_an_uploaded_page_is_downloaded_not_shown(visit, address):
+    page = visit()
+    source = page.get_attribute("#picture img", "src")
+    body = {"files": {"name": "evil.html", "mimeType": "text/html", "buffer": b"<b>evil</b>"}}
+    (path,) = page.request.post(f"{address}gradio_api/upload", multipart=body).json()
+    for url in (source, f"{address}gradio_api/file={path}"):
+        with page.expect_download(), pytest.raises(playwright.Error, match="Download is starting"):
+            page.goto(url)
+
+
 def test_boxes_with_scores_and_token_probabilities(visit):
     """Boxes are drawn; the text and the token probabilities are a click away; the next run clears
     everything."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote, urlparse
@@ -12,6 +10,7 @@ from urllib.parse import quote, urlparse
 import numpy as np
 import pytest
 from PIL import Image
+from support.demo_client import file_data, request, run, upload
 from support.paths import DIGITS as DIGITS_FILE
 
 import paligemma_jax as pg
@@ -128,6 +127,9 @@ def test_prompts():
 def test_limits_must_be_positive():
     with pytest.raises(ValueError, match=r"--max\.new-tokens must be greater than 0, got 0"):
         demo(limits=Limits(new_tokens=0))
+    message = r"--max\.visitor-megabytes must be from 40 \(.*\) to 1000 \(.*\), got 30"
+    with pytest.raises(ValueError, match=message):
+        demo(limits=Limits(visitor_megabytes=30))
 
 
 @pytest.mark.parametrize(
@@ -337,26 +339,6 @@ def address(predictor):
         yield address.rstrip("/")
 
 
-def request(url, data=None, **headers):
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, data, headers), timeout=20
-        ) as reply:
-            return reply.status, reply.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-
-
-def upload(address, content, name="x.png"):
-    body = (
-        b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n'
-        % (name.encode(), content)
-    )
-    return request(
-        f"{address}/gradio_api/upload", body, **{"Content-Type": "multipart/form-data; boundary=b"}
-    )
-
-
 def test_page_refers_to_no_other_server(address):
     status, page = request(address)
     assert (
@@ -427,33 +409,15 @@ def test_large_uploads_are_refused(address):
     assert request(f"{address}/gradio_api/queue/join", b"x" * 1_500_000)[0] == 413
 
 
-def post_run(address, picture):
-    """Return the reply to a handmade request: Run, with `picture` as the first picture."""
-    config = json.loads(request(f"{address}/config")[1])
-    number, answer = next(
-        (n, event) for n, event in enumerate(config["dependencies"]) if len(event["inputs"]) > 5
-    )
-    values = [picture] + [None] * (len(answer["inputs"]) - 9) + ["ocr", *vars(Settings()).values()]
-    body = {"data": values, "fn_index": answer.get("id", number), "session_hash": "byhand"}
-    status, _ = request(
-        f"{address}/gradio_api/queue/join",
-        json.dumps(body).encode(),
-        **{"Content-Type": "application/json"},
-    )
-    assert status == 200
-    return request(f"{address}/gradio_api/queue/data?session_hash=byhand")[1].decode()
-
-
 def test_paths_and_urls_in_place_of_an_upload_are_refused(address):
     """Paths are not read, and URLs are not fetched."""
-    meta = {"meta": {"_type": "gradio.FileData"}}
     (path,) = json.loads(upload(address, Path(DIGITS).read_bytes())[1])
-    assert "4 3 2 3" in post_run(address, {"path": path, **meta})
-    for bad in ("/etc/passwd", DIGITS, "http://127.0.0.1:9/x.png", "https://example.com/x.png"):
-        reply = post_run(address, {"path": bad, **meta})
-        assert '"success":false' in reply.replace(" ", "")
-        assert "4 3 2 3" not in reply and "root:" not in reply
-        assert ("URLs are not fetched" in reply) == ("://" in bad)
+    assert "4 3 2 3" in run(address, file_data(path))
+    bad = ["/etc/passwd", DIGITS, "http://127.0.0.1:9/x.png", "https://example.com/x.png"]
+    bad += [f"{Path(path).parent}/../../x.png", "", "a" * 5000, "a\0b", 3, ["x"]]
+    for other in bad:
+        reply = run(address, file_data(other))
+        assert reply == "a picture must be an upload, not a URL or another file"
 
 
 def test_loopback_by_default(address):
