@@ -87,14 +87,17 @@ def decode(content: bytes, kind: type[Value] = JsonObject, source: str = "") -> 
     raise ValueError(f"{source}: {reason}" if source else reason)
 
 
-def check(value: object, kind: type[Value], source: str = "") -> Value:
+def check(value: object, kind: type[Value], source: str = "", strict: bool = True) -> Value:
     """Convert a Python value, such as a row of a data set, as `decode` does its JSON.
+
+    Args:
+        strict: If False, a text may be a number, as in XML.
 
     Raises:
         ValueError: The value is not of type `kind`.
     """
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, strict=strict)
     except msgspec.ValidationError as error:
         reason = _explain(str(error), value)
     except RecursionError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import docstring_parser
 import tyro
 
+from paligemma_jax.commands.annotations import convert_annotations
 from paligemma_jax.commands.bench import bench
 from paligemma_jax.commands.convert import convert, inspect
 from paligemma_jax.commands.demo import demo
@@ -30,6 +31,7 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "recipe": recipe,
+    "annotations": convert_annotations,
     "demo": demo,
     "bench": bench,
     "parity": parity,

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from paligemma_jax.bench import clock
 from paligemma_jax.bench.cached import fixed_length_request, measure_cached, step_bytes
 from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.model.flops import prefill_flops
@@ -53,7 +53,7 @@ def run(config: BenchConfig) -> Record:
     report: Record = {"machine": machine, "rows": [], "cached": []}
     models = list(product(config.model, config.quantize or (None,)))
     cases = len(config.layers) * len(config.batch) * (len(config.prompt) + len(config.cached))
-    with tqdm(total=len(models) * cases, disable=None, unit="case") as bar:
+    with progress_bar(desc="bench", total=len(models) * cases, unit="case") as bar:
         for name, quantization in models:
             for key, row in _measure_model(name, quantization, dtype, config):
                 report[key].append(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from paligemma_jax.data import published, refcoco
@@ -63,22 +63,25 @@ def convert(
     names = ", ".join(map(str, files))
     try:
         rows: list[DataRow] = list(converter(source))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{names}: unexpected content ({reason}); expected {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {name} is published as: {expected}") from None
     if not rows:
         raise ValueError(f"no rows{f' of split {split}' if split else ''} in {names}")
-    image_files = dict.fromkeys(str(row["image"]) for row in rows)
-    missing = [file for file in image_files if not os.path.exists(file)]
+    check_images(str(row["image"]) for row in rows)
+    if every_answer:
+        rows = [copy for row in rows for copy in _row_per_answer(row)]
+    write_rows(output, rows)
+    return len(rows)
+
+
+def check_images(files: Iterable[str]) -> None:
+    """Raise a ValueError if image files are missing."""
+    missing = [file for file in dict.fromkeys(files) if not os.path.exists(file)]
     if missing:
         raise ValueError(
             f"{len(missing)} images are missing, such as {missing[0]}: "
             "pass their directory with --images"
         )
-    if every_answer:
-        rows = [copy for row in rows for copy in _row_per_answer(row)]
-    _write(output, rows)
-    return len(rows)
 
 
 def _row_per_answer(row: DataRow) -> list[DataRow]:
@@ -86,7 +89,8 @@ def _row_per_answer(row: DataRow) -> list[DataRow]:
     return [{**row, "suffix": answer} for answer in answers] if answers else [row]
 
 
-def _write(output: Path, rows: list[DataRow]) -> None:
+def write_rows(output: Path, rows: list[DataRow]) -> None:
+    """Write a JSONL file at once, with paths relative to it."""
     temporary = output.with_name(output.name + ".part")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", encoding="utf-8") as out:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageDraw
+from msgspec import Struct
 
+from convert.typed_json import Positive, check
 from paligemma_jax.data.jsonl import DataRow
-from paligemma_jax.data.published import Published, PublishedFiles
+from paligemma_jax.data.published import PublishedFiles
+from paligemma_jax.data.shapes import Shape, rasterize
 from paligemma_jax.processing.locations import Box, Size, location_bins, location_tokens
 from paligemma_jax.processing.mask_codec import MaskCodec, crop_mask
 
@@ -29,7 +31,7 @@ class _Reference:
     expression: str
     object: int  # id of the annotation
     box: Box
-    shape: Published  # COCO polygons or runs
+    shape: Shape
     size: Size
 
     @property
@@ -70,26 +72,61 @@ def _mask_tokens(mask: np.ndarray, box: Box, codec: MaskCodec | None) -> str:
     return "".join(f"<seg{code:03}>" for code in codec.encode(crop[None])[0])
 
 
+class RefSentence(Struct):
+    sent: str
+    sent_id: int
+
+
+class Ref(Struct):
+    """An object with the expressions that refer to it, of refs(...).p."""
+
+    ann_id: int
+    split: str
+    sentences: list[RefSentence]
+
+
+class RefImage(Struct, gc=False):
+    id: int
+    file_name: str
+    width: Positive
+    height: Positive
+
+
+class RefAnnotation(Struct, gc=False):
+    id: int
+    image_id: int
+    bbox: tuple[float, float, float, float]  # left, top, width, height
+    segmentation: Shape
+
+
+class RefInstances(Struct):
+    images: list[RefImage]
+    annotations: list[RefAnnotation]
+
+
 def _references(source: PublishedFiles) -> Iterator[_Reference]:
     path = next((path for path in source.files if path.suffix == ".p"), None)
     if path is None:
         raise ValueError("--files must include refs(...).p, which contains RefCOCO's expressions")
-    images = {item["id"]: item for item in source.items("images")}
-    annotations = {item["id"]: item for item in source.items("annotations")}
-    for ref in read_pickle(path):
-        if not source.includes(ref["split"]):
+    (file, instances), *_ = source.load(RefInstances)
+    images = {item.id: item for item in instances.images}
+    annotations = {item.id: item for item in instances.annotations}
+    for ref in check(read_pickle(path), list[Ref], str(path)):
+        if not source.includes(ref.split):
             continue
-        annotation = annotations[ref["ann_id"]]
-        number, image = annotation["id"], images[annotation["image_id"]]
-        size = image["width"], image["height"]
-        left, top, width, height = annotation["bbox"]
+        annotation = annotations.get(ref.ann_id)
+        image = images.get(annotation.image_id) if annotation else None
+        if annotation is None or image is None:
+            raise ValueError(f"{file} must have annotation {ref.ann_id} and its image")
+        size = image.width, image.height
+        left, top, width, height = annotation.bbox
         right, bottom = min(left + width, size[0]), min(top + height, size[1])
         box = (max(left, 0), max(top, 0), right, bottom)
-        for sentence in ref["sentences"]:
-            text = sentence["sent"].replace(";", ",").replace("<", " ")
-            fields = dict(id=sentence["sent_id"], object=number, boxes=[box], labels=[text])
-            row = source.row(image["file_name"], text, (), **fields)
-            yield _Reference(row, text, number, box, annotation["segmentation"], size)
+        for sentence in ref.sentences:
+            text = sentence.sent.replace(";", ",").replace("<", " ")
+            fields = dict(id=sentence.sent_id, object=annotation.id, boxes=[box], labels=[text])
+            row = source.row(image.file_name, text, (), **fields)
+            yield _Reference(row, text, annotation.id, box, annotation.segmentation, size)
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -102,7 +139,7 @@ class _DataUnpickler(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module_name}.{global_name}")
 
 
-def read_pickle(path: Path) -> Published:
+def read_pickle(path: Path) -> object:
     """Read a pickle file that contains plain data.
 
     Raises:
@@ -114,23 +151,3 @@ def read_pickle(path: Path) -> Published:
         raise ValueError(
             f"{path} is not a pickle file of plain data ({str(error) or type(error).__name__})"
         ) from None
-
-
-def rasterize(shape: Published, size: Size) -> Image.Image:
-    """Draw a COCO segmentation as an image of 0 and 255.
-
-    Args:
-        shape: Polygons [x, y, x, y, ...], or uncompressed run lengths in column order, starting
-            with zeros.
-        size: Width and height in pixels.
-    """
-    if isinstance(shape, dict):
-        runs = enumerate(shape["counts"])
-        pixels = b"".join((b"\xff" if number % 2 else b"\0") * run for number, run in runs)
-        height, width = shape["size"]
-        columns = Image.frombytes("L", (height, width), pixels)
-        return columns.transpose(Image.Transpose.TRANSPOSE)
-    fine = Image.new("L", (size[0] * 4, size[1] * 4))
-    for polygon in shape:
-        ImageDraw.Draw(fine).polygon([value * 4 for value in polygon], fill=255)
-    return fine.reduce(4).point([0] * 128 + [255] * 128)

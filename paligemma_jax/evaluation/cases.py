@@ -14,15 +14,10 @@ from PIL import Image
 from convert.typed_json import Count, check
 from paligemma_jax.data.images import image_size
 from paligemma_jax.data.jsonl import ANSWER_FIELDS, DataRow, answer_field, read_jsonl, read_rows
+from paligemma_jax.data.shapes import mask_box
 from paligemma_jax.inference.offline_files import output_files
 from paligemma_jax.processing.image import ImageSource
-from paligemma_jax.processing.locations import (
-    Box,
-    Detection,
-    Detections,
-    parse_detections,
-    with_masks,
-)
+from paligemma_jax.processing.locations import Detection, Detections, parse_detections, with_masks
 from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec
 
 
@@ -122,21 +117,13 @@ class Case:
             answer = list(with_masks(Detections(answer), self.size, codec))
         if self.row.get("mask") is not None:
             mask = self.reference_mask(codec)
-            first = references[0] if references else Detection("", _bounding_box(mask))
+            first = references[0] if references else Detection("", mask_box(mask))
             references = [replace(first, mask=mask), *references[1:]]
         return {"reference": references, "answer": answer}
 
     @property
     def _name(self) -> str:
         return f"the row of {self.row['image']}"
-
-
-def _bounding_box(mask: np.ndarray) -> Box:
-    """Return left, top, right, bottom."""
-    columns, rows = (np.flatnonzero(mask.any(axis=axis)) for axis in (0, 1))
-    if not len(rows):
-        return 0.0, 0.0, 0.0, 0.0
-    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def _first_mask(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import time
 import warnings
@@ -14,6 +13,7 @@ from itertools import product
 import jax
 from jax.sharding import Mesh
 
+from convert.typed_json import decode
 from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.planning.chips import Slice, device_count_flag
@@ -50,11 +50,12 @@ class PlanResult:
 
     @classmethod
     def from_json(cls, text: str) -> PlanResult:
-        """Read what `json.dumps(asdict(result))` wrote."""
-        values = json.loads(text)
-        config = PlanConfig(**values.pop("config"))
-        costs = {name: ProgramCost(**cost) for name, cost in values.pop("programs").items()}
-        return cls(config, programs=costs, **values)
+        """Read what `json.dumps(asdict(result))` wrote.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        return decode(text.encode(), cls)
 
 
 def plan(config: PlanConfig) -> PlanResult:

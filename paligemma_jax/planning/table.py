@@ -11,8 +11,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-from tqdm import tqdm
-
+from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.planning.chips import Slice
 from paligemma_jax.planning.config import PlanConfig
 from paligemma_jax.planning.plan import PlanResult, plan
@@ -47,9 +46,8 @@ def plan_table(file: Path) -> Cells:
         return known[config]
 
     cells = {}
-    for workload, model, on in tqdm(
-        list(product(WORKLOADS, MODELS, SLICES)), unit="cell", disable=None
-    ):
+    combinations = list(product(WORKLOADS, MODELS, SLICES))
+    for workload, model, on in progress_bar(combinations, "plan", unit="cell"):
         config = replace(WORKLOADS[workload], model=model, on=on)
         results = plan_batches(config, plan_once)
         cells[workload, model, on] = sorted(results, key=lambda result: result.config.rows)
