@@ -112,7 +112,7 @@ def describe(value: object) -> str:
         return f"{kind} of {len(value)} {items}{'' if len(value) == 1 else 's'}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value[:100] if isinstance(value, str | bytes) else value)
+    text = " ".join(repr(value[:100] if isinstance(value, str | bytes) else value).split())
     return text if len(text) <= 60 else f"{text[:56]} ..."
 
 

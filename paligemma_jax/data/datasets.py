@@ -76,7 +76,7 @@ def convert(
 
 def check_images(files: Iterable[str]) -> None:
     """Raise a ValueError if image files are missing."""
-    missing = [file for file in dict.fromkeys(files) if not os.path.exists(file)]
+    missing = [file for file in dict.fromkeys(files) if not os.path.isfile(file)]
     if missing:
         raise ValueError(
             f"{len(missing)} images are missing, such as {missing[0]}: "

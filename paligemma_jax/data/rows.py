@@ -97,7 +97,8 @@ def make_example(
     for name in texts:
         _require(isinstance(row.get(name), str), row, name, "a string")
     image = row.get("image")
-    images = image if isinstance(image, list | tuple) else [image]
+    stacked = getattr(image, "ndim", 0) == 4  # as data sets format a list of equal sizes
+    images = list(image) if isinstance(image, list | tuple) or stacked else [image]
     sources = [_image_source(x, folder) for x in images]
     sources = [source for source in sources if source is not None]
     valid = 0 < len(images) == len(sources)

@@ -121,6 +121,24 @@ def test_a_weight_of_null_is_absent_and_an_array_without_axes_is_a_number():
         assert make_example(row | {"weight": weight}, 1).weight == value
 
 
+def test_lists_of_images_may_be_stacked_or_not_decoded(tmp_path):
+    """As the formats numpy and jax of Hugging Face's data sets give them, and decode=False."""
+    row = {"prefix": "ocr", "suffix": "1"}
+    pixels = np.arange(2 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 4, 5, 3)
+    for stacked in (pixels, jnp.array(pixels)):
+        images = make_example(row | {"image": stacked}, 1).images
+        assert [load_image(image).size for image in images] == [(5, 4), (5, 4)]
+    encoded = io.BytesIO()
+    Image.fromarray(pixels[0]).save(encoded, "PNG")
+    given = [{"bytes": encoded.getvalue(), "path": "x"}, {"bytes": None, "path": "a.png"}]
+    first, second = make_example(row | {"image": given}, 1, tmp_path).images
+    np.testing.assert_array_equal(load_image(first), pixels[0])
+    assert second == tmp_path / "a.png"
+    for wrong in ({}, {"bytes": "text", "path": "a.png"}, {"bytes": None, "path": None}):
+        with pytest.raises(ValueError, match="image must be a path, an image, or a list"):
+            make_example(row | {"image": wrong}, 1)
+
+
 WRONG_ROWS = {
     "a row must be an object with image, prefix and suffix, got an array of 0 items": [],
     "image is missing": {"image": None},
