@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from convert.typed_json import JsonObject
+from convert.typed_json import JsonObject, decode, load_json
 
 FileContent = Path | bytes  # a file to copy, or its new content
 
@@ -26,8 +26,8 @@ def user_path(path: str | Path) -> Path:
 
 
 def parse_json(content: FileContent) -> JsonObject:
-    """Parse JSON that is known to be valid."""
-    return json.loads(content if isinstance(content, bytes) else content.read_bytes())
+    """Parse a JSON object to edit it. ValueError if it is none."""
+    return decode(content) if isinstance(content, bytes) else load_json(content)
 
 
 def json_bytes(value: JsonObject, sort_keys: bool = False) -> bytes:

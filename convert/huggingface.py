@@ -219,7 +219,8 @@ def _config_json(checkpoint: Checkpoint) -> FileContent:
     config, files = checkpoint.config, checkpoint.files
     try:
         old = parse_json(files["config.json"])
-        generation = parse_json(files.get("generation_config.json", b"null"))
+        generation = files.get("generation_config.json")
+        generation = None if generation is None else parse_json(generation)
         unrelated = ("numerics", "quantization_config")  # tensors are written unquantized
         new = {key: value for key, value in old.items() if key not in unrelated}
         if config.numerics != "transformers":

@@ -88,3 +88,13 @@ def test_without_a_tokenizer_the_error_names_both_files(random_directory):
     ):
         pg.load(directory)
     assert "it has no tokenizer.json or tokenizer.model" in inspect(directory)["notes"][-1]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 5000, '{"size": {"height": NaN}}'])
+def test_a_file_that_convert_cannot_edit_is_refused(content, random_directory, tmp_path):
+    directory = random_directory()
+    (directory / "preprocessor_config.json").write_text(content)
+    for options in ({"dtype": "bfloat16"}, {"resolution": 28}):
+        with pytest.raises(ValueError, match=r"preprocessor_config.json.* (object|JSON)"):
+            formats.convert(directory, tmp_path / "out", "huggingface", **options)
+    assert not (tmp_path / "out").exists()
