@@ -24,8 +24,7 @@ def convert_annotations(
 ) -> None:
     """Convert annotated boxes and masks to rows to fine-tune and evaluate on.
 
-    Example: paligemma-jax annotations coco --files instances.json --images photos --output
-    train.jsonl
+    Example: paligemma-jax annotations voc --files Annotations --output train.jsonl
 
     Args:
         name: coco (instances_*.json, with polygons or RLE), yolo, voc (Pascal VOC) or labelme.

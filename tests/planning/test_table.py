@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import asdict
 
 import pytest
+from support.mutations import mutations
 
 from paligemma_jax.planning import table
 from paligemma_jax.planning.config import PlanConfig
@@ -59,3 +62,15 @@ def test_a_compiler_that_aborts_its_process(monkeypatch):
     expected = "yes: 0.5 GiB with 8 rows, 4.0 with 64 (libtpu aborted above)"
     assert table.format_cell(results) == expected
     assert table.format_cell(results[-1:]) == "–"
+
+
+def test_plans_of_any_json_are_read_or_refused():
+    """A line of the table's file is a plan, or an error of one line."""
+    result = PlanResult(PlanConfig(), {"data": 1}, False, 1, programs={})
+    line = json.dumps(asdict(result))
+    assert PlanResult.from_json(line) == result
+    for text in mutations(json.loads(line)):
+        try:
+            PlanResult.from_json(text)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 300
