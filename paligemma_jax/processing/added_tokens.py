@@ -42,6 +42,7 @@ class NumberedToken(Token, frozen=True, kw_only=True):
 
 
 Name = str | Token | None | UnsetType
+Names = list[str | Token] | None | UnsetType
 
 
 class _SpecialTokens(Struct, kw_only=True):
@@ -54,7 +55,8 @@ class _SpecialTokens(Struct, kw_only=True):
     pad_token: Name = UNSET
     cls_token: Name = UNSET
     mask_token: Name = UNSET
-    extra_special_tokens: list[str | Token] | dict[str, str | Token] | None = None
+    extra_special_tokens: Names | dict[str, str | Token] = UNSET
+    additional_special_tokens: Names = UNSET  # of releases 4
 
 
 class _Config(_SpecialTokens, kw_only=True):
@@ -62,7 +64,6 @@ class _Config(_SpecialTokens, kw_only=True):
 
     tokenizer_class: Literal["GemmaTokenizer", "GemmaTokenizerFast"] | None = None
     added_tokens_decoder: dict[TokenId, Token] | UnsetType = UNSET
-    additional_special_tokens: list[str | Token] | None = None  # of releases 4
     split_special_tokens: bool = False
     image_token: Literal["<image>"] | None = None
 
@@ -77,12 +78,15 @@ class AddedTokens:
     names: dict[str, str]  # "bos_token" -> "<bos>"
 
 
-def read_added_tokens(tokenizer: Path, listed: Iterable[NumberedToken] = ()) -> AddedTokens:
+def read_added_tokens(
+    tokenizer: Path, listed: Iterable[NumberedToken] = (), pieces: Iterable[Token] = ()
+) -> AddedTokens:
     """Read the files beside a tokenizer.
 
     Args:
         tokenizer: Path of tokenizer.json or tokenizer.model.
         listed: `added_tokens` of tokenizer.json.
+        pieces: Pieces of tokenizer.model to add, unless the files list special tokens.
 
     Raises:
         ValueError: A file cannot be used.
@@ -91,17 +95,19 @@ def read_added_tokens(tokenizer: Path, listed: Iterable[NumberedToken] = ()) -> 
     config = _load(directory / CONFIG, _Config)
     if config.split_special_tokens:
         raise ValueError(f"{directory / CONFIG}: split_special_tokens must be false, got true")
-    if config.added_tokens_decoder is not UNSET:
-        names, others = _special_tokens(config, _SpecialTokens())
-        return _in_order(config.added_tokens_decoder, directory / CONFIG, names, others)
-    names, others = _special_tokens(config, _load(directory / NAMES, _SpecialTokens))
-    special = {token.content for token in (*names.values(), *others)}
-    stated: dict[int, Token] = {
-        i: Token(content=content, special=content in special)
-        for content, i in _load(directory / IDS, dict[str, TokenId]).items()
-    }
-    stated |= {token.id: token for token in listed}
-    file = tokenizer if tokenizer.suffix == ".json" else directory / IDS
+    stated, file, older = config.added_tokens_decoder, directory / CONFIG, _SpecialTokens()
+    if stated is UNSET:
+        older = _load(directory / NAMES, _SpecialTokens)
+        file = tokenizer if tokenizer.suffix == ".json" else directory / IDS
+    names, others = _special_tokens(config, older)
+    if stated is UNSET:
+        special = {token.content for token in (*names.values(), *(others or []))}
+        ids = _load(directory / IDS, dict[str, TokenId])
+        stated = {i: Token(content=text, special=text in special) for text, i in ids.items()}
+        stated |= {token.id: token for token in listed}
+    if others is None:
+        old = older.additional_special_tokens or []
+        others = list(pieces) or [_special(token) for token in old]
     return _in_order(stated, file, names, others)
 
 
@@ -121,21 +127,25 @@ def _in_order(
     return AddedTokens(tokens, ids, file, {name: token.content for name, token in names.items()})
 
 
-def _special_tokens(config: _Config, older: _SpecialTokens) -> tuple[dict[str, Token], list[Token]]:
-    """The special tokens that have a name, and the others."""
+def _special_tokens(
+    config: _Config, older: _SpecialTokens
+) -> tuple[dict[str, Token], list[Token] | None]:
+    """The special tokens that have a name, and the others if they are listed."""
     names: dict[str, Token] = {}
     for name in [name for name in _SpecialTokens.__struct_fields__ if name.endswith("_token")]:
         values = [getattr(older, name), getattr(config, name), DEFAULTS.get(name)]
         value = next(value for value in values if value is not UNSET)
         if value is not None:
             names[name] = _special(value)
-    others: list[Token] = []
-    for tokens in (config.extra_special_tokens or [], older.extra_special_tokens or []):
+    extra, old = config.extra_special_tokens, config.additional_special_tokens
+    others: list[Token] | None = None
+    for tokens in (extra if extra or old is UNSET else old, older.extra_special_tokens):
         if isinstance(tokens, dict):
             names |= {name: _special(token) for name, token in tokens.items()}
-        else:
-            others += map(_special, tokens)
-    return names, others or list(map(_special, config.additional_special_tokens or []))
+            others = None
+        elif tokens is not UNSET:
+            others = [*(others or []), *map(_special, tokens or [])]
+    return names, others
 
 
 def _special(token: str | Token) -> Token:

@@ -135,12 +135,13 @@ def _read_json(file: Path) -> Vocabulary:
 
 def _read_model(file: Path) -> Vocabulary:
     types = read_pieces(file)
-    added = read_added_tokens(file)
-    for piece, kind in types.items():
-        if kind in (CONTROL, USER_DEFINED):
-            token = Token(content=piece, normalized=False, special=kind == CONTROL)
-            added.tokens.setdefault(piece, token)
+    never_split = [
+        Token(content=piece, normalized=False, special=kind == CONTROL)
+        for piece, kind in types.items()
+        if kind in (CONTROL, USER_DEFINED)
+    ]
     pieces = {piece: i for i, piece in enumerate(types)}
+    added = read_added_tokens(file, pieces=never_split)
     return Vocabulary(file, pieces, generate_merges(pieces), added)
 
 

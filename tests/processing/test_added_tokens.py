@@ -73,6 +73,16 @@ def as_release_4(directory):
     edit(directory / "special_tokens_map.json", bos_token=listed[2])
 
 
+def as_slow_release_4(directory):
+    """Saved by a tokenizer of sentencepiece, which lists no pieces that are never split."""
+    as_release_4(directory)
+    keep_only(directory, "tokenizer.model")
+    config = directory / "tokenizer_config.json"
+    listed = json.loads(config.read_text())["added_tokens_decoder"]
+    kept = {i: token for i, token in listed.items() if int(i) < 5 or int(i) >= 400}
+    edit(config, added_tokens_decoder=kept)
+
+
 def as_release_5_over_4(directory):
     """Files of release 4 that a later save by release 5 leaves behind."""
     edit(directory / "added_tokens.json", **{"<image>": 1552})
@@ -94,6 +104,7 @@ DIRECTORIES = {
     "release 5 over release 4": as_release_5_over_4,
     "release 4": as_release_4,
     "release 4, tokenizer.model": lambda d: (as_release_4(d), keep_only(d, "tokenizer.model")),
+    "release 4, slow": as_slow_release_4,
     "added_tokens.json": without_files,
 }
 
