@@ -96,7 +96,7 @@ def make_example(
         raise ValueError(f"a row must be an object with {fields}, got {describe(row)}")
     for name in texts:
         _require(isinstance(row.get(name), str), row, name, "a string")
-    image = row.get("image")
+    image: Any = row.get("image")
     stacked = getattr(image, "ndim", 0) == 4  # as data sets format a list of equal sizes
     images = list(image) if isinstance(image, list | tuple) or stacked else [image]
     sources = [_image_source(x, folder) for x in images]
