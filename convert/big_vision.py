@@ -140,6 +140,9 @@ def _weights(config: PaliGemmaConfig, rows: int) -> list[Weight]:
     """Every parameter, for a vocabulary of `rows` rows. big_vision fuses q with k and v if there
     are as many of them."""
     decoder = config.decoder
+    if not decoder.tie_word_embeddings:
+        reason = "this model's is not the embedding table (tie_word_embeddings is false)"
+        raise ValueError(f"a big_vision .npz has no output head, and {reason}; use another format")
     table = BIG_VISION[decoder.model_type]
     if decoder.num_key_value_heads == decoder.num_attention_heads:
         fused = {row.path for row in BIG_VISION_QKV}

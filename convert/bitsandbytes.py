@@ -1,29 +1,45 @@
 """Weights quantized by bitsandbytes, as transformers saves them in safetensors.
 
-nf4: beside each `weight`, `weight.absmax`, `weight.quant_map` and JSON in the bytes of
+nf4 and fp4: beside each `weight`, `weight.absmax`, `weight.quant_map` and JSON in the bytes of
 `weight.quant_state.bitsandbytes__nf4`; with quantized scales also `weight.nested_absmax` and
 `weight.nested_quant_map`. int8: `SCB`, the largest magnitude of each row, and `weight_format`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from convert.match import TensorEntry, Weight
 from convert.quantized import quantizable_matrices
 from convert.tensor import DTYPES, Index, Tensor
-from convert.typed_json import JsonObject
+from convert.typed_json import Positive, decode
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 
 STATE = ".quant_state.bitsandbytes__"
 UNSUPPORTED = "is not a supported bitsandbytes tensor"
+STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}  # bytes of the dtypes of 4-bit codes
+
+
+class QuantState(Struct):
+    """The JSON beside a 4-bit weight."""
+
+    quant_type: str
+    blocksize: Positive
+    shape: Annotated[tuple[Positive, ...], Meta(max_length=8)]
+    nested_blocksize: Positive = 256
+    nested_offset: float | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class PackedMatrix(NamedTuple):
@@ -44,16 +60,15 @@ def unpack(
         and the quantized matrices by key.
 
     Raises:
-        ValueError: A format is not supported (fp4, larger blocks, codes in another dtype), or
-            tensors do not fit together.
+        ValueError: A format is not supported (larger blocks), or tensors do not fit together.
     """
     packed, consumed = {}, set()
     for key in entries:
         try:
             if STATE in key:
                 weight = key.partition(STATE)[0]
-                state = json.loads(bytes(_load(entries[key])))
-                packed[weight] = _unpack_nf4(weight, state, entries)
+                state = decode(bytes(_load(entries[key])), QuantState, "its state")
+                packed[weight] = _unpack_4bit(weight, state, entries)
                 consumed |= {other for other in entries if other.startswith(weight + ".")}
             elif key.endswith(".SCB"):
                 weight = key.removesuffix("SCB") + "weight"
@@ -85,9 +100,9 @@ def insert(
         if weight.key not in packed:
             continue
         matrix, (format, _, parts) = matrices[weight.path], packed[weight.key]
-        if not format.fits(matrix.shape):
-            odd = f"{weight.key} {list(matrix.shape)} has an odd last axis"
-            raise ValueError(f"{odd}, so its codes cannot be paired")
+        if not matrix.fits(format):
+            reason = "its rows cannot be divided into blocks, or pairs of codes"
+            raise ValueError(f"{weight.key} {list(matrix.shape)} cannot be {format}: {reason}")
         del tensors[weight.path]
         formats[matrix.module] = format
         for name, (shape, dtype) in matrix.parts(format).items():
@@ -95,39 +110,61 @@ def insert(
     return formats
 
 
-def _unpack_nf4(weight: str, state: JsonObject, entries: Mapping[str, TensorEntry]) -> PackedMatrix:
-    from paligemma_jax.model.codes import NESTED_BLOCK, NF4, dynamic_map
+def _unpack_4bit(
+    weight: str, state: QuantState, entries: Mapping[str, TensorEntry]
+) -> PackedMatrix:
+    from paligemma_jax.model.codes import NESTED_BLOCK, TABLES, dynamic_map
 
-    shape, double = tuple(map(int, state["shape"])), "nested_offset" in state
-    format = WeightFormat(str(state["quant_type"]), int(state["blocksize"]), double=double)
-    size = math.prod(shape)
+    if state.quant_type not in TABLES:
+        raise ValueError(f"quant_type must be nf4 or fp4, got {state.quant_type!r}")
+    format, shape, size = WeightFormat(state.quant_type, state.blocksize), state.shape, state.size
+    table = TABLES[format.kind]
     if size % format.block:
         raise ValueError(f"blocks of {format.block} do not divide {list(shape)}")
-    blocks = size // format.block
-    expected = {"": ("U8", size // 2), ".quant_map": ("F32", 16)}
-    expected[".absmax"] = ("U8" if double else "F32", blocks)
-    if double:
-        expected[".nested_absmax"] = ("F32", -(-blocks // NESTED_BLOCK))
-        expected[".nested_quant_map"] = ("F32", 256)
-    for name, (dtype, count) in expected.items():
-        entry = entries[weight + name]
-        if (entry.dtype, math.prod(entry.shape)) != (dtype, count):
-            actual = f"{weight + name} is {entry.dtype} {list(entry.shape)}"
-            raise ValueError(f"{actual}, but {list(shape)} in {format} needs {count} of {dtype}")
+    _check_tensors(weight, state, entries)
 
     def load(name: str) -> np.ndarray:
         return _load(entries[weight + name]).reshape(-1)
 
-    if format.kind != "nf4" or (load(".quant_map") != NF4).any():
-        raise ValueError("its 16 values differ from those of nf4")
-    parts = {"codes": lambda: load(""), "scale": lambda: load(".absmax")}
-    if double:
-        offset = np.float32(state["nested_offset"])
+    if (load(".quant_map") != table).any():
+        raise ValueError(f"its 16 values differ from those of {format.kind}")
+    parts = {"codes": lambda: load("").view(np.uint8), "scale": lambda: load(".absmax")}
+    if state.nested_offset is None:
+        return PackedMatrix(format, shape, parts)
+    offset, values = np.float32(state.nested_offset), load(".nested_quant_map")
+    if state.nested_blocksize == NESTED_BLOCK and (values == dynamic_map()).all():
         parts["nested"] = lambda: np.append(offset, load(".nested_absmax"))
-        values, block = load(".nested_quant_map"), int(state["nested_blocksize"])
-        if block != NESTED_BLOCK or (values != dynamic_map()).any():
-            raise ValueError("the values of its scales differ from those of bitsandbytes")
-    return PackedMatrix(format, shape, parts)
+        return PackedMatrix(replace(format, double=True), shape, parts)
+
+    def scales() -> np.ndarray:  # of other values, such as those of bitsandbytes 0.49 on a CPU
+        codes = load(".absmax")
+        largest = np.repeat(load(".nested_absmax"), state.nested_blocksize)[: len(codes)]
+        return values[codes] * largest + offset
+
+    return PackedMatrix(format, shape, parts | {"scale": scales})
+
+
+def _check_tensors(weight: str, state: QuantState, entries: Mapping[str, TensorEntry]) -> None:
+    """Raise ValueError unless the tensors beside a 4-bit weight have the right dtypes and sizes.
+
+    The codes may have any dtype (`bnb_4bit_quant_storage`): their bytes are the same.
+    """
+    blocks, codes = state.size // state.blocksize, entries[weight]
+    expected = {".quant_map": ("F32", 16), ".absmax": ("F32", blocks)}
+    if state.nested_offset is not None:
+        expected[".absmax"] = ("U8", blocks)
+        expected[".nested_absmax"] = ("F32", -(-blocks // state.nested_blocksize))
+        expected[".nested_quant_map"] = ("F32", 256)
+    if codes.dtype in STORAGE:
+        expected[""] = (codes.dtype, state.size // 2 // STORAGE[codes.dtype])
+    else:
+        expected[""] = ("U8", state.size // 2)
+    for name, (dtype, count) in expected.items():
+        entry = entries[weight + name]
+        if (entry.dtype, math.prod(entry.shape)) != (dtype, count):
+            actual = f"{weight + name} is {entry.dtype} {list(entry.shape)}"
+            needed = f"{list(state.shape)} in blocks of {state.blocksize} needs {count} of {dtype}"
+            raise ValueError(f"{actual}, but {needed}")
 
 
 def _unpack_int8(weight: str, scale: str, entries: Mapping[str, TensorEntry]) -> PackedMatrix:

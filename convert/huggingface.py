@@ -14,15 +14,17 @@ from convert import bitsandbytes
 from convert.checkpoint import Checkpoint
 from convert.config import config_from_json, config_to_json, load_config
 from convert.files import FileContent, companion_files, copy_files, json_bytes, parse_json
+from convert.layout import axis_sizes, layout_shape
 from convert.match import TensorEntry, file_shapes, huggingface_weights, match
-from convert.safetensors import NAMES, load_header, make_header
+from convert.safetensors import NAMES, make_header
 from convert.table import HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
-from convert.tensor import Job, Progress, Tensor, equal, from_array, no_progress, run_jobs
-from convert.typed_json import load_json
+from convert.tensor import Job, Progress, Tensor, equal, from_array, no_progress, relayout, run_jobs
+from convert.weight_files import INDEX, SINGLE, load_headers
 from paligemma_jax.model.config import PaliGemmaConfig
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+PATCH = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+TORCH_PATCH, MLX_PATCH = "W C h w", "W h w C"
 MAX_SHARD = 5 * 10**9  # bytes; the default of transformers 4
 
 
@@ -38,16 +40,16 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
             before any tensor is read.
     """
     config = config or load_config(directory)
-    headers = {file: load_header(file) for file in _weight_files(directory)}
-    entries: dict[str, TensorEntry] = {}
-    for file, header in headers.items():
-        for key in header.keys() & entries.keys():
-            first = next(other.name for other, earlier in headers.items() if key in earlier)
-            both = f"{first} and {file.name}"
-            raise ValueError(f"{directory}: {key} is in both {both}; download them again")
-        entries |= header
-    files = companion_files(directory)
+    headers, files = load_headers(directory), companion_files(directory)
+    entries = {key: entry for header in headers.values() for key, entry in header.items()}
     entries, packed = bitsandbytes.unpack(entries, directory)
+    names, config, notes = _resolve_head(entries, config)
+    if SINGLE in headers and files.pop(INDEX, None):
+        notes.append(f"{INDEX} is ignored, since {SINGLE} exists (as in transformers)")
+    mlx = [key for key, name in names.items() if name == PATCH and _is_mlx(entries[key], config)]
+    if mlx:
+        entries |= {key: _from_mlx(entries[key], config) for key in mlx}
+        notes.append("its patch embedding is in the layout of MLX")
     weights = huggingface_weights(config)
     tensors = match(
         entries,
@@ -55,17 +57,21 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
         dtypes=NAMES,
         source=directory,
         config_name="config.json",
-        canonical_name=canonical_name,
+        canonical_name=names.__getitem__,
         ignored=HUGGINGFACE_IGNORED,
     )
-    kept, notes = _check_unused(entries, file_shapes(weights), tensors["decoder/embedder/table"])
+    used = file_shapes(weights).keys() | {HEAD}
+    unused = [key for key, name in names.items() if name not in used]
+    if unused:
+        listed = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
+        notes.append(f"{len(unused)} tensors that PaliGemma does not use are ignored: {listed}")
     shards = {
-        file.name: [key for key in header if canonical_name(key) in kept]
+        file: [key for key in header if canonical_name(key) in used]
         for file, header in headers.items()
     }
-    packed = {canonical_name(key): matrix for key, matrix in packed.items()}
+    packed = {names[key]: matrix for key, matrix in packed.items()}
     formats = bitsandbytes.insert(tensors, weights, packed, config)
-    checkpoint = Checkpoint("huggingface", config, tensors, files, shards, notes, formats)
+    checkpoint = Checkpoint("huggingface", config, tensors, files, shards, tuple(notes), formats)
     return replace(checkpoint, config=replace(config, dtype=checkpoint.largest_dtype))
 
 
@@ -83,11 +89,13 @@ def write(
     """
     directory.mkdir()
     tensors = _file_tensors(checkpoint.config, checkpoint.tensors)
-    tensors[HEAD] = tensors[TABLE]  # only written if the source had it
-    sizes = {key: tensor.nbytes for key, (_, tensor) in tensors.items()}
+    keys = [key for shard in checkpoint.shards.values() for key in shard]
+    keys = keys or sorted(tensors, key=_natural_order)
+    tensors.setdefault(HEAD, tensors[TABLE])  # a tied head, written if the source had it
+    sizes = {key: tensors[canonical_name(key)][1].nbytes for key in keys}
     shards = checkpoint.shards
     if max_shard or not shards:
-        shards = _split(checkpoint, sizes, max_shard or MAX_SHARD)
+        shards = _split(sizes, max_shard or MAX_SHARD)
     jobs = []
     for name, keys in shards.items():
         contents = {key: tensors[canonical_name(key)] for key in keys}
@@ -120,42 +128,41 @@ def canonical_name(key: str) -> str:
     return key
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}")
-        return [directory / SINGLE]
-    shards = load_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise ValueError(f"{index} has no weight_map from tensors to files; download it again")
-    names = sorted({str(name) for name in shards.values()})
-    outside = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
-    if outside:  # "../x.safetensors" must not be opened
-        listed = ", ".join(map(repr, outside))
-        raise ValueError(f"{index} must name .safetensors files of its own directory, got {listed}")
-    missing = [name for name in names if not (directory / name).exists()]
-    if missing:
-        listed = f"{', '.join(missing)} (listed in {INDEX})"
-        raise ValueError(f"{directory}: {listed} is missing; download it again")
-    return [directory / name for name in names]
+def _resolve_head(
+    entries: Mapping[str, TensorEntry], config: PaliGemmaConfig
+) -> tuple[dict[str, str], PaliGemmaConfig, list[str]]:
+    """The released name of each tensor, the config, and notes about the head.
+
+    As in transformers: a head that should be tied but differs from the table is not tied, and a
+    tied head that is saved without the table is the table.
+    """
+    names = {key: canonical_name(key) for key in entries}
+    keys = {name: key for key, name in names.items()}
+    table, head = keys.get(TABLE), keys.get(HEAD)
+    if head is None or not config.decoder.tie_word_embeddings:
+        return names, config, []
+    if table is None:
+        return names | {head: TABLE}, config, []
+    if entries[head].dtype not in NAMES or equal(entries[head].open(), entries[table].open()):
+        return names, config, []
+    untied = replace(config, decoder=replace(config.decoder, tie_word_embeddings=False))
+    note = "lm_head differs from the embedding table, so the two are not tied (as in transformers)"
+    return names, untied, [note]
 
 
-def _check_unused(
-    entries: Mapping[str, TensorEntry], shapes: Mapping[str, tuple[int, ...]], table: Tensor
-) -> tuple[set[str], tuple[str, ...]]:
-    """The released names of the tensors that are used, and notes about the others."""
-    used, notes = set(shapes), []
-    head = next((entry for key, entry in entries.items() if canonical_name(key) == HEAD), None)
-    if head and head.dtype in NAMES and equal(head.open(), table):
-        used.add(HEAD)
-    elif head:
-        notes.append("lm_head differs from the embedding table to which it is tied; it is ignored")
-    unused = [key for key in entries if canonical_name(key) not in used]
-    if unused:
-        listed = ", ".join(unused[:3]) + (", ..." if len(unused) > 3 else "")
-        notes.append(f"{len(unused)} tensors that PaliGemma does not use are ignored: {listed}")
-    return used, tuple(notes)
+def _is_mlx(entry: TensorEntry, config: PaliGemmaConfig) -> bool:
+    """Whether the kernel of the patch embedding has the axes of MLX, with the channels last."""
+    return entry.shape == layout_shape(MLX_PATCH, axis_sizes(config, PATCH)) and entry.shape[1] != 3
+
+
+def _from_mlx(entry: TensorEntry, config: PaliGemmaConfig) -> TensorEntry:
+    """The kernel with the axes of torch."""
+    sizes = axis_sizes(config, PATCH)
+
+    def open_transposed() -> Tensor:
+        return relayout(entry.open(), MLX_PATCH, TORCH_PATCH, sizes)
+
+    return TensorEntry(entry.dtype, layout_shape(TORCH_PATCH, sizes), open_transposed)
 
 
 def _file_tensors(
@@ -176,15 +183,12 @@ def _start_file(file: Path, contents: Mapping[str, tuple[str, Tensor]]) -> list[
     return [Job(path, tensor, file, offsets[key]) for key, (path, tensor) in contents.items()]
 
 
-def _split(checkpoint: Checkpoint, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """Split the tensors into files of at most `limit` bytes each, unless a single tensor is larger.
-    Order and names are those of the source, if it had any."""
-    keys = [key for shard in checkpoint.shards.values() for key in shard]
-    keys = keys or sorted(sizes.keys() - {HEAD}, key=_natural_order)
+def _split(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """Split tensors of these sizes into files of at most `limit` bytes each, unless a single tensor
+    is larger. Order and names do not change."""
     shards: list[list[str]] = [[]]
     used = 0
-    for key in keys:
-        size = sizes[canonical_name(key)]
+    for key, size in sizes.items():
         if shards[-1] and used + size > limit:
             shards.append([])
             used = 0
@@ -206,7 +210,7 @@ def _index(
 ) -> dict[str, FileContent]:
     """The index of the shards: the source's own if it is still valid. Empty for a single file."""
     old = parse_json(checkpoint.files.get(INDEX, b"{}"))
-    size = sum(sizes[canonical_name(key)] for keys in shards.values() for key in keys)
+    size = sum(sizes.values())
     weight_map = {key: name for name, keys in shards.items() for key in keys}
     new = {"metadata": (old.get("metadata") or {}) | {"total_size": size}, "weight_map": weight_map}
     if new == old:
@@ -217,16 +221,16 @@ def _index(
 def _config_json(checkpoint: Checkpoint) -> FileContent:
     """The source's config.json, with the numerics added, if it is still valid; or a new one."""
     config, files = checkpoint.config, checkpoint.files
-    try:
+    if "config.json" in files:
         old = parse_json(files["config.json"])
-        generation = files.get("generation_config.json")
-        generation = None if generation is None else parse_json(generation)
+        generation = parse_json(files.get("generation_config.json", b"{}"))
         unrelated = ("numerics", "quantization_config")  # tensors are written unquantized
         new = {key: value for key, value in old.items() if key not in unrelated}
         if config.numerics != "transformers":
             new["numerics"] = config.numerics
-        if replace(config_from_json(new, generation), dtype=config.dtype) == config:
-            return files["config.json"] if new == old else json_bytes(new)
-    except (KeyError, ValueError, TypeError, AttributeError):
-        pass
+        try:
+            if replace(config_from_json(new, generation), dtype=config.dtype) == config:
+                return files["config.json"] if new == old else json_bytes(new)
+        except ValueError:  # such as that of another model
+            pass
     return json_bytes(config_to_json(config, config.dtype))

@@ -41,21 +41,24 @@ def _notes(checkpoint: Checkpoint) -> list[str]:
     if variant_name(checkpoint.config) is None:
         notes.append("its shapes match no published PaliGemma")
     if INDEX in checkpoint.files:
-        metadata = parse_json(checkpoint.files[INDEX]).get("metadata", {})
+        metadata = parse_json(checkpoint.files[INDEX]).get("metadata") or {}
         total = metadata.get("total_size", checkpoint.nbytes)
         if total != checkpoint.nbytes:
             notes.append(
                 f"its index states {total} bytes, but its tensors have {checkpoint.nbytes}"
             )
+    if not checkpoint.config.decoder.tie_word_embeddings:
+        notes.append("its output head is not the embedding table")
     if not {"tokenizer.json", "tokenizer.model"} & checkpoint.files.keys():
         notes.append("it has no tokenizer.json or tokenizer.model, one of which is needed for text")
     return notes
 
 
 def variant_name(config: PaliGemmaConfig) -> str | None:
-    """The name of the preset with these sizes, at any resolution and with any numerics."""
+    """The name of the preset with these sizes, at any resolution, with any numerics and head."""
     same = {"dtype": "float32", "numerics": "transformers", "eos_token_ids": (1,)}
-    plain = with_resolution(replace(config, **same), 224)
+    decoder = replace(config.decoder, tie_word_embeddings=True)
+    plain = with_resolution(replace(config, decoder=decoder, **same), 224)
     for name, preset in PRESETS.items():
         if with_resolution(preset, 224) == plain:
             family = name.rpartition("-")[0]

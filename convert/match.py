@@ -11,6 +11,8 @@ from convert.table import HUGGINGFACE, WeightRow
 from convert.tensor import Tensor, relayout, select
 from paligemma_jax.model.config import PaliGemmaConfig
 
+TABLE, HEAD = "decoder/embedder/table", "decoder/head/table"
+
 
 class TensorEntry(NamedTuple):
     """A tensor as its file describes it."""
@@ -50,9 +52,11 @@ class Weight(NamedTuple):
 
 def weights(rows: Iterable[WeightRow], config: PaliGemmaConfig) -> list[Weight]:
     """The rows of a table for every layer of a model: "kv_einsum/w[*,0]" has the key "kv_einsum/w"
-    and the position (layer, 0)."""
+    and the position (layer, 0). The row of the head is left out if it is tied to the table."""
     result = []
     for row in rows:
+        if row.path == HEAD and config.decoder.tie_word_embeddings:
+            continue
         key, _, position = row.key.rstrip("]").partition("[")
         tower = config.vision if row.path.startswith("vision") else config.decoder
         sizes = axis_sizes(config, row.path)

@@ -29,6 +29,7 @@ from convert.quantized import PART_DTYPES, quantized_weights
 from convert.table import JAX
 from convert.tensor import DTYPES, Index, Job, Progress, Tensor, map_file, no_progress, run_jobs
 from convert.typed_json import Count, JsonObject, check, load_json
+from convert.weight_files import check_names
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import WeightFormat
 
@@ -38,6 +39,19 @@ FILL = "store_array_data_equal_to_fill_value"  # if not set, a missing chunk is 
 # By their names in zarr and in tensorstore.
 DTYPE_NAMES = {"<f4": "float32", "<f2": "float16", "|i1": "int8", "|u1": "uint8"}
 DTYPE_NAMES |= {name: name for name in PART_DTYPES}
+
+
+class _Version(msgspec.Struct):
+    version: int = 0
+
+
+class _Description(msgspec.Struct):
+    """paligemma.json."""
+
+    config: JsonObject
+    generation: JsonObject
+    shards: dict[str, list[str]] = {}
+    quantized: dict[str, str] = {}
 
 
 class _Key(msgspec.Struct):
@@ -77,14 +91,14 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
         ValueError: Lists everything that is wrong.
     """
     file, params = directory / CONFIG, directory / PARAMS
-    description = load_json(file)
-    version = description.get("version")
+    version = load_json(file, _Version).version
     if version != VERSION:
-        raise ValueError(f"{file} has version {version!r}; this release reads version {VERSION}")
+        raise ValueError(f"{file} has version {version}; this release reads version {VERSION}")
+    description = load_json(file, _Description)
+    check_names(description.shards, f"{file}: shards")
     config = config or _parse_config(file, description)
     entries = {"/".join(keys): entry for keys, entry in open_tree(params).items()}
-    shards = check(description.get("shards", {}), dict[str, list[str]], f"{file}: shards")
-    weights, formats, dtypes = _parse_formats(file, description.get("quantized", {}), config)
+    weights, formats, dtypes = _parse_formats(file, description.quantized, config)
     tensors = match(entries, weights, dtypes=DTYPE_NAMES, source=params, config_name=CONFIG)
     for path, tensor in tensors.items():
         allowed = [dtypes[path]] if path in dtypes else list(DTYPES.values())
@@ -92,7 +106,7 @@ def read(directory: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
             required = f"{CONFIG} requires {' or '.join(dtype.name for dtype in allowed)}"
             raise ValueError(f"{params}: {path} has dtype {tensor.dtype}, but {required}")
     files = companion_files(directory / FILES) if (directory / FILES).is_dir() else {}
-    checkpoint = Checkpoint("jax", config, tensors, files, shards, formats=formats)
+    checkpoint = Checkpoint("jax", config, tensors, files, description.shards, formats=formats)
     return replace(checkpoint, config=replace(config, dtype=checkpoint.largest_dtype))
 
 
@@ -147,15 +161,15 @@ def describe(directory: Path, checkpoint: Checkpoint) -> None:
     (directory / CONFIG).write_bytes(json_bytes(description))
 
 
-def _parse_config(file: Path, description: JsonObject) -> PaliGemmaConfig:
+def _parse_config(file: Path, description: _Description) -> PaliGemmaConfig:
     try:
-        return config_from_json(description["config"], description["generation"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return config_from_json(description.config, description.generation)
+    except ValueError as error:
         raise ValueError(f"{file} has an invalid config: {error}") from None
 
 
 def _parse_formats(
-    file: Path, names: JsonObject, config: PaliGemmaConfig
+    file: Path, names: dict[str, str], config: PaliGemmaConfig
 ) -> tuple[list[Weight], dict[str, WeightFormat], dict[str, np.dtype]]:
     """The weights of the checkpoint, the formats of its quantized matrices, and the dtypes of their
     parts."""
@@ -163,10 +177,10 @@ def _parse_formats(
     if not names:
         return dense, {}, {}
     try:
-        formats = {str(path): WeightFormat.parse(str(name)) for path, name in names.items()}
+        formats = {path: WeightFormat.parse(name) for path, name in names.items()}
         parts, dtypes = quantized_weights(dense, formats, config)
         return parts, formats, dtypes
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} has an invalid list of quantized matrices: {error}") from None
 
 
@@ -200,7 +214,7 @@ def _map_chunk(file: Path, dtype: str, shape: tuple[int, ...], order: str) -> Te
 
 def _open_store(params: Path, name: str, tree: _Tree):
     """Open an array in another of Orbax's forms (one database, compressed, in chunks) through
-    tensorstore."""
+    tensorstore, which would abort the process for a chunk that does not fit the memory."""
     import tensorstore
 
     base = f"file://{params.absolute()}"
@@ -211,9 +225,14 @@ def _open_store(params: Path, name: str, tree: _Tree):
         "fill_missing_data_reads": not tree.filled,
     }
     try:
-        return tensorstore.open(spec, read=True).result()
+        store = tensorstore.open(spec, read=True).result()
     except ValueError as error:
-        raise ValueError(f"{params}: cannot read {name}: {error}") from None
+        raise ValueError(f"{params}: cannot read {name}: {str(error)[:300]}") from None
+    chunks = store.chunk_layout.write_chunk_template.shape
+    if any(chunk > size for chunk, size in zip(chunks, store.shape, strict=True)):
+        listed = f"{list(chunks)}, which exceed its shape {list(store.shape)}"
+        raise ValueError(f"{params}: {name} has chunks of {listed}")
+    return store
 
 
 def _zarray(shape: tuple[int, ...], dtype: str, order: str) -> JsonObject:

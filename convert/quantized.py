@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from convert.checkpoint import Checkpoint
-from convert.match import Weight, collapse_layers, huggingface_weights
+from convert.match import TensorEntry, Weight, collapse_layers, huggingface_weights, match, weights
+from convert.table import JAX
 from convert.tensor import DTYPES, INTEGERS, Index, Tensor
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization, WeightFormat
@@ -182,6 +183,20 @@ def _decode(
 
     arrays = {name: asarray(part.load()) for name, part in parts.items()}
     return np.asarray(decode(format, arrays, shape))[index]
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has the parameters that its config and formats describe.
+
+    Raises:
+        ValueError: Lists missing and unknown parameters, and wrong shapes.
+    """
+    config, entries = checkpoint.config, {}
+    for path, tensor in checkpoint.tensors.items():
+        entries[path] = TensorEntry(tensor.dtype.name, tensor.shape, lambda tensor=tensor: tensor)
+    dense = weights(JAX[config.decoder.model_type], config)
+    expected, _ = quantized_weights(dense, checkpoint.formats, config)
+    match(entries, expected, dtypes=PART_DTYPES, source="the model", config_name="its config")
 
 
 def quantized_weights(

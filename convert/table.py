@@ -61,6 +61,7 @@ _HUGGINGFACE = [
     WeightRow("multi_modal_projector.linear.weight", "D W", "projector/kernel", "D W"),
     WeightRow("multi_modal_projector.linear.bias", "D", "projector/bias", "D"),
     WeightRow("language_model.model.embed_tokens.weight", "V D", "decoder/embedder/table", "V D"),
+    WeightRow("language_model.lm_head.weight", "V D", "decoder/head/table", "V D"),
     *_rows(
         "language_model.model.layers.*.",
         "decoder/layers/*/",
@@ -95,7 +96,8 @@ HUGGINGFACE = {
     ),
 }
 
-# Redundant or unused: the tied head, buffers that old releases saved, SigLIP's pooling head.
+# Redundant or unused: a head tied to the table, buffers that old releases saved, SigLIP's pooling
+# head.
 HUGGINGFACE_IGNORED = [
     r"language_model\.lm_head\.weight",
     r".*\.(position_ids|rotary_emb\.inv_freq)",

@@ -158,6 +158,7 @@ def _explain(message: str, value: object) -> str:
     names = " or ".join(_NAMES.get(name, name) for name in expected[1].split(" | "))
     bound = re.sub(r", got \d+$", "", expected[4])
     bound = bound.replace(" >= ", " of at least ").replace(" <= ", " of at most ")
+    bound = bound.replace(" > ", " above ").replace(" < ", " below ")
     if not got and expected[3]:
         got = f", got {_NAMES.get(expected[3], expected[3])}"
     return f"{field} must be {names}{bound}{got}"

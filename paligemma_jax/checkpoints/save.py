@@ -14,10 +14,12 @@ from jax import Array
 from convert import formats, orbax
 from convert.checkpoint import Checkpoint
 from convert.files import companion_files
+from convert.quantized import check_complete
 from convert.tensor import Tensor, from_array
+from paligemma_jax import lora
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.model.tree import parameters
+from paligemma_jax.model.tree import modules, parameters
 from paligemma_jax.quantization.quantize import weight_formats
 from paligemma_jax.sharding import hosts
 
@@ -41,16 +43,23 @@ def save_model(
         force: Replace what is in `directory`.
 
     Raises:
-        ValueError: As in `convert.formats.write`.
+        ValueError: The parameters are not those that the model's config describes, or as in
+            `convert.formats.write`.
     """
+    if modules(model, lora.LoRALinear):
+        raise ValueError(
+            "the model must have no LoRA adapters: merge them (paligemma_jax.lora.merge_lora), or "
+            "save them alone (convert.peft.save_adapter)"
+        )
     arrays = parameters(model)
     dtype = arrays.get("decoder/embedder/table", arrays["decoder/norm/scale"]).dtype.name
     files = companion_files(resolve(like).tokenizer_dir) if like else {}
     config = replace(model.config, dtype=dtype)
     checkpoint = Checkpoint("jax", config, {}, files, formats=weight_formats(model))
+    checkpoint = replace(checkpoint, tensors=_tensors(arrays))
+    check_complete(checkpoint)
     if jax.process_count() > 1:
         return _save_together(directory, checkpoint, arrays, to)
-    checkpoint = replace(checkpoint, tensors=_tensors(arrays))
     formats.write(formats.change(checkpoint, to), directory, to, force=force)
 
 

@@ -6,6 +6,7 @@
            scale = largest / 7.5 (as in qwix)
     nf4    the same blocks, divided by their largest magnitude and rounded to the nearest of 16
            values (QLoRA, arXiv:2305.14314; bitsandbytes)
+    fp4    the same with 16 other values: 4-bit floats (bitsandbytes)
 
 Two 4-bit codes share a byte, the first in the high bits. The parts of a matrix [out..., in...]
 whose last axis has size X, by name:
@@ -62,6 +63,11 @@ NF4 = np.array(
     np.float32,
 )
 
+# Floats of 1 sign bit, 2 of exponent and 1 of mantissa, divided by the largest (bitsandbytes
+# `get_4bit_type`). By code, which is not in ascending order: the sign is the high bit.
+FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / 12
+TABLES = {"nf4": NF4, "fp4": FP4}
+
 
 @cache
 def dynamic_map() -> np.ndarray:
@@ -103,9 +109,13 @@ def encode(format: WeightFormat, matrix: Array, contracted: int) -> dict[str, Ar
     if format.kind == "int4":
         codes = (jnp.clip(jnp.round(normalized), -8, 7) + 8).astype(jnp.uint8)
     else:
+        table = TABLES[format.kind]
+        order = np.argsort(table, stable=True)
         codes = jnp.zeros(normalized.shape, jnp.uint8)
-        for edge in midpoints(NF4):
+        for edge in midpoints(table[order]):
             codes += (normalized > edge).astype(jnp.uint8)
+        if format.kind == "fp4":
+            codes = jnp.asarray(order, jnp.uint8)[codes]
     codes = codes.reshape(-1, 2)
     axes, X = matrix.shape[:-1], matrix.shape[-1]
     parts = {"codes": (codes[:, 0] << 4 | codes[:, 1]).reshape(*axes, X // 2)}
@@ -155,11 +165,11 @@ def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, .
 
 
 def _values(format: WeightFormat, codes: Array) -> Array:
-    """Values of the codes 0..15 in units of their scale. nf4 uses 15 selects instead of a table
-    lookup: a CPU vectorizes them, and other compilers fuse them into the product."""
+    """Values of the codes 0..15 in units of their scale. A table becomes 15 selects, which a CPU
+    vectorizes, and other compilers fuse them into the product."""
     if format.kind == "int4":
         return codes.astype(jnp.int8).astype(jnp.float32) - 8
-    values: list = list(NF4)
+    values: list = list(TABLES[format.kind])
     for bit in range(4):
         odd = (codes >> bit & 1).astype(bool)
         pairs = zip(values[::2], values[1::2], strict=True)

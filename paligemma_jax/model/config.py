@@ -50,6 +50,7 @@ class DecoderConfig:
     final_logit_softcapping: float | None = 30.0
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True  # whether the embedding table is the output head too
 
     @property
     def post_norms(self) -> bool:

@@ -104,7 +104,7 @@ class Block(nnx.Module):
 
 
 class Embedder(nnx.Module):
-    """The table [V, D] that is both input embedding (scaled by sqrt(D)) and output head."""
+    """A table [V, D]: input embedding (scaled by sqrt(D)), output head, or both."""
 
     axes = "VD"
 
@@ -148,6 +148,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
         self.config, self.numerics = config, numerics
         self.embedder = Embedder(config, rngs)
+        self.head = None if config.tie_word_embeddings else Embedder(config, rngs)
         layers = [Block(config, numerics, rngs) for _ in range(config.num_hidden_layers)]
         self.layers = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -177,9 +178,14 @@ class Decoder(nnx.Module):
         k, v = map(list, zip(*kv, strict=True)) if isinstance(kv, list) else kv
         return stage("norm", self.norm(x)), k, v
 
+    @property
+    def output(self) -> Embedder:
+        """The embedder whose table is the output head."""
+        return self.embedder if self.head is None else self.head
+
     def logits(self, x: Float[Array, "... D"], capped: bool) -> Float32[Array, "... V"]:
         """Compute logits, with the final softcap if `capped` and the config has one."""
-        return self._cap(self.embedder.decode(x), capped)
+        return self._cap(self.output.decode(x), capped)
 
     def log_probabilities(
         self,
@@ -206,14 +212,14 @@ class Decoder(nnx.Module):
         @jax.checkpoint
         def accumulate(carry: tuple[Array, Array], part: Array):
             total, summed = carry
-            logits = constrain("B - V", self.embedder.decode(x, part, parts))
+            logits = constrain("B - V", self.output.decode(x, part, parts))
             logits = self._cap(logits, capped)
             total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
             return (total, summed + logits.sum(axis=-1) if smoothing else summed), None
 
         zeros = jnp.zeros(tokens.shape, jnp.float32)
         (total, summed), _ = jax.lax.scan(accumulate, (zeros - jnp.inf, zeros), jnp.arange(parts))
-        chosen = self._cap(self.embedder.decode_at(x, tokens), capped)
+        chosen = self._cap(self.output.decode_at(x, tokens), capped)
         return (1 - smoothing) * chosen + smoothing / V * summed - total
 
     def _cap(self, logits: Array, capped: bool) -> Array:

@@ -31,8 +31,8 @@ def prefill_flops(config: PaliGemmaConfig, tokens: int) -> int:
 
 
 def decode_bytes(config: PaliGemmaConfig, cached: int, rows: int, itemsize: int) -> int:
-    """Bytes read for one more token in each of `rows` rows: the decoder's weights once (the table
-    is the head), and `cached` keys and values per row."""
+    """Bytes read for one more token in each of `rows` rows: the decoder's weights once (of the
+    tables, only the head), and `cached` keys and values per row."""
     decoder = config.decoder
     norms = decoder.num_hidden_layers * (4 if decoder.post_norms else 2) + 1
     head = decoder.vocab_size * decoder.hidden_size
@@ -69,7 +69,8 @@ def training_flops(
     vision = 3 if trains(r"vision/.*(kernel|position)") else 2 if trains(r"vision/") else 1
     passes = 3 if trains(r"decoder/layers/.*kernel") else 2
     products = length * _matrix_size(config) * passes + 3 * _attention_size(config, length)
-    head = decoder.vocab_size * decoder.hidden_size * (3 if trains("decoder/embedder") else 2)
+    table = "decoder/embedder" if decoder.tie_word_embeddings else "decoder/head"
+    head = decoder.vocab_size * decoder.hidden_size * (3 if trains(table) else 2)
     encoder = vision * images * vision_flops(config) if encodes else 0
     return encoder + 2 * (rows * products + int(targets.sum()) * head)
 

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-KINDS, BLOCKS = ("int8", "int4", "nf4"), (32, 64, 128)
+KINDS, BLOCKS = ("int8", "int4", "nf4", "fp4"), (32, 64, 128)
 EXAMPLE = '"int8", "int4", "nf4", "nf4-32-double,embedding=int8,vision=none,cache=int8"'
 
 
@@ -59,15 +59,16 @@ class WeightFormat:
 
 PART_PATTERNS = {
     "decoder": r"decoder/layers/.*(attention|mlp)/\w+",
-    "embedding": r"decoder/embedder",
+    "embedding": r"decoder/(embedder|head)",
     "vision": r"vision/layers/.*(attention|mlp)/\w+",
 }
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """The format of each part of a model: the decoder's projections, the table (embedding and
-    head), the image encoder's projections, the KV cache. None leaves a part unquantized.
+    """The format of each part of a model: the decoder's projections, the embedding (the table, and
+    the head if it has a table of its own), the image encoder's projections, the KV cache. None
+    leaves a part unquantized.
 
     Written as "FORMAT,part=FORMAT,..."; the first is the decoder's (see EXAMPLE).
     """

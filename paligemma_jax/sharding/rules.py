@@ -30,7 +30,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 # parameters have a leading axis L. Biases, quantized kernels and LoRA factors follow the kernel of
 # their module. Parameters without a row (norms) are small and replicated.
 PARAMETER_AXES = [
-    (r"decoder/embedder/(table|codes|scale)", "V D"),
+    (r"decoder/(embedder|head)/(table|codes|scale)", "V D"),
     (r"projector/kernel", "D W"),
     (r"vision/patch/kernel", "W U"),
     (r"vision/position", "P W"),

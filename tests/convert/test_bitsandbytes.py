@@ -134,16 +134,19 @@ def replace_state(tensors):
 @pytest.mark.parametrize(
     "change,message",
     [
-        (state(quant_type="fp4"), "must be one of int8, int4, nf4, got 'fp4'"),
+        (state(quant_type="fp4"), "its 16 values differ from those of fp4"),
+        (state(quant_type="af4"), "quant_type must be nf4 or fp4, got 'af4'"),
+        (state(shape=[10**9] * 9), "shape"),
+        (state(blocksize="64"), "blocksize must be an integer.* got '64'"),
         (state(blocksize=256), "block must be one of 32, 64, 128, got 256"),
         (state(blocksize=128), "blocks of 128 do not divide"),
-        (state(shape=[56, 144]), "needs 4032 of U8"),
+        (state(shape=[56, 144]), "needs 126 of F32"),
         (lambda tensors: tensors.pop(WEIGHT + ".absmax"), "'.*absmax' is missing"),
         (double(".quant_map"), "its 16 values differ from those of nf4"),
         (replace_state, "is not a supported bitsandbytes tensor"),
         (
-            lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].reshape(-1).view(np.float16)}),
-            "is F16",
+            lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].ravel()[:-2].view(np.float16)}),
+            "is F16 .* needs \\d+ of F16",
         ),
     ],
 )

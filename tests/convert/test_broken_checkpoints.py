@@ -89,6 +89,16 @@ def shards(weight_map: dict, twice: str | None = None):
     return damage
 
 
+def index(content: bytes | dict | list):
+    """An index in place of the weights."""
+
+    def damage(directory):
+        replace(INDEX, content)(directory)
+        (directory / WEIGHTS).unlink()
+
+    return damage
+
+
 def make_directory(name: str):
     """Replace a file by a directory."""
 
@@ -135,7 +145,7 @@ BROKEN = {
     "no text_config": (config(text_config=...), "text_config"),
     "vision_config a list": (config(vision_config=[1]), "vision_config"),
     "unknown decoder": (config(TEXT, model_type="llama"), "'llama'", "gemma, gemma2"),
-    "decoder type a list": (config(TEXT, model_type=["gemma"]), "['gemma']"),
+    "decoder type a list": (config(TEXT, model_type=["gemma"]), "model_type", "got an array"),
     "unknown encoder": (
         config(VISION, model_type="clip_vision_model"),
         "'clip_vision_model'",
@@ -146,11 +156,11 @@ BROKEN = {
         "text_config.hidden_size must be an integer",
         "got 'abc'",
     ),
-    "size null": (config(TEXT, hidden_size=None), "text_config.hidden_size", "got None"),
+    "size null": (config(TEXT, hidden_size=None), "text_config.hidden_size", "got null"),
     "size negative": (config(VISION, hidden_size=-48), "vision_config.hidden_size", "got -48"),
     "size 0": (config(VISION, patch_size=0), "patch_size", "got 0"),
     "size a fraction": (config(TEXT, intermediate_size=72.5), "intermediate_size", "got 72.5"),
-    "size true": (config(TEXT, num_key_value_heads=True), "num_key_value_heads", "got True"),
+    "size true": (config(TEXT, num_key_value_heads=True), "num_key_value_heads", "got true"),
     "size endless": (
         config(TEXT, num_hidden_layers=10**12),
         "num_hidden_layers",
@@ -201,26 +211,26 @@ BROKEN = {
     ),
     "weights an LFS pointer": (replace(WEIGHTS, LFS_POINTER), WEIGHTS, "not a safetensors"),
     "weights a directory": (make_directory(WEIGHTS), WEIGHTS, "not a safetensors file"),
-    "index not JSON": (replace(INDEX, b"{"), INDEX, "not readable JSON"),
-    "index a list": (replace(INDEX, []), INDEX, "must be an object, got an array"),
-    "index without map": (replace(INDEX, {"metadata": {}}), INDEX, "no weight_map"),
-    "weight_map a list": (replace(INDEX, {"weight_map": [WEIGHTS]}), INDEX, "no weight_map"),
-    "weight_map empty": (replace(INDEX, {"weight_map": {}}), INDEX, "no weight_map"),
-    "shard a number": (replace(INDEX, {"weight_map": {NORM: 3}}), INDEX, "'3'"),
+    "index not JSON": (index(b"{"), INDEX, "not readable JSON"),
+    "index a list": (index([]), INDEX, "must be an object, got an array"),
+    "index without map": (index({"metadata": {}}), INDEX, "weight_map is missing"),
+    "weight_map a list": (index({"weight_map": [WEIGHTS]}), INDEX, "weight_map must be"),
+    "weight_map empty": (index({"weight_map": {}}), INDEX, "empty weight_map"),
+    "shard a number": (index({"weight_map": {NORM: 3}}), INDEX, "must be a string, got an integer"),
     "shard above": (
-        replace(INDEX, {"weight_map": {NORM: "../x.safetensors"}}),
+        index({"weight_map": {NORM: "../x.safetensors"}}),
         INDEX,
         "'../x.safetensors'",
         "own directory",
     ),
     "shard elsewhere": (
-        replace(INDEX, {"weight_map": {NORM: "/x.safetensors"}}),
+        index({"weight_map": {NORM: "/x.safetensors"}}),
         INDEX,
         "'/x.safetensors'",
         "own directory",
     ),
     "shard above, Windows": (
-        replace(INDEX, {"weight_map": {NORM: "..\\x.safetensors"}}),
+        index({"weight_map": {NORM: "..\\x.safetensors"}}),
         INDEX,
         "own directory",
     ),

@@ -229,8 +229,8 @@ def test_mixed_dtypes_are_kept(source, tmp_path):
     assert "its tensors have several dtypes" in inspect(tmp_path / "b")["notes"]
 
 
-def test_an_untied_head_is_noted(tmp_path):
-    """lm_head is tied to the table: one that differs is ignored, with a note."""
+def test_a_head_that_differs_is_noted(tmp_path):
+    """lm_head is used if it differs from the table to which config.json ties it."""
     directory = sources.huggingface(tmp_path / "a", head=True)
     assert not read(directory).notes
     changed = sources.tensors(directory)
@@ -239,9 +239,10 @@ def test_an_untied_head_is_noted(tmp_path):
     changed[buffer] = np.zeros(10, np.float32)
     save_file(changed, directory / "model.safetensors", {"format": "pt"})
     first, second = read(directory).notes
-    assert "lm_head differs" in first and "2 tensors" in second
+    assert "lm_head differs" in first and "1 tensors" in second
     convert(directory, tmp_path / "b", "huggingface")
-    assert "language_model.lm_head.weight" not in sources.tensors(tmp_path / "b")
+    assert "language_model.lm_head.weight" in sources.tensors(tmp_path / "b")
+    assert not json.loads((tmp_path / "b" / "config.json").read_text())["tie_word_embeddings"]
 
 
 def test_numerics_are_recorded(source, tmp_path):
