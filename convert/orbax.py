@@ -59,7 +59,7 @@ class _Key(msgspec.Struct):
 
 
 class _Value(msgspec.Struct):
-    value_type: str = ""
+    skip_deserialize: bool = False  # of None and of an empty node
 
 
 class _Leaf(msgspec.Struct):
@@ -117,10 +117,9 @@ def open_tree(params: Path) -> dict[tuple[str, ...], TensorEntry]:
         ValueError: The tree is damaged or has another form.
     """
     tree = load_json(params / "_METADATA", _Tree)
-    leaves = [
-        leaf for leaf in tree.tree_metadata.values() if leaf.value_metadata.value_type != "None"
-    ]
-    paths = [tuple(str(step.key) for step in leaf.key_metadata) for leaf in leaves]
+    leaves = tree.tree_metadata.values()
+    arrays = [leaf for leaf in leaves if not leaf.value_metadata.skip_deserialize]
+    paths = [tuple(str(step.key) for step in leaf.key_metadata) for leaf in arrays]
     return {keys: _entry(params, ".".join(keys), tree) for keys in paths}
 
 

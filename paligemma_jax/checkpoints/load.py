@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from convert import peft
 from convert.adapter import replace_parameters
 from convert.quantized import quantize_checkpoint
 from convert.tensor import Tensor
@@ -59,7 +58,7 @@ def load_model(
     quantize: str | None = None,
 ) -> PaliGemma:
     """Load a model from a Hugging Face directory, a converted checkpoint, a big_vision .npz file of
-    a published variant, or a LoRA adapter.
+    a published variant, a LoRA adapter, or a run of `finetune`.
 
     An adapter is merged into the weights, or attached beside them if some are quantized.
 
@@ -81,9 +80,8 @@ def load_model(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, quantization = resolve(source), Quantization.parse(quantize)
-    checkpoint, adapter = source.checkpoint.with_numerics(numerics), None
-    if source.adapter is not None:
-        adapter = peft.read(source.adapter, checkpoint.config)
+    checkpoint, adapter = source.checkpoint.with_numerics(numerics), source.delta
+    if adapter is not None:
         checkpoint = replace_parameters(checkpoint, adapter)
     checkpoint = quantize_checkpoint(checkpoint, quantization)
     for note in checkpoint.notes:

@@ -1,16 +1,18 @@
-"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, or a hub id."""
+"""Find a checkpoint: "tiny", a directory, an .npz file, a LoRA adapter, a run, or a hub id."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from convert import formats, orbax, peft
+from convert.adapter import Adapter, merge
 from convert.checkpoint import Checkpoint
 from convert.config import load_config
 from convert.files import user_path
+from paligemma_jax.checkpoints.runs import CONFIG, RunState, find_result, is_run, is_state
 from paligemma_jax.model.config import PaliGemmaConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "tiny"
@@ -22,57 +24,102 @@ class CheckpointSource:
     """Where the parts of a checkpoint are. Made by `resolve`, once per load, and passed on."""
 
     reference: str  # as given by the user
-    weights: Path  # for an adapter, those of its base checkpoint
+    weights: Path  # for an adapter or a training state, those of its base checkpoint
     adapter: Path | None  # directory of a LoRA adapter
     tokenizer_dir: Path
     codec_file: Path | None  # mask codec: vae-oid.npz, or another vae-*.npz or vae-*.safetensors
+    state: RunState | None = None  # trained from `weights` and `adapter`
+    note: str = ""  # what was chosen, if `reference` is a run
 
     @cached_property
     def config(self) -> PaliGemmaConfig:
         """The model's config. For a Hugging Face directory, only config.json is read."""
-        if formats.detect_format(self.weights) == "huggingface":
+        if self.state is None and formats.detect_format(self.weights) == "huggingface":
             return load_config(self.weights)
         return self.checkpoint.config
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The opened checkpoint: names, shapes and dtypes are checked; no tensor is read yet."""
+        """The opened checkpoint, without `delta`: names, shapes and dtypes are checked; no tensor
+        is read yet."""
+        if self.state is not None:
+            base = replace(self, state=None)
+            return self.state.apply(base.merged)
         is_huggingface = formats.detect_format(self.weights) == "huggingface"
         return formats.read(self.weights, self.config if is_huggingface else None)
 
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.state.adapter if self.state else self.adapter)
+
+    @cached_property
+    def delta(self) -> Adapter | None:
+        """The LoRA adapter to attach to `checkpoint` or to merge into it."""
+        if self.state is not None:
+            return self.state.adapter
+        return peft.read(self.adapter, self.checkpoint.config) if self.adapter else None
+
+    @property
+    def merged(self) -> Checkpoint:
+        """The opened checkpoint with its adapter merged."""
+        return merge(self.checkpoint, self.delta) if self.delta else self.checkpoint
+
 
 def resolve(
-    reference: str | Path | CheckpointSource, presets: Iterable[str] = ()
+    reference: str | Path | CheckpointSource,
+    presets: Iterable[str] = (),
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> CheckpointSource:
     """Find the parts of a checkpoint, and download it if it is a hub id.
 
     Args:
-        reference: "tiny" (the embedded model), a directory, an .npz file, or a hub id such as
-            "google/paligemma2-3b-mix-224". A resolved source is returned unchanged.
+        reference: "tiny" (the embedded model), a directory, an .npz file, a run or one of its
+            checkpoints (RUN/checkpoints/200), or a hub id such as
+            "google/paligemma2-3b-mix-224", also "google/paligemma2-3b-mix-224@REVISION". A resolved
+            source is returned unchanged.
         presets: Other names that the caller accepts, to list in the error.
+        base: The base checkpoint of an adapter or a run, if it is no longer where they say.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         ValueError: There is no such checkpoint, or it cannot be downloaded.
     """
     if isinstance(reference, CheckpointSource):
         return reference
-    weights, adapter = _locate(reference, presets), None
-    if peft.is_adapter(weights):
-        adapter = weights
-        weights = _locate_base(adapter)
+    location, note = _locate(reference, presets, revision), ""
+    if is_run(location):
+        location, chosen = find_result(location)
+        note = f"{reference} is a run: loading {location}, {chosen}"
+    if is_state(location):
+        state = RunState(location)
+        source = _resolve_base(location, state.settings.model, base or state.settings.base)
+        return replace(source, reference=str(reference), state=state, note=note)
+    if peft.is_adapter(location):
+        weights = _resolve_base(location, peft.base_checkpoint(location), base).weights
+        return _source(str(reference), weights, location, note)
+    if base is not None:
+        raise ValueError(
+            f"--base is for an adapter or a checkpoint of a run; {reference} is neither"
+        )
+    return _source(str(reference), location, None, note)
+
+
+def _source(reference: str, weights: Path, adapter: Path | None, note: str) -> CheckpointSource:
     is_ours = (weights / orbax.CONFIG).exists()
     directory = weights.parent if weights.is_file() else weights
     tokenizer_dir = directory / orbax.FILES if is_ours else directory
     codecs = sorted(tokenizer_dir.glob("vae-*"))
     codec_file = next((file for file in codecs if file.suffix in (".npz", ".safetensors")), None)
-    return CheckpointSource(str(reference), weights, adapter, tokenizer_dir, codec_file)
+    return CheckpointSource(reference, weights, adapter, tokenizer_dir, codec_file, note=note)
 
 
-def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
-    if str(reference) == "tiny":
-        return TINY
-    path = user_path(reference)
+def _locate(reference: str | Path, presets: Iterable[str], revision: str | None = None) -> Path:
+    path = TINY if str(reference) == "tiny" else user_path(reference)
     if path.is_dir() or (path.suffix == ".npz" and path.is_file()):
+        if revision is not None:
+            raise ValueError(f"revision applies to a hub id, but {reference} is a local checkpoint")
         return path
     if path.exists():
         raise ValueError(
@@ -80,8 +127,11 @@ def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
             "model.safetensors"
         )
     is_local = str(reference).startswith((".", "/", "~"))
-    if isinstance(reference, str) and reference.count("/") == 1 and not is_local:
-        return _download(reference)
+    repo, _, suffix = str(reference).partition("@")
+    if isinstance(reference, str) and repo.count("/") == 1 and not is_local:
+        if suffix and revision:
+            raise ValueError(f"{reference} has a revision already: leave out revision={revision!r}")
+        return _download(repo, suffix or revision)
     choices = ["'tiny'", "a directory", "a hub id like google/paligemma2-3b-mix-224"]
     names = ", ".join(presets)
     if names:
@@ -91,18 +141,26 @@ def _locate(reference: str | Path, presets: Iterable[str]) -> Path:
     )
 
 
-def _locate_base(adapter: Path) -> Path:
-    """Find the checkpoint that an adapter's config names."""
+def _resolve_base(owner: Path, name: str, base: str | Path | None) -> CheckpointSource:
+    """Resolve the base checkpoint of an adapter or of a training state: `base`, or what its
+    config names."""
+    is_adapter = peft.is_adapter(owner)
     try:
-        return _locate(peft.base_checkpoint(adapter), ())
+        source = resolve(base or name)
     except ValueError as error:
+        kind, file = ("adapter", peft.CONFIG) if is_adapter else ("state", f"the run's {CONFIG}")
         raise ValueError(
-            f"cannot find the base checkpoint of the adapter {adapter}: {error} "
-            f"(base_model_name_or_path in {peft.CONFIG})"
+            f"cannot find the base checkpoint of the {kind} {owner}: {error} (named in {file}; if "
+            "it has moved, give its place with --base)"
         ) from None
+    if is_adapter and (source.adapter or source.state):
+        raise ValueError(
+            f"the base checkpoint of the adapter {owner} must be a model, got {source.reference}"
+        )
+    return source
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
@@ -110,7 +168,7 @@ def _download(repo: str) -> Path:
             f"downloading {repo} requires the hub extra: pip install 'paligemma-jax[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(repo, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
     except errors.GatedRepoError:
         raise ValueError(
             f"{repo} is gated: accept its license on its page on the Hub, then log in with "
@@ -121,6 +179,8 @@ def _download(repo: str) -> Path:
             f"{repo} does not exist on the Hub, or is private and you are not logged in "
             "(`hf auth login`)"
         ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{repo} cannot be downloaded: it has no revision {revision}") from None
     except Exception as error:  # errors of the Hub, the network or the disk
         lines = str(error).strip().splitlines()
         raise ValueError(

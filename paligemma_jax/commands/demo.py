@@ -10,7 +10,15 @@ from typing import Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Dtype, Mesh, ModelOptions, Names, Numerics, Quantize
+from paligemma_jax.commands.options import (
+    Base,
+    Dtype,
+    Mesh,
+    ModelOptions,
+    Names,
+    Numerics,
+    Quantize,
+)
 from paligemma_jax.demo.limits import Limits
 
 
@@ -25,6 +33,7 @@ def demo(
     numerics: Numerics = None,
     quantize: Quantize = None,
     mesh: Mesh = None,
+    base: Base = None,
 ) -> None:
     """Serve a web page that answers prompts about pictures.
 
@@ -41,13 +50,14 @@ def demo(
         numerics: Numerics profile: transformers or big_vision.
         quantize: Weight format, as for `generate`: int8, int4, nf4, ...
         mesh: Device mesh, as for `generate`: auto, or data=2,tensor=2, ...
+        base: Base checkpoint of an adapter or a run, if it has moved.
     """
     _check(port, users, limits)
     from paligemma_jax.demo.ask import SAMPLE_PICTURE
     from paligemma_jax.demo.server import serve
 
     predictors = {
-        name: ModelOptions(name, dtype, numerics, quantize, mesh).load() for name in model
+        name: ModelOptions(name, base, dtype, numerics, quantize, mesh).load() for name in model
     }
     for predictor in predictors.values():  # compile before the first visitor arrives
         next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)

@@ -64,7 +64,6 @@ def evaluate(
         resume: Continue with the answers in --output.
         json: Print result.json instead of a summary.
     """
-    from paligemma_jax.checkpoints.source import resolve
     from paligemma_jax.evaluation import html
     from paligemma_jax.evaluation.evaluate import evaluate
     from paligemma_jax.inference.options import DecodingOptions
@@ -83,7 +82,7 @@ def evaluate(
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     other_cases = _read_run(path, Path(against)) if against else []
-    codec = resolve(source.model).codec_file if "mask_iou" in names else None
+    codec = source.resolve().codec_file if "mask_iou" in names else None
     if answers:
         own_cases = _read_run(path, Path(answers))
         folder.mkdir(parents=True, exist_ok=True)

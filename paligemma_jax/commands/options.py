@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
+    from paligemma_jax.checkpoints.source import CheckpointSource
     from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.predictor import Predictor
     from paligemma_jax.inference.sampling import Strategy
@@ -33,6 +35,7 @@ Count = Annotated[int | None, flag("N", "off")]
 Stops = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]", "none")]
 File = Annotated[str | None, flag("FILE", "none")]
 Depth = Annotated[int | None, flag("N", "all")]
+Base = Annotated[str | None, flag("NAME", "as recorded")]
 Hosts = Annotated[str | None, flag("HOSTS", "a single process")]
 
 
@@ -42,7 +45,10 @@ class ModelOptions:
 
     model: Name = "tiny"
     """Checkpoint: tiny (embedded), a Hugging Face directory, a converted checkpoint, a LoRA
-    adapter, or a hub id such as google/paligemma2-3b-mix-224."""
+    adapter, a run or its checkpoint (run/checkpoints/200), or a hub id such as
+    google/paligemma2-3b-mix-224, also with @REVISION."""
+    base: Base = None
+    """Base checkpoint of an adapter or a run, if it has moved."""
     dtype: Dtype = None
     """Dtype of parameters and activations: float32, bfloat16 or float16."""
     numerics: Numerics = None
@@ -62,13 +68,18 @@ class ModelOptions:
         from paligemma_jax import load
 
         self.process_part()  # "auto" connects all processes, before jax looks for devices
+        source = self.resolve()
+        if source.note:
+            print(f"paligemma-jax: {source.note}", file=sys.stderr)
         return load(
-            self.model,
-            dtype=self.dtype,
-            numerics=self.numerics,
-            mesh=self.mesh,
-            quantize=self.quantize,
+            source, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize
         )
+
+    def resolve(self) -> CheckpointSource:
+        """Find the parts of the checkpoint."""
+        from paligemma_jax.checkpoints.source import resolve
+
+        return resolve(self.model, base=self.base)
 
     def process_part(self) -> tuple[int, int]:
         """Return (index, count) of this process among those that share the work."""
@@ -79,7 +90,7 @@ class ModelOptions:
     def settings(self) -> dict[str, str | None]:
         """Return the options that must not change on resume; devices may."""
         options = asdict(self)
-        del options["mesh"], options["hosts"]
+        del options["mesh"], options["hosts"], options["base"]
         return options
 
 

@@ -22,19 +22,22 @@ from paligemma_jax.sharding.mesh import mesh_of
 
 
 def load(
-    source: str | Path = "tiny",
+    source: str | Path | CheckpointSource = "tiny",
     *,
     dtype: str | None = None,
     numerics: str | None = None,
     mesh: Mesh | str | None = None,
     quantize: str | None = None,
     layers: Literal["list", "stack"] = "list",
+    base: str | Path | None = None,
+    revision: str | None = None,
 ) -> Predictor:
     """Load a checkpoint. Compiled programs are cached on disk (`enable_compilation_cache`).
 
     Args:
         source: "tiny" (the embedded model), a Hugging Face directory, a converted checkpoint, a
-            LoRA adapter, or a Hub id.
+            LoRA adapter, a run or one of its checkpoints (RUN/checkpoints/200), or a Hub id, also
+            with a revision (ORG/NAME@REVISION).
         dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on
             a CPU.
         numerics: "transformers" (release 5.23) or "big_vision", which differ in details
@@ -46,6 +49,8 @@ def load(
             (`paligemma_jax.model.precision.Quantization`).
         layers: "list" decodes fastest. "stack" has one block of stacked weights per tower, whose
             compile time does not grow with depth. Stacking briefly needs more memory.
+        base: The base checkpoint of an adapter or a run, if it is no longer where they say.
+        revision: Branch, tag or commit of a Hub id.
 
     Raises:
         ValueError: The checkpoint or an option cannot be used.
@@ -54,7 +59,7 @@ def load(
         raise ValueError(f"layers must be 'list' or 'stack', got {layers!r}")
     devices.check_devices()
     enable_compilation_cache()
-    checkpoint = resolve(source)
+    checkpoint = resolve(source, base=base, revision=revision)
     processor = make_processor(checkpoint)  # before the weights, so that errors are raised early
     model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize)
     if layers == "stack":

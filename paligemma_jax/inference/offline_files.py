@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from convert.typed_json import Count, JsonObject, decode, load_json
+from paligemma_jax.data.settings import check_settings
 
 
 class Record(TypedDict):
@@ -50,7 +51,8 @@ class OutputFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / "config.json"
         if file.exists():
-            check_settings(self.folder, load_json(file), settings)
+            advice = "Resume with the same settings, or give another --output"
+            check_settings(self.folder, load_json(file), settings, advice)
         else:
             temporary = file.with_suffix(f".{os.getpid()}.tmp")  # parts write it at once
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
@@ -97,20 +99,6 @@ class OutputFiles:
 
     def finish(self) -> None:
         self.pending.unlink()
-
-
-def check_settings(folder: Path, before: dict[str, object], now: dict[str, object]) -> None:
-    """Raise a ValueError if a run is resumed with other settings."""
-    changes = [
-        f"{name} was {before.get(name)!r}, now {value!r}"
-        for name, value in now.items()
-        if before.get(name) != value
-    ]
-    if changes:
-        raise ValueError(
-            f"{folder} was started with other settings: {'; '.join(changes)}. "
-            "Resume with the same settings, or give another --output"
-        )
 
 
 def output_files(folder: Path, name: str) -> list[Path]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from convert import formats, peft
+from convert import formats
 from convert.checkpoint import Checkpoint
 from convert.quantized import dequantize_checkpoint
 from convert.tensor import Index, Tensor
@@ -134,7 +134,7 @@ def load_parity_case(
 def _reference_source(source: CheckpointSource, against: str | None) -> CheckpointSource | None:
     """What transformers loads. None if that is the model, in a format that it cannot read."""
     reference = resolve(against) if against else source
-    if formats.detect_format(reference.weights) == "huggingface":
+    if reference.state is None and formats.detect_format(reference.weights) == "huggingface":
         return reference
     if against:
         raise ValueError(
@@ -179,9 +179,9 @@ def _open_dense(source: CheckpointSource) -> Checkpoint:
     """The checkpoint with quantized matrices dequantized, and an adapter merged on use."""
     source = _DenseSource(*(getattr(source, field.name) for field in fields(source)))
     checkpoint = source.checkpoint
-    if source.adapter is None:
+    if not source.has_adapter:
         return checkpoint
-    peft.read(source.adapter, checkpoint.config)  # refuses it before transformers runs
+    _ = source.delta  # refuses it before transformers runs
 
     @cache
     def merged() -> dict[str, jax.Array]:

@@ -66,11 +66,14 @@ class FinetuneConfig:
     end, model/ or adapter/."""
     model: str = "tiny"
     """Checkpoint to start from: tiny (embedded), a Hugging Face directory, a converted checkpoint,
-    or a hub id."""
+    another run, or a hub id."""
     validation: str | None = None
     """Validation rows, in the format of --data."""
     resume: bool = False
     """Resume the run in --output from its last checkpoint."""
+    base: str | None = None
+    """Base checkpoint of --model, if that is an adapter or a checkpoint of a run and its base has
+    moved."""
 
     train: str = "all"
     """Parameters to train: all, decoder, attention, projector, lora, or a regular expression of

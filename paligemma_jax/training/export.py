@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 from convert import peft
+from convert.files import user_path
 from paligemma_jax import lora
 from paligemma_jax.checkpoints.load import load_model
+from paligemma_jax.checkpoints.runs import BEST
 from paligemma_jax.checkpoints.save import save_model
 from paligemma_jax.checkpoints.source import CheckpointSource
 from paligemma_jax.model.stack import unstack_model
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.sharding import hosts
 from paligemma_jax.sharding.arrays import distribute
+from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.trainer import Trainer, TrainState
 
 
@@ -29,14 +34,14 @@ def save_result(
     factors = lora.lora_factors(model)
     if factors and all("/lora_" in path for path in trainer.trainable):
         if hosts.is_first_process():
-            is_local = config.model != "tiny" and Path(config.model).exists()
-            base = str(Path(config.model).resolve()) if is_local else config.model
+            base = _base_name(config.model, source)
             peft.save_adapter(folder / "adapter", factors, model.config, base)
         hosts.barrier("adapter")
         if config.export is None:
             return folder / "adapter"
     if factors:
-        trained = parameters(model)
+        # An adapted kernel that was trained too has the path of the base in LoRA.
+        trained = {path.replace("/base/", "/"): x for path, x in parameters(model).items()}
         base_model = load_model(source, model.config.dtype, config.numerics, trainer.mesh)
         untrained = parameters(base_model)
         model = with_parameters(base_model, lambda path: trained.get(path, untrained[path]))
@@ -44,3 +49,37 @@ def save_result(
     export = config.export or "jax"
     save_model(folder / "model", model, like=source, to=export, force=True)
     return folder / "model"
+
+
+def save_best(
+    trainer: Trainer,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    source: CheckpointSource,
+    folder: Path,
+) -> None:
+    """Save the best checkpoint on validation in `folder`/best, unless it is the last one.
+
+    Args:
+        state: The last state.
+    """
+    best = checkpoints.best_step()
+    hosts.barrier("best")
+    if hosts.is_first_process():  # of an earlier end of the run
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+    if best is None or best == int(state.step):
+        return
+    if hosts.is_first_process():
+        (folder / BEST).mkdir()
+    hosts.barrier("best directory")
+    result = save_result(trainer, checkpoints.load(best, state), source, folder / BEST)
+    if hosts.is_first_process():
+        loss = checkpoints.metrics(best).validation_loss
+        print(f"best on validation: step {best}, loss {loss:.4f}: {result}", file=sys.stderr)
+
+
+def _base_name(model: str, source: CheckpointSource) -> str:
+    """The name of the base in the config of an adapter: a hub id, or an absolute path."""
+    if model == "tiny" or not user_path(model).exists():
+        return model
+    return str((source.state.directory if source.state else source.weights).resolve())

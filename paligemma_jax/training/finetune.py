@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -15,7 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from convert import peft
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.data.rows import RowSource, count_rows, error_prefix, example_at, read_examples
@@ -33,11 +33,14 @@ from paligemma_jax.training.batches import (
     prefetch,
     training_batch,
 )
+from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.export import save_result
+from paligemma_jax.training.digest import rows_digest
+from paligemma_jax.training.export import save_best, save_result
 from paligemma_jax.training.features import FeatureCache
+from paligemma_jax.training.optimizers import make_schedule
 from paligemma_jax.training.prepare import load_trainable, prepare_model
-from paligemma_jax.training.runs import Run, check_run_folder
+from paligemma_jax.training.runs import Run, RunContent, check_run_folder
 from paligemma_jax.training.trainer import Trainer, TrainState
 from paligemma_jax.training.validation import Validation
 
@@ -68,19 +71,21 @@ def finetune(
     enable_compilation_cache()
     hosts.initialize(config.hosts)
     devices.check_devices()
-    source = resolve(config.model)
-    if config.lora and source.adapter:
+    source = resolve(config.model, base=config.base)
+    if source.note and hosts.is_first_process():
+        print(f"paligemma-jax: {source.note}", file=sys.stderr)
+    if config.lora and source.has_adapter:
         raise ValueError(
             f"--model {config.model} is a LoRA adapter and cannot get a second one: give its base, "
-            f"{peft.base_checkpoint(source.adapter)}, or train without LoRA to continue from both"
+            f"{source.weights}, or train without LoRA to continue from both"
         )
     processor = make_processor(source)
     _check_sizes(config, processor)
     rows, validation_rows = _read_rows(config, processor, data, validation)
     steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
-    if hosts.is_first_process():
-        check_run_folder(config)
+    content = RunContent(steps, rows_digest(rows), rows_digest(validation_rows))
+    steps_before = check_run_folder(config, content) if hosts.is_first_process() else None
     model = load_trainable(config, source, mesh)
     features = None
     if config.features:
@@ -96,18 +101,23 @@ def finetune(
                 pass
     trainer = Trainer(distribute(prepare_model(model, config, delete=True), mesh), config, steps)
     del model
-    run = Run(config)
-    state = run.restore(trainer.start())
-    validate = Validation(trainer, run, batcher, validation_rows)
-    state = _train(trainer, run, state, steps, make_batch, validate)
-    run.finish()
+    run, checkpoints = Run(config, content), Checkpoints(Path(config.output), config.keep)
+    state = checkpoints.restore(trainer.start())
+    run.rewind(int(state.step))
+    _warn_of_longer_schedule(config, steps_before, steps, int(state.step))
+    validate = Validation(trainer, run, checkpoints, batcher, validation_rows)
+    state = _train(trainer, run, checkpoints, state, steps, make_batch, validate)
+    checkpoints.finish()
+    run.close()
     if int(state.step) < steps:
         if hosts.is_first_process():
             print(f"stopped after step {int(state.step)}; continue with --resume")
         return run.folder
     if hosts.is_first_process():
         run.plot_losses()
-    return save_result(trainer, state, source, run.folder)
+    result = save_result(trainer, state, source, run.folder)
+    save_best(trainer, state, checkpoints, source, run.folder)
+    return result
 
 
 def _check_sizes(config: FinetuneConfig, processor: Processor) -> None:
@@ -132,6 +142,20 @@ def _total_steps(config: FinetuneConfig, rows: int) -> int:
     if not steps < 2**31:
         raise ValueError(f"--epochs {config.epochs} is more than 2**31 steps; give --steps")
     return max(1, round(steps))
+
+
+def _warn_of_longer_schedule(
+    config: FinetuneConfig, before: int | None, now: int, step: int
+) -> None:
+    """Say what changes if a run resumes for more steps than it was started for."""
+    if before is None or before == now:
+        return
+    old, new = (np.asarray(make_schedule(config, steps)(step)) for steps in (before, now))
+    warnings.warn(
+        f"the run goes on to step {now} instead of {before}, and so does its {config.schedule} "
+        f"schedule: the learning rate of step {step + 1} is {new:.3g} instead of {old:.3g}",
+        stacklevel=3,
+    )
 
 
 def _read_rows(
@@ -191,6 +215,7 @@ def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | No
 def _train(
     trainer: Trainer,
     run: Run,
+    checkpoints: Checkpoints,
     state: TrainState,
     steps: int,
     make_batch: Callable[[int], Batch],
@@ -212,7 +237,8 @@ def _train(
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
             line |= _speed(trainer, batch, time.perf_counter() - start, flops_rate)
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
-                raise ValueError(run.save_bad_batch(line, batch))
+                checkpoints.finish()
+                raise ValueError(run.save_bad_batch(line, batch, checkpoints.last_step()))
             if validate.is_due(step, last=step == steps):
                 validate(state, line)
             run.log(line)
@@ -222,7 +248,7 @@ def _train(
             stop = hosts.any_process(bool(received))
             due = step == steps or step % config.save_every == 0
             if due or stop or "validation_loss" in line:
-                run.save(step, state, line.get("validation_loss"))
+                checkpoints.save(step, state, line.get("validation_loss"))
             if stop:
                 break
             start = time.perf_counter()  # waiting for data counts, validating and saving do not

@@ -1,108 +1,168 @@
-"""The directory of a run: configuration, logs, checkpoints, loss curve."""
+"""The directory of a run: configuration, logs, loss curve."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from dataclasses import asdict, replace
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
+import msgspec
 import numpy as np
-import orbax.checkpoint as ocp
 
+from convert.files import user_path
+from convert.typed_json import Count, Positive, check, decode, load_json
+from paligemma_jax.checkpoints.runs import CONFIG, LOG
+from paligemma_jax.data.settings import check_settings
 from paligemma_jax.sharding import hosts
 from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.trainer import TrainState
 
 TEMPORARY = ".new"  # suffix of files that are still being written
+SAMPLES = "samples.jsonl"
 LogLine = dict[str, Any]  # JSON values, always with "step"
 
 
+class LogEntry(msgspec.Struct):
+    """What is read from a line of log.jsonl or samples.jsonl."""
+
+    step: Count
+    loss: float | None = None
+    validation_loss: float | None = None
+
+
+class RunContent(msgspec.Struct):
+    """What config.json records beside the options. Older versions did not."""
+
+    total_steps: Positive | None = None
+    data_digest: str | None = None  # see `training.digest`
+    validation_digest: str | None = None
+
+
 def settings(config: FinetuneConfig) -> dict[str, Any]:
-    """The content of config.json. Devices and processes may change when a run is resumed."""
-    return asdict(replace(config, resume=False, mesh=None, hosts=None))
+    """The options in config.json. Devices and processes may change when a run is resumed."""
+    options = asdict(replace(config, resume=False, mesh=None, hosts=None))
+    for name in ("model", "base"):  # to be found from another directory too
+        options[name] = _absolute(options[name])
+    return options
 
 
-def check_run_folder(config: FinetuneConfig) -> None:
+def _absolute(reference: str | None) -> str | None:
+    if reference is None or reference == "tiny" or not user_path(reference).exists():
+        return reference
+    return str(user_path(reference).resolve())
+
+
+def check_run_folder(config: FinetuneConfig, content: RunContent | None = None) -> int | None:
     """Check that a run can start, or resume, in its directory. Nothing is written.
 
+    Args:
+        content: The rows of the run; None to check the options only.
+
+    Returns:
+        The number of steps that a run to resume was started for, if recorded.
+
     Raises:
-        ValueError: The directory is not empty or, to resume, has no run or one with other settings.
-            (The directory may have been moved.)
+        ValueError: The directory is not empty or, to resume, has no run, one with other settings or
+            one with other rows. (The directory and the data may have been moved.)
     """
     folder = Path(config.output)
     if config.tensorboard:
         _summary_writer()
     if config.resume:
-        file = folder / "config.json"
-        if not file.is_file():
-            raise ValueError(f"{folder} has no run to resume: config.json is missing")
-        before, now = json.loads(file.read_text()), settings(config)
-        changes = [
-            f"{name} {before.get(name)!r}, now {value!r}"
-            for name, value in now.items()
-            if name != "output" and before.get(name) != value
-        ]
-        if changes:
-            raise ValueError(
-                f"{folder} was started with other settings: {', '.join(changes)}; "
-                "resume with the same settings"
-            )
-    elif folder.exists() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
+        return _check_same_run(folder, config, content)
+    if folder.exists() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty: choose another --output, or continue its run with --resume"
         )
+    return None
+
+
+def _check_same_run(folder: Path, config: FinetuneConfig, content: RunContent | None) -> int | None:
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no run to resume: {CONFIG} is missing")
+    before, recorded = _read_config(folder / CONFIG)
+    ignored = {"output", "steps", "epochs"}
+    if recorded.data_digest:  # else an older version, where only the names can be compared
+        ignored |= {"data", "validation"}
+    now = {name: value for name, value in settings(config).items() if name not in ignored}
+    check_settings(folder, settings(before), now, "Resume with the same settings")
+    total = recorded.total_steps or before.steps
+    if content is None:
+        return total
+    for name, old, new in (
+        ("data", recorded.data_digest, content.data_digest),
+        ("validation", recorded.validation_digest, content.validation_digest),
+    ):
+        if old not in (None, new):
+            raise ValueError(
+                f"{folder} was started with other rows as {name}: resume with the same rows in the "
+                "same order; their files may be elsewhere"
+            )
+    if total and content.total_steps and content.total_steps < total:
+        raise ValueError(
+            f"{folder} was started for {total} steps, and --steps can only grow, got "
+            f"{content.total_steps}"
+        )
+    return total
+
+
+def _read_config(file: Path) -> tuple[FinetuneConfig, RunContent]:
+    """Read the config.json of a run. Defaults stand for options that its version did not have.
+
+    Raises:
+        ValueError: It is damaged, or has options that this version does not have.
+    """
+    raw, names = load_json(file), {field.name for field in fields(FinetuneConfig)}
+    unknown = sorted(raw.keys() - names - set(RunContent.__struct_fields__))
+    if unknown:
+        raise ValueError(
+            f"{file} is of another version: it has the unknown settings {', '.join(unknown)}; "
+            "resume with that version, or start a new run"
+        )
+    missing = sorted(names - raw.keys())
+    if missing:
+        warnings.warn(
+            f"{file} is of an older version without {', '.join(missing)}: their defaults are "
+            "assumed",
+            stacklevel=5,
+        )
+    return check(raw, FinetuneConfig, str(file)), check(raw, RunContent, str(file))
 
 
 class Run:
-    """Writes config.json, log.jsonl, samples.jsonl, checkpoints/, loss.png and tensorboard/."""
+    """Writes config.json, log.jsonl, samples.jsonl, loss.png and tensorboard/."""
 
-    def __init__(self, config: FinetuneConfig):
+    def __init__(self, config: FinetuneConfig, content: RunContent):
         self.folder = Path(config.output)
         self.writer = None
         if hosts.is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not config.resume:
-                text = json.dumps(settings(config), indent=2) + "\n"
-                _write_atomically(self.folder / "config.json", text)
+            record = settings(config) | msgspec.structs.asdict(content)
+            _write_atomically(self.folder / CONFIG, json.dumps(record, indent=2) + "\n")
             if config.tensorboard:
                 self.writer = _summary_writer()(str(self.folder / "tensorboard"))
         hosts.barrier("run")
-        directory = self.folder.resolve() / "checkpoints"
-        self.manager = ocp.CheckpointManager(directory, options=_checkpoint_options(config.keep))
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The last checkpoint, or `state` if there is none. Drops log lines of later steps."""
-        step = self.manager.latest_step()
+    def rewind(self, step: int) -> None:
+        """Drop the log lines of steps after `step`."""
         if hosts.is_first_process():
-            for name in ("log.jsonl", "samples.jsonl"):
-                _truncate_log(self.folder / name, step or 0)
-        if step is None:
-            return state
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        return self.manager.restore(step, args=ocp.args.StandardRestore(target))  # type: ignore[return-value]
+            for name in (LOG, SAMPLES):
+                _truncate_log(self.folder / name, step)
 
-    def save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
-        """Start to save a checkpoint. Writing continues in the background, until `finish`."""
-        # inf: Orbax warns about every checkpoint without metrics.
-        metrics = {"validation_loss": np.inf if validation_loss is None else validation_loss}
-        if jax.default_backend() == "cpu":  # Orbax reads the memory that the next step reuses
-            state = jax.tree.map(jnp.copy, state)
-        self.manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
-
-    def finish(self) -> None:
-        """Wait until everything is written."""
-        self.manager.wait_until_finished()
+    def close(self) -> None:
         if self.writer:
             self.writer.close()
 
-    def log(self, line: LogLine, name: str = "log.jsonl") -> None:
+    def log(self, line: LogLine, name: str = LOG) -> None:
         if not hosts.is_first_process():
             return
+        # JSON has no NaN; the loss of a validation can be one.
+        line = {key: None if _is_nan(value) else value for key, value in line.items()}
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         if self.writer:
@@ -110,9 +170,8 @@ class Run:
                 if isinstance(value, float):
                     self.writer.add_scalar(key, value, line["step"])
 
-    def save_bad_batch(self, line: LogLine, batch: Batch) -> str:
+    def save_bad_batch(self, line: LogLine, batch: Batch, last: int | None) -> str:
         """Save the batch of a step whose loss or gradient is not finite; return the error."""
-        self.finish()
         file = self.folder / f"bad_batch_{line['step']}.npz"
         arrays = vars(batch.inputs) | {"weights": batch.weights, "features": batch.features}
         arrays = {name: array for name, array in arrays.items() if array is not None}
@@ -123,7 +182,7 @@ class Run:
         return (
             f"loss {line['loss']} and gradient norm {line['gradient_norm']} at step {line['step']} "
             f"must be finite; its batch is saved in {file}, the last checkpoint is of step "
-            f"{self.manager.latest_step()}. Lower --learning-rate, or inspect the batch"
+            f"{last}. Lower --learning-rate, or inspect the batch"
         )
 
     def plot_losses(self) -> None:
@@ -132,42 +191,34 @@ class Run:
             from matplotlib.figure import Figure
         except ImportError:
             return
-        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        entries = [entry for _, entry in _read_log(self.folder / LOG)]
         figure = Figure((8, 4.5), layout="constrained")
         axes = figure.subplots()
         for name, marker in (("loss", None), ("validation_loss", "o")):
-            steps = [line["step"] for line in lines if name in line]
-            losses = [line[name] for line in lines if name in line]
-            if steps:
-                axes.plot(steps, losses, marker=marker, label=name.replace("_", " "))
+            points = [(e.step, getattr(e, name)) for e in entries if getattr(e, name) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
         axes.set(xlabel="step", ylabel="loss (nats per token)")
         axes.legend(frameon=False)
         figure.savefig(self.folder / "loss.png", dpi=120)
 
 
-def _checkpoint_options(keep: int) -> ocp.CheckpointManagerOptions:
-    """Keep the last checkpoints, and the best by validation loss."""
-
-    def score(metrics: dict[str, float]) -> float:
-        return -metrics["validation_loss"]
-
-    policies = ocp.checkpoint_managers
-    # A checkpoint without metrics was being removed when the process was killed.
-    best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
-    return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        best_fn=score,  # without it, metrics are not written and a resumed run would lose its best
-        enable_async_checkpointing=True,
-    )
+def _read_log(file: Path) -> Iterator[tuple[str, LogEntry]]:
+    """The complete lines of a log, and what they say. ValueError if one is damaged."""
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            yield line.decode(), decode(line, LogEntry, f"{file}: line {number}")
 
 
 def _truncate_log(file: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and an incomplete last line."""
     if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        kept = [line for line, entry in _read_log(file) if entry.step <= step]
         _write_atomically(file, "".join(kept))
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _write_atomically(file: Path, text: str) -> None:

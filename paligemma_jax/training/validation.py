@@ -12,6 +12,7 @@ from paligemma_jax.data.rows import RowSource, example_at
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.sharding.arrays import shard_batch
 from paligemma_jax.training.batches import Batcher, max_targets
+from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.runs import LogLine, Run
 from paligemma_jax.training.trainer import Trainer, TrainState
 
@@ -22,6 +23,7 @@ class Validation:
 
     trainer: Trainer
     run: Run
+    checkpoints: Checkpoints
     batcher: Batcher
     rows: RowSource
 
@@ -73,6 +75,7 @@ class Validation:
         except Exception:
             if jax.process_count() == 1:
                 self.run.log(line)
-                self.run.save(line["step"], state, line.get("validation_loss"))
-                self.run.finish()
+                self.checkpoints.save(line["step"], state, line.get("validation_loss"))
+                self.checkpoints.finish()
+                self.run.close()
             raise

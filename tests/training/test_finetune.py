@@ -35,6 +35,7 @@ from paligemma_jax.model.tree import parameters
 from paligemma_jax.processing.image_settings import ImageSettings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.training import runs
+from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.features import FeatureCache
 from paligemma_jax.training.finetune import finetune
@@ -87,7 +88,7 @@ def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys
     finetune(replace(config, resume=True))
     assert losses(stopped) == losses(full)
     assert_equal(weights(stopped / "model"), weights(full / "model"))
-    with pytest.raises(ValueError, match="other settings: batch_size 4, now 2"):
+    with pytest.raises(ValueError, match="other settings: batch_size was 4, now 2"):
         finetune(replace(config, resume=True, batch_size=2))
     with pytest.raises(ValueError, match="is not empty"):
         finetune(config)
@@ -259,18 +260,18 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
         return Trainer({"x": jnp.zeros(1)}, TOY, 9, loss)
 
     folder, trainer = tmp_path / "run", make_trainer()
-    config = FinetuneConfig("", str(folder), keep=2)
-    run, state = runs.Run(config), trainer.start()
+    checkpoints, state = Checkpoints(folder, keep=2), trainer.start()
     for step, validation_loss in enumerate([3.0, None, 1.0, None, 2.0], 1):
         state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
-        run.save(step, state, validation_loss)
-    run.finish()
+        checkpoints.save(step, state, validation_loss)
+    checkpoints.finish()
     # The remains of a process that was killed while removing a checkpoint.
     shutil.copytree(folder / "checkpoints/5/default", folder / "checkpoints/2/default")
-    run = runs.Run(replace(config, resume=True))
-    assert int(run.restore(make_trainer().start()).step) == 5
-    run.save(6, state, 4.0)
-    run.finish()
+    checkpoints = Checkpoints(folder, keep=2)
+    assert int(checkpoints.restore(make_trainer().start()).step) == 5
+    assert checkpoints.best_step() == 3
+    checkpoints.save(6, state, 4.0)
+    checkpoints.finish()
     assert steps_of(folder) == [3, 5, 6]
 
 
