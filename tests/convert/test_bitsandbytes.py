@@ -25,6 +25,8 @@ FOUR_BITS = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 OPTIONS = {
     "nf4": FOUR_BITS,
     "double": FOUR_BITS | {"bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "storage": FOUR_BITS | {"bnb_4bit_quant_storage": torch.bfloat16},
     "int8": {"load_in_8bit": True},
 }
 
@@ -87,7 +89,14 @@ def their_path(path: str, dense: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.parametrize(
-    "name,format", [("nf4", "nf4-64"), ("double", "nf4-64-double"), ("int8", "int8")]
+    "name,format",
+    [
+        ("nf4", "nf4-64"),
+        ("double", "nf4-64-double"),
+        ("fp4", "fp4-64"),
+        ("storage", "nf4-64"),
+        ("int8", "int8"),
+    ],
 )
 def test_every_number(saved, name, format, tmp_path):
     directory, dense = saved[name]
@@ -109,6 +118,28 @@ def test_every_number(saved, name, format, tmp_path):
     assert "quantization_config" not in (tmp_path / "dense" / "config.json").read_text()
     weight = load_file(tmp_path / "dense" / "model.safetensors")[WEIGHT]
     np.testing.assert_array_equal(weight, model.decoder.layers[0].mlp.down.dense("float32"))
+
+
+def test_nested_values_are_used_as_stored(saved, tmp_path):
+    """bitsandbytes up to 0.49 writes -1.0 as the first on a CPU."""
+    from bitsandbytes import functional
+
+    directory = shutil.copytree(saved["double"][0], tmp_path / "x")
+    tensors = load_file(directory / "model.safetensors")
+    for key in tensors:
+        if key.endswith(".nested_quant_map"):
+            tensors[key][0] = -1
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    parts = {
+        key.removeprefix(WEIGHT + "."): torch.from_numpy(value)
+        for key, value in tensors.items()
+        if key.startswith(WEIGHT + ".")
+    }
+    state = functional.QuantState.from_dict(parts, device="cpu")
+    shape, state.shape = state.shape, torch.Size([state.shape.numel()])
+    expected = functional.dequantize_4bit(torch.from_numpy(tensors[WEIGHT]), state).reshape(shape)
+    model = load_model(directory)
+    np.testing.assert_array_equal(model.decoder.layers[0].mlp.down.dense("float32"), expected)
 
 
 def state(**changes):
