@@ -13,6 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
 from paligemma_jax.inference import beam
+from paligemma_jax.inference.memory import check_memory
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.request import AnswerLengths, Generated, Request, make_request
 from paligemma_jax.inference.sampling import Beam, BestOf, Sampler
@@ -65,7 +66,7 @@ def generate(
             Beam.
     """
     if isinstance(options.sampler, Beam):
-        slots = _check_slots(inputs, options, slots)
+        slots = _check_slots(model, inputs, options, slots)
         request = make_request(model, len(inputs.tokens), options, seeds)
         features = encode_inputs(model, inputs) if features is None else features
         limit = options.max_new_tokens
@@ -98,7 +99,7 @@ def decode_chunks(
     Arguments are those of `generate`, for any sampler but Beam. With BestOf, a prompt has as many
     rows as samples. By default one dispatch decodes all later tokens.
     """
-    slots = _check_slots(inputs, options, slots)
+    slots = _check_slots(model, inputs, options, slots)
     request = make_request(model, len(inputs.tokens), options, seeds)
     features = encode_inputs(model, inputs) if features is None else features
     strategy, limit = options.sampler, options.max_new_tokens
@@ -119,11 +120,13 @@ def decode_chunks(
         yield tokens, log_probabilities
 
 
-def _check_slots(inputs: Inputs, options: DecodingOptions, slots: int) -> int:
+def _check_slots(model: PaliGemma, inputs: Inputs, options: DecodingOptions, slots: int) -> int:
     tokens, new = inputs.tokens.shape[1], options.max_new_tokens
     if slots and tokens + new > slots:
         raise ValueError(f"slots must be at least {tokens} + {new} (prompt + answer), got {slots}")
-    return slots or tokens + round_up(new)
+    slots = slots or tokens + round_up(new)
+    check_memory(model, len(inputs.tokens), options.copies, slots)
+    return slots
 
 
 def _join(model: PaliGemma, chunks: Iterator[Chunk], length: int) -> Chunk:

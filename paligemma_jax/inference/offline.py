@@ -81,8 +81,8 @@ def predict(
     """
     data = Path(data)
     number, parts = part or (jax.process_index(), jax.process_count())
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 1 <= batch_size < 2**31:
+        raise ValueError(f"batch_size must be at least 1 and below 2**31, got {batch_size}")
     files = OutputFiles(Path(output), number, parts)
     rows = sum(1 for _ in read_lines(data))
     check_seeds([seed, seed + rows], 2)

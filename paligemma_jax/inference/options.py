@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import log
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Bool
 
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
 
+FLOAT32_MAX = 3.4028235e38
 Texts = str | Sequence[str]
 Keyword = Any  # a field of `DecodingOptions`, which checks it, or `options`
 
@@ -53,6 +55,13 @@ class DecodingOptions:
                 "sampler must be Greedy(), Sample(...), Beam(...) or BestOf(...), "
                 f"got {self.sampler!r}"
             )
+        if isinstance(self.sampler, Beam):
+            power, limit = self.sampler.length_penalty, log(FLOAT32_MAX) / log(max(new, 2))
+            if abs(power) > limit:
+                raise ValueError(
+                    f"Beam.length_penalty must be from {-limit:.1f} to {limit:.1f} for answers of "
+                    f"{new} tokens, or their scores overflow, got {power!r}"
+                )
         is_iterable = self.stop is None or isinstance(self.stop, Iterable)
         if not is_iterable or not all(isinstance(text, str) and text for text in self.stops):
             raise ValueError(f"stop must be a non-empty text or a list of them, got {self.stop!r}")

@@ -310,3 +310,18 @@ def test_errors_in_a_process_of_its_own(model, image, part):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("paligemma-jax: ")
     assert part in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags,part",
+    [
+        (["--beams", 2, "--length-penalty", "1e308"], "Beam.length_penalty must be from -18.3 to"),
+        (["--beams", 100_000_000], "1 prompts with 100000000 candidates each need"),
+        (["--best-of", 100_000_000], "use fewer beams or samples, a smaller batch"),
+    ],
+)
+def test_what_cannot_fit_or_overflows_is_refused(flags, part, command):
+    arguments = ("--model", GOLDEN / "pg2", "--image", IMAGE, "--prompt", "caption en")
+    code, out, err = command("generate", *arguments, *flags)
+    assert (code, out) == (2, "")
+    check_message(err[:-1], [part])

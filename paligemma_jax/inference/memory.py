@@ -1,0 +1,34 @@
+"""Whether a batch can fit the memory at all, checked before anything is compiled."""
+
+from __future__ import annotations
+
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.sharding import devices
+from paligemma_jax.sharding.mesh import mesh_of
+
+
+def check_memory(model: PaliGemma, prompts: int, copies: int, slots: int) -> None:
+    """Check a lower bound: the keys, values and logits of all answers of a batch.
+
+    Args:
+        prompts: Number of prompts.
+        copies: Answers to each, for `Beam` and `BestOf`.
+        slots: Length of the cache.
+
+    Raises:
+        ValueError: They need more memory than the devices have.
+    """
+    decoder = model.config.decoder
+    itemsize = 1 if model.config.cache == "int8" else 2 if model.config.dtype != "float32" else 4
+    heads = decoder.num_key_value_heads * decoder.head_dim
+    cache = 2 * decoder.num_hidden_layers * heads * itemsize * slots
+    needed = prompts * copies * (cache + 4 * decoder.vocab_size)
+    mesh = mesh_of(model)
+    available = devices.memory_bytes() * (mesh.size if mesh else 1)
+    if needed > available:
+        answers = f" with {copies} candidates each" if copies > 1 else ""
+        raise ValueError(
+            f"{prompts} prompts{answers} need {needed / 1e9:,.0f} GB for keys, values and logits, "
+            f"but there are {available / 1e9:,.0f} GB of memory: use fewer beams or samples, a "
+            "smaller batch or fewer new tokens"
+        )
