@@ -16,6 +16,7 @@ from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.image_settings import read_image_settings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
+from paligemma_jax.processing.vocabulary import find_tokenizer
 from paligemma_jax.sharding import devices
 from paligemma_jax.sharding.arrays import distribute
 from paligemma_jax.sharding.mesh import mesh_of
@@ -69,6 +70,8 @@ def load(
 
 def make_processor(source: CheckpointSource) -> Processor:
     """Make the processor of a checkpoint. ValueError if its tokenizer and config disagree."""
+    if source.weights.is_file():  # an .npz, whose arrays all have to be read for its config
+        find_tokenizer(source.tokenizer_dir)
     config = source.config
     tokenizer = Tokenizer(source.tokenizer_dir, config.image_token_id)
     ids, rows = tokenizer.vocab_size, config.decoder.vocab_size

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support import checkpoint_sources as sources
+from support.paths import GOLDEN
 
-from convert import convert, read
+import paligemma_jax as pg
+from convert import big_vision, convert, read
 from convert.config import load_config
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.save import save_model
@@ -78,6 +80,21 @@ def test_a_pickle_is_not_read(copy):
         ValueError, match=r"has pytorch_model\.bin, which is a pickle.*transformers"
     ):
         read(copy)
+
+
+def test_an_npz_needs_a_tokenizer_beside_it(tmp_path, monkeypatch):
+    """Without one it is refused before its arrays are read."""
+    (tmp_path / "a.npz").write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        pg.load(tmp_path / "a.npz")
+    convert(GOLDEN / "pg2", tmp_path / "b.npz", "big_vision")
+    for file in GOLDEN.glob("pg2/*token*"):
+        shutil.copy(file, tmp_path)
+    config = load_config(GOLDEN / "pg2")
+    monkeypatch.setattr(big_vision, "PRESETS", {"small": config})
+    answer = pg.load(tmp_path / "b.npz").generate(GOLDEN / "image.png", "caption en", 2)
+    expected = pg.load(GOLDEN / "pg2", numerics="big_vision")
+    assert answer == expected.generate(GOLDEN / "image.png", "caption en", 2)
 
 
 # The effect of each value in transformers 5.23 was found by running it.
