@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from importlib.metadata import version
+from typing import Any
 
 from paligemma_jax.model.config import NUMERICS, Numerics
 from paligemma_jax.parity.compare import StageError
@@ -39,9 +41,9 @@ RATIO_COLUMNS = ("relative", "transformers", "ratio", "limit") + (
 
 
 def as_dict(report: Report) -> dict:
-    """Return plain numbers, for --json."""
+    """Return plain numbers, for --json; None for those that are not finite."""
     tokens = report.tokens
-    return {
+    content = {
         "config": asdict(report.config) | {"numerics": report.case.checkpoint.config.numerics},
         "reference": reference(report),
         "first_divergence": report.first_divergence,
@@ -59,6 +61,15 @@ def as_dict(report: Report) -> dict:
         "seconds": report.seconds,
         "peak_bytes": report.peak_bytes,
     }
+    return _finite(content)
+
+
+def _finite(value: object) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def adaptations(report: Report) -> dict[str, str]:

@@ -72,8 +72,8 @@ def load_reference(source: CheckpointSource, dtype: str) -> TorchModel:
 
     Args:
         source: The directory, or an adapter on one.
-        dtype: Dtype of the parameters. With "auto", that of config.json; tensors that have it in
-            the file are mapped, and take no memory.
+        dtype: Dtype of the parameters; an adapter and its base are in float32. With "auto", that of
+            config.json: tensors that have it in the file are mapped, and take no memory.
 
     Raises:
         ValueError: transformers, peft or bitsandbytes cannot load it, or finds no value for a
@@ -85,7 +85,7 @@ def load_reference(source: CheckpointSource, dtype: str) -> TorchModel:
     with reported_by_transformers(f"load {source.weights}"):
         model, info = PaliGemmaForConditionalGeneration.from_pretrained(
             source.weights,
-            dtype=dtype,
+            dtype="float32" if source.adapter else dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,  # type: ignore[arg-type]

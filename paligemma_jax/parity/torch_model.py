@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from paligemma_jax.processing.processor import Inputs
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PaliGemmaConfig as TorchConfig
     from transformers import PaliGemmaForConditionalGeneration as TorchModel
 
     Readers = dict[torch.nn.Parameter, Callable[[], torch.Tensor]]
@@ -37,28 +39,42 @@ def build_model(case: ParityCase, weights: str, dtype: str, keep: bool) -> Torch
         ValueError: transformers cannot load it, or its model has other sizes.
     """
     if case.source is None:
-        model = _empty_model(case, dtype)
-        readers = _checkpoint_readers(model, case, dtype)
+        model = _empty_model(_torch_config(case, dtype), dtype)
+        _stream(model, _checkpoint_readers(model, case, dtype), dtype, keep)
+    elif keep:
+        model = load_reference(case.source, dtype)
+        for parameter in model.parameters():
+            parameter.data = _rounded(parameter.data, weights, dtype)
     else:
-        model = load_reference(case.source, weights if keep else "auto")
-        check_sizes(model, case.checkpoint.config)
-        readers = _cast_readers(model, weights, dtype)
-    _stream(model, readers, dtype, keep)
+        mapped = load_reference(case.source, "auto")
+        model = _empty_model(mapped.config, dtype)  # its buffers are not rounded to "auto"
+        model.generation_config = mapped.generation_config
+        data = {name: parameter.data for name, parameter in mapped.named_parameters()}
+        readers = {
+            parameter: partial(_rounded, data[name], weights, dtype)
+            for name, parameter in model.named_parameters()
+        }
+        _stream(model, readers, dtype, keep)
+    check_sizes(model, case.checkpoint.config)
     adapt_model(model, case.checkpoint.config.profile)
     return model
 
 
-def _empty_model(case: ParityCase, dtype: str) -> TorchModel:
-    """The model without weights. It reads config.json itself, if there is one; otherwise it gets
-    the checkpoint's config."""
-    import torch
-    from transformers import AutoConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
-    from transformers.initialization import no_init_weights
+def _torch_config(case: ParityCase, dtype: str) -> TorchConfig:
+    """config.json as transformers reads it, if there is one; otherwise the checkpoint's config."""
+    from transformers import AutoConfig, PaliGemmaConfig
 
     if case.directory is not None and (case.directory / "config.json").exists():
-        config = AutoConfig.from_pretrained(case.directory)
-    else:
-        config = PaliGemmaConfig.from_dict(config_to_json(case.checkpoint.config, dtype))
+        return AutoConfig.from_pretrained(case.directory)  # type: ignore[return-value]
+    return PaliGemmaConfig.from_dict(config_to_json(case.checkpoint.config, dtype))
+
+
+def _empty_model(config: TorchConfig, dtype: str) -> TorchModel:
+    """The model without weights."""
+    import torch
+    from transformers import PaliGemmaForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
     with no_init_weights():  # allocates, but touches no memory
         model = PaliGemmaForConditionalGeneration._from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="eager"
@@ -87,14 +103,11 @@ def _checkpoint_readers(model: TorchModel, case: ParityCase, dtype: str) -> Read
     return readers
 
 
-def _cast_readers(model: TorchModel, weights: str, dtype: str) -> Readers:
-    """Readers that round the model's own weights to `weights` and cast them to `dtype`."""
+def _rounded(data: torch.Tensor, weights: str, dtype: str) -> torch.Tensor:
+    """A tensor in `dtype`, rounded to the dtype `weights`."""
     import torch
 
-    def reader(data: torch.Tensor) -> Callable[[], torch.Tensor]:
-        return lambda: data.to(getattr(torch, weights)).to(getattr(torch, dtype))
-
-    return {parameter: reader(parameter.data) for parameter in model.parameters()}
+    return data.to(getattr(torch, weights)).to(getattr(torch, dtype))
 
 
 def _stream(model: TorchModel, readers: Readers, dtype: str, keep: bool) -> None:
