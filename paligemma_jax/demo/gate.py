@@ -47,6 +47,8 @@ FILE_HEADERS = {
     b"content-security-policy": b"sandbox; default-src 'none'",
     b"x-content-type-options": b"nosniff",
 }
+# Everything else may load from this server only, whatever Gradio's page asks for.
+PAGE_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Gate:
             raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length must be a number of bytes")
         if int(length) > body.limit:
             raise too_large(body.limit)
+        if not path.startswith(FILE):
+            send = with_headers(send, {b"content-security-policy": PAGE_POLICY})
         if is_upload:
             await self._upload(scope, body, send, int(length))
         elif path.startswith(FILE):

@@ -99,6 +99,13 @@ def test_all_addresses_of_this_machine():
 # files
 
 
+def test_browsers_load_nothing_from_other_servers(address):
+    for route in ("", "config", "theme.css"):
+        _, headers, _ = exchange(f"{address}/{route}")
+        policy = {name.lower(): value for name, value in headers.items()}["content-security-policy"]
+        assert policy.startswith("default-src 'self' data: blob:") and "http" not in policy
+
+
 @pytest.mark.parametrize(
     "name, content",
     [
