@@ -7,7 +7,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from convert import big_vision, huggingface, orbax
+from convert import big_vision, huggingface, orbax, peft
+from convert.adapter import merge
 from convert.checkpoint import Checkpoint
 from convert.config import check_quantization, load_config
 from convert.files import atomic_output, companion_files, user_path
@@ -40,8 +41,13 @@ def detect_format(source: Path) -> str:
     return "huggingface"
 
 
-def read(source: str | Path, config: PaliGemmaConfig | str | Path | None = None) -> Checkpoint:
-    """Read a checkpoint: a Hugging Face directory, one of this project's own, or a big_vision .npz.
+def read(
+    source: str | Path,
+    config: PaliGemmaConfig | str | Path | None = None,
+    base: str | Path | None = None,
+) -> Checkpoint:
+    """Read a checkpoint: a Hugging Face directory, one of this project's own, a big_vision .npz, or
+    an adapter of peft, which is merged into its base.
 
     Names, shapes and dtypes of all tensors are checked; no tensor is read.
 
@@ -50,11 +56,18 @@ def read(source: str | Path, config: PaliGemmaConfig | str | Path | None = None)
         config: Used in place of the source's own; required for an .npz of an unpublished variant. A
             PaliGemmaConfig, a config.json, or a Hugging Face directory, whose tokenizer and
             processor are then included.
+        base: The base checkpoint of an adapter; by default the directory that its config names.
 
     Raises:
         ValueError: Lists everything that is wrong with the source.
     """
     source = user_path(source)
+    if peft.is_adapter(source):
+        base = user_path(base or peft.base_checkpoint(source))
+        if peft.is_adapter(base):
+            raise ValueError(f"the base of {source} must be a model, but {base} is an adapter too")
+        checkpoint = read(base, config)
+        return merge(checkpoint, peft.read(source, checkpoint.config))
     directory, format = None, detect_format(source)
     if isinstance(config, str | Path):
         path = user_path(config)
@@ -108,6 +121,7 @@ def convert(
     numerics: str | None = None,
     quantize: str | None = None,
     config: str | Path | None = None,
+    base: str | Path | None = None,
     max_shard: int | None = None,
     force: bool = False,
     verify: bool = False,
@@ -116,7 +130,7 @@ def convert(
     """Convert a checkpoint of any format to any other, tensor by tensor.
 
     Args:
-        source, config: As in `read`.
+        source, config, base: As in `read`.
         destination, to, force, max_shard: As in `write`.
         dtype: "float32", "bfloat16" or "float16"; by default each tensor keeps its own.
         resolution: Resample the position embeddings for images of this many pixels.
@@ -136,7 +150,7 @@ def convert(
     source, destination = user_path(source), user_path(destination)
     if destination.resolve() in (source.resolve(), *source.resolve().parents):
         raise ValueError(f"{destination} is or contains the source; choose another name")
-    checkpoint = read(source, config)
+    checkpoint = read(source, config, base)
     checkpoint = change(checkpoint, to, dtype, resolution, numerics, quantize)
     stage = progress or (lambda name, nbytes: nullcontext(no_progress))
     with stage("writing", checkpoint.nbytes) as advance:

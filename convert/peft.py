@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,17 +12,34 @@ from convert.adapter import Adapter, Factors
 from convert.huggingface import canonical_name
 from convert.layout import layout_shape, reorder
 from convert.match import TensorEntry, Weight, huggingface_weights
-from convert.peft_config import AdapterConfig, load_adapter_config, scales
-from convert.peft_names import CONFIG, MAGNITUDE, WEIGHTS, A, B, part_layouts, peft_name, split_key
+from convert.peft_config import MERGE, AdapterConfig, load_adapter_config, scales
+from convert.peft_names import (
+    CONFIG,
+    HEAD,
+    HEAD_PATH,
+    MAGNITUDE,
+    TABLE,
+    TABLE_PATH,
+    WEIGHTS,
+    A,
+    B,
+    part_layouts,
+    peft_name,
+    split_key,
+)
 from convert.peft_save import save_adapter
 from convert.safetensors import NAMES, load_header
-from convert.tensor import Tensor
-from convert.typed_json import load_json
+from convert.tensor import Tensor, equal
+from convert.typed_json import describe, load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 
 __all__ = ["Factors", "base_checkpoint", "is_adapter", "load_adapter", "read", "save_adapter"]
 
 Parts = dict[str, np.ndarray]  # of the update of a layer
+UNSUPPORTED = {
+    r"\.lora_embedding_[AB]|embed_tokens\.base_layer": "LoRA of an embedding table",
+    r"lm_head\.(lora_|base_layer)": "LoRA of the head",
+}
 
 
 def is_adapter(directory: Path) -> bool:
@@ -30,9 +48,11 @@ def is_adapter(directory: Path) -> bool:
 
 def base_checkpoint(directory: Path) -> str:
     """The base checkpoint named in the config of an adapter. Raises ValueError if there is none."""
-    name = load_json(directory / CONFIG).get("base_model_name_or_path")
+    file = directory / CONFIG
+    name = load_json(file).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{directory / CONFIG} has no base_model_name_or_path; add it")
+        found = f"base_model_name_or_path must name the base checkpoint, got {describe(name)}"
+        raise ValueError(f"{file}: {found}; give the base with --base")
     return name
 
 
@@ -56,7 +76,7 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
             tensors that do not fit are listed.
     """
     settings, file = load_adapter_config(directory), _weight_file(directory)
-    weights = {weight.key: weight for weight in huggingface_weights(config)}
+    weights = _weights(config)
     names: dict[str, str] = {}  # of the layers in the file, by path
     updates: dict[str, Parts] = {}
     parameters: dict[str, Tensor] = {}
@@ -64,6 +84,9 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
     for key, entry in load_header(file).items():
         name, part = split_key(key)
         weight = weights.get(canonical_name(f"{name}.weight" if part else name))
+        unsupported = _unsupported(key)
+        if unsupported:
+            raise ValueError(f"{file}: {unsupported} ({key}) is not supported; {MERGE}")
         if weight is None or not (part or _is_saved(name, settings)):
             errors.append(f"unknown key {key}")
         elif not _fits(entry, weight, part):
@@ -85,7 +108,31 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
         layer: Factors(parts[A], parts[B], scale[names[layer]], parts.get(MAGNITUDE))
         for layer, parts in updates.items()
     }
+    if config.decoder.tie_word_embeddings:
+        parameters = _tie(parameters, file)
     return Adapter(factors, parameters)
+
+
+def _weights(config: PaliGemmaConfig) -> dict[str, Weight]:
+    """Every parameter by its released name, and the head, even if it is tied to the table."""
+    weights = {weight.key: weight for weight in huggingface_weights(config)}
+    return weights | {HEAD: weights[TABLE]._replace(key=HEAD, path=HEAD_PATH)}
+
+
+def _unsupported(key: str) -> str | None:
+    """What a tensor is for, if that is not supported."""
+    return next((what for pattern, what in UNSUPPORTED.items() if re.search(pattern, key)), None)
+
+
+def _tie(parameters: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The parameters without a head that equals the new table, to which it stays tied."""
+    table, head = parameters.get(TABLE_PATH), parameters.get(HEAD_PATH)
+    if (table is None) != (head is None) or (table and head and not equal(table, head)):
+        raise ValueError(
+            f"{file} unties the head from the embedding table (modules_to_save has only one of "
+            f"them, or they differ), which is not supported; {MERGE}"
+        )
+    return {path: tensor for path, tensor in parameters.items() if path != HEAD_PATH}
 
 
 def _weight_file(directory: Path) -> Path:
@@ -144,9 +191,6 @@ def _incomplete(
         if parts.keys() != needed or len(parts[A]) != parts[B].shape[-1]:
             magnitude = f", and a {MAGNITUDE}" if settings.use_dora else ""
             errors.append(f"{layer} needs {A} and {B} of the same rank{magnitude}")
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        if _is_saved(name, settings):
-            errors.append(f"{name} is in modules_to_save, which unties the head")
     for key, weight in weights.items():
         is_saved = _is_saved(key, settings) or _is_saved(peft_name(key), settings)
         if is_saved and weight.path not in parameters:

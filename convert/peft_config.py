@@ -27,6 +27,7 @@ IGNORED = {
 # Initial values (`init_lora_weights`) that leave the base unchanged. With others, such as pissa,
 # peft changes the base whenever it loads the adapter.
 INITIALIZATIONS = None, True, False, "gaussian", "eva", "orthogonal", "mica"
+MERGE = "merge the adapter with peft (merge_and_unload), and load the result"
 # Settings that peft's merge_and_unload refuses or ignores.
 NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "lora_bias", "monteclora_config"}
 
@@ -65,9 +66,7 @@ def load_adapter_config(directory: Path) -> AdapterConfig:
         )
     config = check(settings, AdapterConfig, str(file))
     for name, value in _unsupported(settings, config).items():
-        hint = "merge the adapter with peft (merge_and_unload), and load the result"
-        if name in NOT_MERGEABLE:
-            hint = "only peft can run this adapter"
+        hint = "only peft can run this adapter" if name in NOT_MERGEABLE else MERGE
         raise ValueError(f"{file}: {name} {describe(value)} is not supported; {hint}")
     return config
 

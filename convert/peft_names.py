@@ -14,7 +14,11 @@ MODULE_SPELLINGS = [
     (r"^vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^language_model\.lm_head\.", "lm_head."),
 ]
+
+TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+TABLE_PATH, HEAD_PATH = "decoder/embedder/table", "decoder/head/table"
 
 # The parts of an update; the magnitude is that of DoRA.
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"

@@ -16,8 +16,10 @@ from convert.layout import reorder
 from convert.match import huggingface_weights
 from convert.peft_names import (
     CONFIG,
+    HEAD,
     MAGNITUDE,
     PREFIX,
+    TABLE_PATH,
     WEIGHTS,
     A,
     B,
@@ -62,10 +64,13 @@ def save_adapter(
     saved = set()
     for path, array in parameters.items():
         weight = weights[path]
-        name = peft_name(weight.key)
+        names = [peft_name(weight.key)]
+        if path == TABLE_PATH and config.decoder.tie_word_embeddings:  # peft replaces them apart
+            names.append(peft_name(HEAD))
         layouts = weight.model_layout, weight.file_layout
-        tensors[PREFIX + name] = reorder(np.asarray(array), *layouts, weight.sizes)
-        saved.add(name.rpartition(".")[0])
+        for name in names:
+            tensors[PREFIX + name] = reorder(np.asarray(array), *layouts, weight.sizes)
+            saved.add(name.rpartition(".")[0])
     (rank, rank_pattern), (alpha, alpha_pattern) = _pattern(ranks), _pattern(alphas)
     settings = {
         "peft_type": "LORA",

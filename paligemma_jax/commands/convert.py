@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from convert.files import user_path
 from paligemma_jax.commands.options import dumps, flag
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ Numerics = Annotated[
 ]
 Format = Annotated[str | None, flag("FORMAT", "that of SRC with --to jax; otherwise none")]
 Config = Annotated[str | None, flag("PATH", "the checkpoint's own")]
+Base = Annotated[str | None, flag("CKPT", "the one that SRC names")]
 Size = Annotated[str | None, flag("SIZE", "the shards of SRC, or 5GB")]
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,6 +52,7 @@ def convert(
     numerics: Numerics = None,
     quantize: Format = None,
     config: Config = None,
+    base: Base = None,
     max_shard_size: Size = None,
     verify: bool = False,
     force: bool = False,
@@ -60,8 +63,8 @@ def convert(
     Example: paligemma-jax convert paligemma2-3b my-checkpoint --to jax --verify
 
     Args:
-        source: Checkpoint to convert: a Hugging Face directory, a converted checkpoint, or a
-            big_vision .npz.
+        source: Checkpoint to convert: a Hugging Face directory, a converted checkpoint, a
+            big_vision .npz, or an adapter of peft, which is merged into its base.
         destination: Output directory, or .npz file for big_vision. It appears once it is complete.
         to: Format to write.
         dtype: Dtype of every tensor.
@@ -71,6 +74,7 @@ def convert(
             nf4-32-double,embedding=int8,vision=int8.
         config: A config.json to use for SRC, or a Hugging Face directory, whose tokenizer is then
             copied too.
+        base: Base checkpoint of an adapter.
         max_shard_size: Maximum size of a safetensors file, such as 5GB.
         verify: Read DST back and compare every tensor.
         force: Replace DST if it exists.
@@ -82,8 +86,9 @@ def convert(
     to = to or "jax"
     from convert import formats
 
+    base_directory = _base_directory(source, base)
     if dry_run:
-        checkpoint = formats.read(source, config)
+        checkpoint = formats.read(source, config, base_directory)
         checkpoint = formats.change(checkpoint, to, dtype, resolution, numerics, quantize)
         _print_tensors(checkpoint, to)
         return
@@ -96,6 +101,7 @@ def convert(
         numerics=numerics,
         quantize=quantize,
         config=config,
+        base=base_directory,
         max_shard=max_shard,
         force=force,
         verify=verify,
@@ -134,6 +140,18 @@ def inspect(
             is_count = isinstance(value, int) and name != "resolution"
             lines = [f"{value:,}" if is_count else str(value)]
         print(f"{name:11} " + ("\n" + " " * 12).join(lines))
+
+
+def _base_directory(source: str, base: str | None) -> Path | None:
+    """Where the base checkpoint of an adapter is; it is downloaded if it is on the Hub."""
+    from convert import peft
+    from paligemma_jax.checkpoints.source import resolve
+
+    if peft.is_adapter(user_path(source)):
+        return resolve(base or source).weights
+    if base is not None:
+        raise ValueError(f"--base requires an adapter, but {source} is none")
+    return None
 
 
 def _print_tensors(checkpoint: Checkpoint, to: str) -> None:

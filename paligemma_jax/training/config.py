@@ -20,7 +20,7 @@ TRAIN_PATTERNS = {
     "decoder": r"decoder/.*",
     "attention": r"decoder/layers/.*attention/.*",
     "projector": r"projector/.*",
-    "lora": r".*/lora_[ab]",
+    "lora": r".*/lora_\w+",
 }
 
 POSITIVE = "steps length batch_size accumulate save_every keep"
@@ -93,6 +93,11 @@ class FinetuneConfig:
     )
     """Layers to adapt: a regular expression of paths such as decoder/layers/attention/q
     (decoder/layers/3/attention/q with --layers list)."""
+    dora: bool = False
+    """Train the length of each row of the adapted matrices as well (DoRA, arXiv:2402.09353)."""
+    modules_to_save: str | None = None
+    """Modules to train in full beside LoRA and to save in the adapter, as with peft: a regular
+    expression of paths such as projector|decoder/norm"""
     quantize: str | None = None
     """Quantize the decoder's projections and freeze them: int8, int4 or nf4 (QLoRA, with --train
     lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
@@ -199,14 +204,18 @@ class FinetuneConfig:
                 f"--accumulate must divide --batch-size {self.batch_size}, got {self.accumulate}"
             )
         names = ", ".join(TRAIN_PATTERNS)
-        for name, choices in (("train", f"{names} or "), ("lora_target", "")):
-            value = getattr(self, name)
+        patterns = ("train", f"{names} or "), ("lora_target", ""), ("modules_to_save", "")
+        for name, choices in patterns:
+            value = getattr(self, name) or ""
             try:
                 re.compile(value)
             except re.error as error:
                 raise ValueError(
                     f"{_flag(name)} must be {choices}a regular expression, got {value!r}: {error}"
                 ) from None
+        for name in ("dora", "modules_to_save"):
+            if getattr(self, name) and not self.lora:
+                raise ValueError(f"{_flag(name)} requires --train lora, got --train {self.train}")
         Quantization.parse(self.quantize)
         if self.features and self.augments:
             raise ValueError(
@@ -217,7 +226,21 @@ class FinetuneConfig:
     @property
     def trainable_pattern(self) -> str:
         """Regular expression of the paths of the trainable parameters."""
-        return TRAIN_PATTERNS.get(self.train, self.train)
+        pattern = TRAIN_PATTERNS.get(self.train, self.train)
+        return f"{pattern}|{self.saved_pattern}" if self.saved_pattern else pattern
+
+    @property
+    def saved_pattern(self) -> str:
+        """Regular expression of the paths of the parameters of `modules_to_save`, "" for none."""
+        modules = self.modules_to_save
+        return rf"(?!.*/base/)(?:{modules})/(?:kernel|bias|scale|table)" if modules else ""
+
+    def matches(self, pattern: str, path: str) -> bool:
+        """Whether a pattern matches a parameter by the path that it has in training, where stacked
+        layers have no number."""
+        if self.layers == "stack":
+            path = re.sub(r"/layers/\d+/", "/layers/", path)
+        return bool(re.fullmatch(pattern, path))
 
     @property
     def lora(self) -> bool:

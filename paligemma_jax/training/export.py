@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 from convert import peft
@@ -16,7 +17,7 @@ from paligemma_jax.checkpoints.source import CheckpointSource
 from paligemma_jax.model.stack import unstack_model
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.sharding import hosts
-from paligemma_jax.sharding.arrays import distribute
+from paligemma_jax.sharding.arrays import distribute, to_host
 from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.trainer import Trainer, TrainState
 
@@ -26,16 +27,18 @@ def save_result(
 ) -> Path:
     """Save the trained model in `folder`, and return its directory.
 
-    If only LoRA was trained, this is adapter/. A model/ is saved otherwise, or if an export format
-    is configured, with adapters merged into the unquantized base.
+    If only LoRA and `modules_to_save` were trained, this is adapter/. A model/ is saved otherwise,
+    or if an export format is configured, with adapters merged into the unquantized base.
     """
     config, model = trainer.config, trainer.result(state)
     model = unstack_model(model) if config.layers == "stack" else model
     factors = lora.lora_factors(model)
-    if factors and all("/lora_" in path for path in trainer.trainable):
+    is_saved = partial(config.matches, config.saved_pattern)
+    if factors and all("/lora_" in path or is_saved(path) for path in trainer.trainable):
+        saved = {p: to_host(value) for p, value in parameters(model).items() if is_saved(p)}
         if hosts.is_first_process():
             base = _base_name(config.model, source)
-            peft.save_adapter(folder / "adapter", factors, model.config, base)
+            peft.save_adapter(folder / "adapter", factors, model.config, base, saved)
         hosts.barrier("adapter")
         if config.export is None:
             return folder / "adapter"

@@ -80,8 +80,9 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
 
 
 def decay_mask(parameters: Mapping[str, Array]) -> dict[str, bool]:
-    """Which parameters are decayed: matrices and tables, not norms and biases."""
-    return {path: not re.fullmatch(r".*/(scale|bias)", path) for path in parameters}
+    """Which parameters are decayed: matrices and tables, not norms, biases and magnitudes."""
+    undecayed = r".*/(scale|bias|lora_magnitude)"
+    return {path: not re.fullmatch(undecayed, path) for path in parameters}
 
 
 def muon_axes(parameters: Mapping[str, Array]) -> dict[str, MuonDimensionNumbers | None]:

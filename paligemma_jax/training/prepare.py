@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import jax
@@ -29,14 +28,17 @@ def load_trainable(
             features are cached.
     """
 
-    def is_trainable(path: str) -> bool:
-        return bool(re.fullmatch(config.trainable_pattern, path))
-
+    is_trainable = partial(config.matches, config.trainable_pattern)
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(
         source, dtype, config.numerics, mesh, keep_float32=is_trainable, quantize=config.quantize
     )
     paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
+    if config.saved_pattern and not any(config.matches(config.saved_pattern, p) for p in paths):
+        raise ValueError(
+            f"--modules-to-save {config.modules_to_save} matches no module, or only modules that "
+            "LoRA adapts; paths look like projector or decoder/norm"
+        )
     for layer in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
         if any(is_trainable(f"{layer}/{name}") for name in ("codes", "scale", "kernel", "table")):
             reason = "by --quantize" if config.quantize else f"in --model {config.model}"
@@ -71,6 +73,7 @@ def prepare_model(model: PaliGemma, config: FinetuneConfig, delete: bool = False
             config.lora_dropout,
             config.lora_target,
             config.seed,
+            config.dora,
         )
     return model
 

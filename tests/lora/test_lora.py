@@ -39,24 +39,32 @@ RANKS = {"decoder": 2, "vision": 3}
 
 
 def with_random_b(model, seed=0):
-    """Return the model with random B, which is 0 initially, so that its adapters have an effect."""
+    """Return the model with random B, which is 0 initially, so that its adapters have an effect;
+    and with random changes of its magnitudes, if any."""
     rng = np.random.default_rng(seed)
     values = parameters(model)
     for path, value in values.items():
         if path.endswith("lora_b"):
             values[path] = jnp.asarray(rng.normal(0, 0.1, value.shape), jnp.float32)
+        elif path.endswith("lora_magnitude"):
+            values[path] = value * rng.uniform(0.8, 1.2, value.shape).astype(np.float32)
     return with_parameters(model, values.__getitem__)
 
 
-def test_a_new_adapter_adds_nothing_and_a_merged_model_computes_the_same():
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_new_adapter_adds_nothing_and_a_merged_model_computes_the_same(dora):
     plain = load_model(TINY)
-    model = lora.add_lora(plain, RANKS, 4.0)
-    np.testing.assert_array_equal(logits(model), logits(plain))
+    model = lora.add_lora(plain, RANKS, 4.0, dora=dora)
+    np.testing.assert_allclose(logits(model), logits(plain), atol=2e-4 if dora else 0)
     model = with_random_b(model)
     assert np.abs(logits(model) - logits(plain)).max() > 0.1
     merged = lora.merge_lora(model)
     assert parameters(merged).keys() == parameters(plain).keys()
     np.testing.assert_allclose(logits(merged), logits(model), atol=2e-4)
+    if dora:
+        with pytest.raises(ValueError, match=r"magnitudes \(DoRA\) cannot be unmerged"):
+            lora.unmerge_lora(merged, lora.lora_factors(model))
+        return
     unmerged = lora.unmerge_lora(merged, lora.lora_factors(model))
     np.testing.assert_allclose(logits(unmerged), logits(plain), atol=2e-4)
 
@@ -65,7 +73,7 @@ def test_a_new_adapter_adds_nothing_and_a_merged_model_computes_the_same():
 def test_lists_and_stacks_of_layers_are_equivalent(kind):
     model = load_model(TINY)
     model = quantize_model(model, kind) if kind else model
-    listed = with_random_b(lora.add_lora(model, RANKS, 4.0))
+    listed = with_random_b(lora.add_lora(model, RANKS, 4.0, dora=kind != "int8"))
     stacked = stack_model(listed, delete=False)
     np.testing.assert_allclose(logits(stacked), logits(listed), atol=1e-4)
     factors, expected = lora.lora_factors(stacked), lora.lora_factors(listed)
@@ -73,6 +81,7 @@ def test_lists_and_stacks_of_layers_are_equivalent(kind):
     for path, adapter in factors.items():
         np.testing.assert_array_equal(adapter.a, expected[path].a)
         np.testing.assert_array_equal(adapter.b, expected[path].b)
+        np.testing.assert_array_equal(adapter.magnitude, expected[path].magnitude)
     assert parameters(unstack_model(stacked)).keys() == parameters(listed).keys()
 
 
@@ -176,7 +185,7 @@ def test_adapters_reach_the_accuracy_of_full_fine_tuning(tmp_path, monkeypatch, 
     assert full > 10 and min(adapters) >= full - 2, (full, adapters)
 
 
-@pytest.mark.parametrize("options", [[], ["--quantize", "nf4", "--lora-dropout", "0.1"]])
+@pytest.mark.parametrize("options", [[], ["--quantize", "nf4", "--lora-dropout", "0.1", "--dora"]])
 def test_the_command_trains_and_merges_an_adapter(command, data, tmp_path, options):
     run = tmp_path / "run"
     train = ["--train", "lora", "--data", data]
@@ -228,6 +237,8 @@ def test_an_interrupted_lora_run_resumes_bit_for_bit(data, tmp_path, monkeypatch
         train="lora",
         lora_dropout=0.2,
         quantize="nf4",
+        dora=True,
+        modules_to_save="projector|decoder/layers/pre_mlp_norm",
         save_every=3,
         keep=1,
         learning_rate=1e-2,
@@ -250,6 +261,10 @@ def test_an_interrupted_lora_run_resumes_bit_for_bit(data, tmp_path, monkeypatch
     assert losses(part) == losses(full)
     adapters = [(run / "adapter" / peft.WEIGHTS).read_bytes() for run in (full, part)]
     assert adapters[0] == adapters[1]
+    trained, base = peft.read(full / "adapter", load_model(TINY).config), weights(TINY)
+    assert len(trained.parameters) == 6 and len(trained.factors) == 28
+    for path, tensor in trained.parameters.items():
+        assert (tensor.numpy() != base[path]).any(), path
 
 
 def save_adapter(folder, edit=lambda settings: None, factors=None):
@@ -279,7 +294,7 @@ def save_adapter(folder, edit=lambda settings: None, factors=None):
         ),
         (
             lambda settings: settings.pop("base_model_name_or_path"),
-            "has no base_model_name_or_path",
+            "base_model_name_or_path must name the base checkpoint, got null; give .* --base",
         ),
         (lambda settings: settings.pop("lora_alpha"), "json: lora_alpha is missing"),
         (lambda settings: settings.update(lora_alpha="8"), "lora_alpha must be a number, got '8'"),
@@ -330,6 +345,10 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ({"crop": 0.0}, "--crop must be above 0 and at most 1, got 0.0"),
         ({"lora_target": "("}, r"--lora-target must be a regular expression, got '\('"),
         ({"train": "lora", "lora_rank": 0}, "nothing to adapt"),
+        ({"dora": True}, "--dora requires --train lora, got --train all"),
+        ({"train": "lora", "modules_to_save": "proj"}, "--modules-to-save proj matches no module"),
+        ({"train": "lora", "modules_to_save": ".*/q"}, "only modules that LoRA adapts"),
+        ({"train": "lora", "modules_to_save": "("}, "--modules-to-save must be a regular"),
         ({"train": "all", "features": "f"}, "frozen image encoder"),
     ],
 )

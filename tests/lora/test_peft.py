@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -44,19 +45,25 @@ def save_peft(model, directory, base):
     return directory
 
 
-@pytest.mark.parametrize("kind", ["pg2", "pg1"])
-def test_peft_loads_our_adapters(random_checkpoint, tmp_path, kind):
+@pytest.mark.parametrize("kind,dora", [("pg2", True), ("pg1", False)])
+def test_peft_loads_our_adapters(random_checkpoint, tmp_path, kind, dora):
+    """With DoRA also the projector, a norm and the norms of a layer, which are saved whole."""
     reference, directory, plain = random_checkpoint(kind, 0)
     rng, inputs = np.random.default_rng(0), random_inputs(reference, ROWS, 0)
-    target = r"projector|.*(attention|mlp)/\w+"
-    model = lora.add_lora(plain, {"decoder": 4, "vision": 2}, 6.0, rslora=True, target=target)
+    target = r".*(attention|mlp)/\w+" if dora else r"projector|.*(attention|mlp)/\w+"
+    options = dict(rslora=True, target=target, dora=dora)
+    model = lora.add_lora(plain, {"decoder": 4, "vision": 2}, 6.0, **options)
+    changed, saved = r".*/lora_b", r"projector/.*|decoder/(layers/1/.*_)?norm/scale"
     values = parameters(model)
     for path, value in values.items():
-        if path.endswith("lora_b"):
-            values[path] = jnp.asarray(rng.normal(0, 0.1, value.shape), value.dtype)
+        if re.fullmatch(rf"{changed}|.*/lora_magnitude|{saved}" if dora else changed, path):
+            values[path] = value + jnp.asarray(rng.normal(0, 0.1, value.shape), value.dtype)
     model = with_parameters(model, values.__getitem__)
     adapter, base = tmp_path / "adapter", copy.deepcopy(reference)
-    adapters.save_adapter(adapter, lora.lora_factors(model), model.config, str(directory))
+    whole = {path: value for path, value in values.items() if dora and re.fullmatch(saved, path)}
+    assert len(whole) == (7 if dora else 0)
+    factors = lora.lora_factors(model)
+    adapters.save_adapter(adapter, factors, model.config, str(directory), whole)
     loaded = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     assert all(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
     expected = jax_logits(model, inputs)
@@ -92,13 +99,14 @@ def test_we_load_adapters_of_peft(random_checkpoint, tmp_path, options):
     np.testing.assert_allclose(logits, expected, atol=atol)
 
 
-@pytest.mark.parametrize("random_start", [True, False])
-def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
+@pytest.mark.parametrize("random_start,dora", [(True, False), (False, False), (True, True)])
+def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start, dora):
     """After ten steps with rate 1e-3, every factor has moved as in torch, to within 1 %.
 
     From random factors (from peft's own start the first gradient of A is 0), every number is also
     within 1e-4, except the few whose gradient was once a ten-thousandth of the others: such a
-    gradient is rounding noise, which Adam turns into full steps.
+    gradient is rounding noise, which Adam turns into full steps. With DoRA, the
+    projector is trained too.
     """
     reference, _, model = random_checkpoint("pg2", 0)
     torch.manual_seed(0)
@@ -107,11 +115,18 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
         lora_alpha=8,
         target_modules=r".*language_model.*\.(self_attn|mlp)\.\w+_proj",
         init_lora_weights=not random_start,
+        use_dora=dora,
+        modules_to_save=["multi_modal_projector"] if dora else None,
     )
     torch_model = peft.get_peft_model(copy.deepcopy(reference), lora_config)
-    trained = [p for p in torch_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
-    config = replace(PLAIN, train="lora", lora_rank=4, lora_alpha=8.0)
+    named = {name: p for name, p in torch_model.named_parameters() if p.requires_grad}
+    trained = list(named.values())
+    fixed = [p for name, p in named.items() if re.search(r"\.bias$|magnitude", name)]
+    decayed = [p for p in trained if all(p is not other for other in fixed)]
+    groups = [{"params": decayed}, {"params": fixed, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
+    config = replace(PLAIN, train="lora", lora_rank=4, lora_alpha=8.0, dora=dora)
+    config = replace(config, modules_to_save="projector" if dora else None)
 
     def assign(values):
         with torch.no_grad():
@@ -124,8 +139,12 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
         assign(values)
         torch_model.save_pretrained(str(tmp_path / "adapter"))
         assign(kept)
-        loaded = adapters.load_adapter(tmp_path / "adapter", model.config)
-        return {f"{path}/lora_{n}": getattr(f, n) for path, f in loaded.items() for n in "ab"}
+        loaded = adapters.read(tmp_path / "adapter", model.config)
+        parts = ("a", "b", "magnitude") if dora else ("a", "b")
+        values = {path: tensor.load() for path, tensor in loaded.parameters.items()}
+        return values | {
+            f"{path}/lora_{n}": getattr(f, n) for path, f in loaded.factors.items() for n in parts
+        }
 
     start = to_jax(trained)
     prepared = prepare_model(model, config)
@@ -151,6 +170,8 @@ def test_ten_steps_of_adamw(random_checkpoint, tmp_path, random_start):
         if random_start:
             assert is_clear[path].mean() > 0.9
             assert np.abs(error[is_clear[path]]).max() < 1e-4, path
+        if dora:  # more gradients are rounding noise, as those along W + scale * B A cancel
+            error = error[is_clear[path]]
         moved = np.linalg.norm(expected - start[path])
         assert moved > 1e-3 and np.linalg.norm(error) < 1e-2 * moved
 
