@@ -42,7 +42,7 @@ def detect_format(source: Path) -> str:
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     config: PaliGemmaConfig | str | Path | None = None,
     base: str | Path | None = None,
 ) -> Checkpoint:
@@ -52,7 +52,7 @@ def read(
     Names, shapes and dtypes of all tensors are checked; no tensor is read.
 
     Args:
-        source: The directory or file.
+        source: The directory or file. A checkpoint that is open already is returned unchanged.
         config: Used in place of the source's own; required for an .npz of an unpublished variant. A
             PaliGemmaConfig, a config.json, or a Hugging Face directory, whose tokenizer and
             processor are then included.
@@ -61,6 +61,8 @@ def read(
     Raises:
         ValueError: Lists everything that is wrong with the source.
     """
+    if isinstance(source, Checkpoint):
+        return source
     source = user_path(source)
     if peft.is_adapter(source):
         base = user_path(base or peft.base_checkpoint(source))
@@ -112,7 +114,7 @@ def write(
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     destination: str | Path,
     to: str,
     *,
@@ -147,9 +149,11 @@ def convert(
     Raises:
         ValueError: The conversion is not possible. The destination is then unchanged.
     """
-    source, destination = user_path(source), user_path(destination)
-    if destination.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ValueError(f"{destination} is or contains the source; choose another name")
+    destination = user_path(destination)
+    if not isinstance(source, Checkpoint):
+        path = user_path(source).resolve()
+        if destination.resolve() in (path, *path.parents):
+            raise ValueError(f"{destination} is or contains the source; choose another name")
     checkpoint = read(source, config, base)
     checkpoint = change(checkpoint, to, dtype, resolution, numerics, quantize)
     stage = progress or (lambda name, nbytes: nullcontext(no_progress))

@@ -21,11 +21,11 @@ from convert.typed_json import describe, load_json
 from paligemma_jax.model.config import PRESETS, PaliGemmaConfig, with_resolution
 
 
-def inspect(source: str | Path, config: str | Path | None = None) -> dict[str, object]:
+def inspect(source: str | Path | Checkpoint, config: str | Path | None = None) -> dict[str, object]:
     """Return the format, variant, size, dtypes, resolution, numerics and files of a checkpoint, and
     notes about anything unusual. Of an adapter, return its base, ranks and layers. Arguments as in
     `convert.read`."""
-    if peft.is_adapter(user_path(source)):
+    if not isinstance(source, Checkpoint) and peft.is_adapter(user_path(source)):
         return _inspect_adapter(user_path(source))
     checkpoint = read(source, config)
     dense = dequantize_checkpoint(checkpoint).tensors.values()

@@ -86,14 +86,15 @@ def convert(
     to = to or "jax"
     from convert import formats
 
-    base_directory = _base_directory(source, base)
+    opened = _open_run(source, base)
+    base_directory = _base_directory(source, base) if isinstance(opened, str) else None
     if dry_run:
-        checkpoint = formats.read(source, config, base_directory)
+        checkpoint = formats.read(opened, config, base_directory)
         checkpoint = formats.change(checkpoint, to, dtype, resolution, numerics, quantize)
         _print_tensors(checkpoint, to)
         return
     checkpoint = formats.convert(
-        source,
+        opened,
         destination,
         to,
         dtype=dtype,
@@ -127,7 +128,7 @@ def inspect(
     """
     from convert import inspect
 
-    description = inspect(source, config)
+    description = inspect(_open_run(source), config)
     if json:
         print(dumps(description))
         return
@@ -152,6 +153,19 @@ def _base_directory(source: str, base: str | None) -> Path | None:
     if base is not None:
         raise ValueError(f"--base requires an adapter, but {source} is none")
     return None
+
+
+def _open_run(source: str, base: str | None = None) -> str | Checkpoint:
+    """Open the model of a run or of one of its checkpoints; other sources are returned as given."""
+    from paligemma_jax.checkpoints.runs import is_run, is_state
+    from paligemma_jax.checkpoints.source import resolve
+
+    if not is_run(user_path(source)) and not is_state(user_path(source)):
+        return source
+    found = resolve(source, base=base)
+    if found.note:
+        print(f"paligemma-jax: {found.note}", file=sys.stderr)
+    return found.merged
 
 
 def _print_tensors(checkpoint: Checkpoint, to: str) -> None:

@@ -82,6 +82,18 @@ def test_generate_takes_a_run_and_its_checkpoints(run, data, command):
     assert f"paligemma-jax: {run} is a run: loading" in err
 
 
+def test_convert_takes_a_run_and_its_checkpoints(run, command, tmp_path):
+    state = run / "checkpoints/2"
+    code, _, err = command("convert", state, tmp_path / "hf", "--to", "huggingface", "--verify")
+    assert code == 0, err
+    assert_equal(weights(tmp_path / "hf"), weights(state))
+    code, _, err = command("convert", run, tmp_path / "jax", "--to", "jax")
+    assert code == 0, err
+    assert_equal(weights(tmp_path / "jax"), weights(run / "best/model"))
+    code, out, err = command("convert", "inspect", state)
+    assert code == 0 and "resolution" in out, err
+
+
 def test_a_state_of_lora_equals_the_adapter(data, tmp_path):
     """Scale and factors are those of the exported adapter, whose numbers peft reproduces."""
     run = tmp_path / "run"
