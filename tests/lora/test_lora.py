@@ -347,7 +347,7 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path):
         ({"train": "lora", "lora_rank": 0}, "nothing to adapt"),
         ({"dora": True}, "--dora requires --train lora, got --train all"),
         ({"train": "lora", "modules_to_save": "proj"}, "--modules-to-save proj matches no module"),
-        ({"train": "lora", "modules_to_save": ".*/q"}, "only modules that LoRA adapts"),
+        ({"train": "lora", "modules_to_save": "decoder/.*/q"}, "only modules that LoRA adapts"),
         ({"train": "lora", "modules_to_save": "("}, "--modules-to-save must be a regular"),
         ({"train": "all", "features": "f"}, "frozen image encoder"),
     ],
