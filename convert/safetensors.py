@@ -7,12 +7,14 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from convert.match import TensorEntry
 from convert.tensor import DTYPES, INTEGERS, map_file
-from convert.typed_json import JSON_LIMIT, JsonObject
+from convert.typed_json import JSON_LIMIT, Count, JsonObject, decode
 
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPES = {name: DTYPES[dtype] for name, dtype in NAMES.items()}
@@ -20,8 +22,14 @@ _DTYPES |= {"U8": INTEGERS["uint8"], "I8": INTEGERS["int8"]}
 _SIZES = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 _SIZES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
 _SIZES |= {"I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
-_MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-_MALFORMED += (RecursionError, OverflowError)
+
+
+class _Header(Struct):
+    """A tensor in the header. `__metadata__` has none of these fields."""
+
+    dtype: str = ""
+    shape: Annotated[list[Count], Meta(max_length=8)] = []
+    data_offsets: tuple[Count, Count] = (0, 0)
 
 
 def load_header(file: Path) -> dict[str, TensorEntry]:
@@ -37,22 +45,23 @@ def load_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(source.read(8), "little")
             if size < 8 or length > min(size - 8, JSON_LIMIT):
                 raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(source.read(length))
+            header = decode(source.read(length), dict[str, _Header])
         header.pop("__metadata__", None)
-        header = dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]))
+        header = dict(sorted(header.items(), key=lambda item: item[1].data_offsets))
         return _entries(file, header, 8 + length, size)
-    except _MALFORMED as error:
+    except (OSError, ValueError) as error:
         malformed = f"{file} is truncated or not a safetensors file ({error})"
         raise ValueError(f"{malformed}; download it again") from None
 
 
-def _entries(file: Path, header: JsonObject, start: int, size: int) -> dict[str, TensorEntry]:
+def _entries(
+    file: Path, header: dict[str, _Header], start: int, size: int
+) -> dict[str, TensorEntry]:
     entries, position = {}, start
     for key, value in header.items():
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, begin, end)
-        if len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**48 for n in numbers):
-            raise ValueError(f"{key} has an invalid shape or offset")
+        dtype, shape, (begin, end) = value.dtype, tuple(value.shape), value.data_offsets
+        if dtype not in _SIZES:
+            raise ValueError(f"{key} must have one of the dtypes {', '.join(_SIZES)}, got {dtype}")
         nbytes = math.prod(shape) * _SIZES[dtype]
         if start + begin != position or end - begin != nbytes:
             expected = f"{position - start} to {position - start + nbytes}"

@@ -195,5 +195,5 @@ def test_nothing_is_allocated_for_a_shape_larger_than_the_file(intact, tmp_path,
         write_header(member, (claim, 8))
         member.write(bytes(96))
     for path in (tmp_path, tmp_path / "a.npz"):
-        with pytest.raises(ValueError, match=r"has \d+|invalid shape"):
+        with pytest.raises(ValueError, match=r"has \d+|an integer of at most"):
             read(path)

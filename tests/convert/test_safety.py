@@ -137,8 +137,8 @@ def foreign_sources(directory: Path, source: Path) -> dict[str, tuple[Path, str]
     no_tensor, siglip = "it contains no PaliGemma tensors", "only an image encoder (a SigLIP?)"
     gemma = "text-only model (a Gemma?)"
     return {
-        "gemma": (make("gemma", text, {"model_type": "gemma2"}), "is 'gemma2'"),
-        "siglip": (make("siglip", image, {"model_type": "siglip"}), "is 'siglip'"),
+        "gemma": (make("gemma", text, {"model_type": "gemma2"}), "got 'gemma2'"),
+        "siglip": (make("siglip", image, {"model_type": "siglip"}), "got 'siglip'"),
         "gemma under a paligemma config": (make("gemma2", prefixed("language_model")), gemma),
         "siglip under a paligemma config": (make("siglip2", image), no_tensor),
         "vision of a paligemma": (make("tower", prefixed("vision_tower")), siglip),
