@@ -117,3 +117,52 @@ def test_the_error_lists_every_choice(tmp_path):
         ValueError, match=r"base checkpoint of the adapter .* no such checkpoint: gone"
     ):
         resolve(adapter)
+
+
+def test_a_revision_is_downloaded(monkeypatch):
+    """Given with the id or apart; an adapter's base may have one too."""
+    calls = []
+
+    def snapshot_download(repo, *, revision=None, allow_patterns):
+        calls.append((repo, revision))
+        assert "*.json" in allow_patterns  # tokenizer.json included
+        return str(TINY)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    resolve(f"{HUB_ID}@refs/pr/3")
+    resolve(HUB_ID, revision="v1")
+    resolve(HUB_ID)
+    assert calls == [(HUB_ID, "refs/pr/3"), (HUB_ID, "v1"), (HUB_ID, None)]
+    with pytest.raises(ValueError, match="has a revision already"):
+        resolve(f"{HUB_ID}@v1", revision="v2")
+    with pytest.raises(ValueError, match="revision applies to a hub id, but tiny is local|tiny"):
+        resolve("tiny", revision="v1")
+
+
+def test_the_cache_of_the_hub_is_used_offline(tmp_path, monkeypatch):
+    """conftest.py sets HF_HUB_OFFLINE."""
+    commit, repo = "0" * 40, tmp_path / "models--some--body"
+    (repo / "refs").mkdir(parents=True)
+    for revision in ("main", "v1"):
+        (repo / "refs" / revision).write_text(commit)
+    (repo / "snapshots").mkdir()
+    (repo / "snapshots" / commit).symlink_to(TINY)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for reference in ("some/body", "some/body@v1", f"some/body@{commit}"):
+        assert resolve(reference).config == resolve("tiny").config
+    with pytest.raises(ValueError, match="some/body"):
+        resolve("some/body@v2")
+
+
+def test_the_base_of_an_adapter_may_have_moved(adapter, tmp_path, monkeypatch, command):
+    (tmp_path / "base").symlink_to(TINY)
+    with pytest.raises(ValueError, match=r"cannot be downloaded.* give its place with --base"):
+        resolve(adapter)
+    expected = parameters(pg.load(adapter, base="tiny").model)
+    actual = parameters(pg.load(adapter, base=tmp_path / "base").model)
+    assert all(np.array_equal(expected[path], value) for path, value in actual.items())
+    image = ("--image", GOLDEN / "image.png", "--prompt", "ocr", "--max-new-tokens", 2)
+    code, _, err = command("generate", "--model", adapter, "--base", tmp_path / "base", *image)
+    assert code == 0, err
+    with pytest.raises(ValueError, match="--base is for an adapter or a checkpoint of a run"):
+        resolve("tiny", base=tmp_path / "base")
