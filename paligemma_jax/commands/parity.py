@@ -38,11 +38,9 @@ def parity(
 
     Example: paligemma-jax parity --html parity.html
 
-    transformers, peft and bitsandbytes read the directory themselves: weights, adapter, tokenizer
-    and image processor.
+    transformers, peft and bitsandbytes read the directory by themselves.
 
-    Exits with 1 and names the first stage outside its tolerance, if there is one, and with 2 if
-    the models cannot be compared.
+    Exits with 1 if a stage is outside its tolerance, with 2 if nothing is compared.
 
     Args:
         model: Checkpoint as for generate, or a preset with random weights (3b-224, 10b-448,
