@@ -89,7 +89,7 @@ class RunState:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The trained parameters by path, those of a stack by layer. Under LoRA, the path of an
-        adapted kernel has "/base", which a base checkpoint has not."""
+        adapted kernel has "/base", unlike in a base checkpoint."""
         groups: dict[str, dict[str, Tensor]] = {"trainable": {}, "average": {}}
         for (group, *path), entry in open_tree(self.directory / STATE).items():
             if group in groups:
@@ -119,7 +119,7 @@ class RunState:
         if unknown:
             raise ValueError(
                 f"{self.directory} does not fit {self.settings.model}: it has {min(unknown)}, "
-                "which the base checkpoint has not; give the right one with --base"
+                "which the base checkpoint lacks; pass the right one with --base"
             )
         checkpoint = replace(base, tensors=base.tensors | new)
         return replace(
