@@ -94,10 +94,10 @@ def resolve(
         note = f"{reference} is a run: loading {location}, {chosen}"
     if is_state(location):
         state = RunState(location)
-        source = _resolve_base(location, state.settings.model, base or state.settings.base)
+        source = _resolve_base(location, base or state.settings.base or state.settings.model)
         return replace(source, reference=str(reference), state=state, note=note)
     if peft.is_adapter(location):
-        weights = _resolve_base(location, peft.base_checkpoint(location), base).weights
+        weights = _resolve_base(location, base or peft.base_checkpoint(location)).weights
         return _source(str(reference), weights, location, note)
     if base is not None:
         raise ValueError(
@@ -141,12 +141,11 @@ def _locate(reference: str | Path, presets: Iterable[str], revision: str | None 
     )
 
 
-def _resolve_base(owner: Path, name: str, base: str | Path | None) -> CheckpointSource:
-    """Resolve the base checkpoint of an adapter or of a training state: `base`, or what its
-    config names."""
+def _resolve_base(owner: Path, base: str | Path) -> CheckpointSource:
+    """Resolve the base checkpoint of an adapter or of a training state."""
     is_adapter = peft.is_adapter(owner)
     try:
-        source = resolve(base or name)
+        source = resolve(base)
     except ValueError as error:
         kind, file = ("adapter", peft.CONFIG) if is_adapter else ("state", f"the run's {CONFIG}")
         raise ValueError(
