@@ -167,7 +167,7 @@ def test_the_base_of_an_adapter_may_have_moved(adapter, tmp_path, monkeypatch, c
     assert code == 0, err
     with pytest.raises(ValueError, match="--base is for an adapter or a checkpoint of a run"):
         resolve("tiny", base=tmp_path / "base")
-    config = tmp_path / "adapter" / "adapter_config.json"
+    config = tmp_path / "nameless" / "adapter_config.json"
     shutil.copytree(adapter, config.parent)
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None})
