@@ -236,7 +236,7 @@ def test_the_embedded_model_still_reads_digits():
 @pytest.mark.parametrize(
     "quantization,message",
     [
-        ("int2", "quantization must be one of int8, int4, nf4, got 'int2'"),
+        ("int2", "quantization must be one of int8, int4, nf4, fp4, got 'int2'"),
         ("nf4-48", "quantization block must be one of 32, 64, 128, got 48 in nf4-48"),
         ("int8-double", "int8 has one scale per output and no blocks, got int8-double"),
         ("nf4,head=int8", "unknown part 'head'"),
