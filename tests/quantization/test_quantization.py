@@ -68,20 +68,21 @@ def test_nf4_matches_its_definition():
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("block", [32, 64, 128])
-def test_nf4_matches_bitsandbytes_bit_for_bit(bitsandbytes, block, double):
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_match_bitsandbytes_bit_for_bit(bitsandbytes, kind, block, double):
     """Codes, largest magnitudes and decoded values, eager and compiled.
 
     bitsandbytes gets flat arrays: where blocks cross rows, release 0.50.2 reads wrong scales on a
     CPU.
     """
     torch, reference = bitsandbytes
-    format = WeightFormat("nf4", block, double=double)
+    format = WeightFormat(kind, block, double=double)
     for seed in range(5):
         kernel = weight((192, 320), seed)
         packed, state = reference.quantize_4bit(
             torch.from_numpy(kernel.ravel()),
             blocksize=block,
-            quant_type="nf4",
+            quant_type=kind,
             compress_statistics=double,
         )
         parts = encode(format, jnp.asarray(kernel), 1)

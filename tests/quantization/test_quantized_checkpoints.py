@@ -132,8 +132,8 @@ def test_a_quantized_matrix_keeps_its_format(quantized):
     [
         (
             {"decoder/layers/0/mlp/down": "nf5"},
-            "an invalid list of quantized matrices: quantization must be one of int8, int4, nf4, fp4, "
-            "got 'nf5'",
+            "an invalid list of quantized matrices: quantization must be one of int8, int4, nf4, "
+            "fp4, got 'nf5'",
         ),
         (
             {"decoder/layers/9/mlp/down": "nf4"},
