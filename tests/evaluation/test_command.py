@@ -20,7 +20,7 @@ from paligemma_jax.tiny import dataset
 def test_missing_files_are_reported_before_a_model_is_loaded(command, tmp_path, monkeypatch):
     monkeypatch.setattr("paligemma_jax.inference.loading.load", None)
     no_codec = replace(resolve("tiny"), codec_file=None)
-    monkeypatch.setattr("paligemma_jax.checkpoints.source.resolve", lambda model: no_codec)
+    monkeypatch.setattr("paligemma_jax.checkpoints.source.resolve", lambda *_, **__: no_codec)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     data = tmp_path / "data.jsonl"
     data.write_text("{}\n")

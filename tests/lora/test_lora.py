@@ -106,7 +106,7 @@ def test_ranks_scales_and_targets():
         factors(RANKS, target="nothing")
 
 
-@pytest.mark.parametrize("preset", ["3b-224", "28b-896"])
+@pytest.mark.parametrize("preset", ["3b-224", pytest.param("28b-896", marks=pytest.mark.slow)])
 def test_an_adapter_is_a_small_part_of_the_model(preset):
     """At the default rank, and rank 8 in the encoder, it has less than 2 % of the bytes, although
     it is float32 and the model bfloat16."""
