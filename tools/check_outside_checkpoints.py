@@ -45,6 +45,10 @@ class Reference:
         load = PaliGemmaForConditionalGeneration.from_pretrained
         self.model = load(base, attn_implementation="eager", dtype=torch.float32)
         if hasattr(self.model.config, "quantization_config"):
+            for module in self.model.modules():  # else rounded to the dtype that was quantized
+                state = getattr(getattr(module, "weight", None), "quant_state", None)
+                if state is not None:
+                    state.dtype = torch.float32
             self.model = self.model.dequantize().float()
         if base != directory:
             from peft import PeftModel
