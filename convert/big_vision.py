@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.checkpoint import Checkpoint
 from convert.match import TensorEntry, Weight, describe_other_model, file_shapes, match, weights
-from convert.table import BIG_VISION, BIG_VISION_IGNORED, BIG_VISION_QKV
+from convert.table import BIG_VISION, BIG_VISION_IGNORED, BIG_VISION_QKV, TABLE_PATH
 from convert.tensor import (
     BLOCK,
     DTYPES,
@@ -75,10 +75,10 @@ def read(file: Path, config: PaliGemmaConfig | None = None) -> Checkpoint:
         config_name="the config",
         ignored=BIG_VISION_IGNORED,
     )
-    table = tensors["decoder/embedder/table"]
+    table = tensors[TABLE_PATH]
     if rows < vocabulary:
         notes.append(f"{vocabulary - rows} missing rows of the vocabulary are filled with the mean")
-        tensors["decoder/embedder/table"] = with_rows(table, vocabulary)
+        tensors[TABLE_PATH] = with_rows(table, vocabulary)
     config = replace(config, dtype=table.dtype.name, numerics="big_vision")
     return Checkpoint("big_vision", config, tensors, notes=tuple(notes))
 
@@ -91,7 +91,7 @@ def write(file: Path, checkpoint: Checkpoint, progress: Progress = no_progress) 
         ValueError: If the layers of a stacked array have different dtypes.
     """
     tensors, rows = dict(checkpoint.tensors), text_rows(checkpoint.config)
-    tensors["decoder/embedder/table"] = with_rows(tensors["decoder/embedder/table"], rows)
+    tensors[TABLE_PATH] = with_rows(tensors[TABLE_PATH], rows)
     weights = _weights(checkpoint.config, rows)
     with zipfile.ZipFile(file, "w", allowZip64=True) as archive:
         for key, shape in file_shapes(weights).items():

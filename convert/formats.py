@@ -13,13 +13,13 @@ from convert.checkpoint import Checkpoint
 from convert.config import check_quantization, load_config
 from convert.files import atomic_output, companion_files, user_path
 from convert.quantized import dequantize_checkpoint, quantize_checkpoint
+from convert.table import TABLE_PATH
 from convert.tensor import Progress, equal, no_progress, with_rows
 from convert.typed_json import load_json
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization
 
 FORMATS = {"huggingface": huggingface, "jax": orbax, "big_vision": big_vision}
-TABLE = "decoder/embedder/table"
 Stage = Callable[[str, int], AbstractContextManager[Progress]]  # takes a name and a number of bytes
 
 
@@ -193,7 +193,7 @@ def check_equal(expected: Checkpoint, actual: Checkpoint, progress: Progress = n
     different = []
     for path, tensor in expected.tensors.items():
         pair = tensor, actual.tensors[path]
-        if is_npz and path == TABLE:
+        if is_npz and path == TABLE_PATH:
             pair = with_rows(pair[0], rows), with_rows(pair[1], rows)
         if not equal(*pair):
             different.append(path)

@@ -17,12 +17,11 @@ from convert.files import FileContent, companion_files, copy_files, json_bytes, 
 from convert.layout import axis_sizes, layout_shape
 from convert.match import TensorEntry, file_shapes, huggingface_weights, match
 from convert.safetensors import NAMES, make_header
-from convert.table import HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS
+from convert.table import HEAD, HUGGINGFACE_IGNORED, HUGGINGFACE_SPELLINGS, TABLE
 from convert.tensor import Job, Progress, Tensor, equal, from_array, no_progress, relayout, run_jobs
 from convert.weight_files import INDEX, SINGLE, load_headers
 from paligemma_jax.model.config import PaliGemmaConfig
 
-TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 PATCH = "vision_tower.vision_model.embeddings.patch_embedding.weight"
 TORCH_PATCH, MLX_PATCH = "W C h w", "W h w C"
 MAX_SHARD = 5 * 10**9  # bytes; the default of transformers 4

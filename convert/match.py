@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from convert.layout import axis_sizes, layout_shape
-from convert.table import HUGGINGFACE, WeightRow
+from convert.table import HEAD_PATH, HUGGINGFACE, WeightRow
 from convert.tensor import Tensor, relayout, select
 from paligemma_jax.model.config import PaliGemmaConfig
-
-TABLE, HEAD = "decoder/embedder/table", "decoder/head/table"
 
 
 class TensorEntry(NamedTuple):
@@ -55,7 +53,7 @@ def weights(rows: Iterable[WeightRow], config: PaliGemmaConfig) -> list[Weight]:
     and the position (layer, 0). The row of the head is left out if it is tied to the table."""
     result = []
     for row in rows:
-        if row.path == HEAD and config.decoder.tie_word_embeddings:
+        if row.path == HEAD_PATH and config.decoder.tie_word_embeddings:
             continue
         key, _, position = row.key.rstrip("]").partition("[")
         tower = config.vision if row.path.startswith("vision") else config.decoder

@@ -13,22 +13,10 @@ from convert.huggingface import canonical_name
 from convert.layout import layout_shape, reorder
 from convert.match import TensorEntry, Weight, huggingface_weights
 from convert.peft_config import MERGE, AdapterConfig, load_adapter_config, scales
-from convert.peft_names import (
-    CONFIG,
-    HEAD,
-    HEAD_PATH,
-    MAGNITUDE,
-    TABLE,
-    TABLE_PATH,
-    WEIGHTS,
-    A,
-    B,
-    part_layouts,
-    peft_name,
-    split_key,
-)
+from convert.peft_names import CONFIG, MAGNITUDE, WEIGHTS, A, B, part_layouts, peft_name, split_key
 from convert.peft_save import save_adapter
 from convert.safetensors import NAMES, load_header
+from convert.table import HEAD, HEAD_PATH, TABLE, TABLE_PATH
 from convert.tensor import Tensor, equal
 from convert.typed_json import describe, load_json
 from paligemma_jax.model.config import PaliGemmaConfig

@@ -17,9 +17,6 @@ MODULE_SPELLINGS = [
     (r"^language_model\.lm_head\.", "lm_head."),
 ]
 
-TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-TABLE_PATH, HEAD_PATH = "decoder/embedder/table", "decoder/head/table"
-
 # The parts of an update; the magnitude is that of DoRA.
 A, B, MAGNITUDE = "lora_A", "lora_B", "lora_magnitude_vector"
 

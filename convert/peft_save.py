@@ -16,10 +16,8 @@ from convert.layout import reorder
 from convert.match import huggingface_weights
 from convert.peft_names import (
     CONFIG,
-    HEAD,
     MAGNITUDE,
     PREFIX,
-    TABLE_PATH,
     WEIGHTS,
     A,
     B,
@@ -28,6 +26,7 @@ from convert.peft_names import (
     peft_name,
 )
 from convert.safetensors import make_header
+from convert.table import HEAD, TABLE_PATH
 from paligemma_jax.model.config import PaliGemmaConfig
 
 

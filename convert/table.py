@@ -9,6 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# The embedding table and the output head: their released names, and their paths here.
+TABLE, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+TABLE_PATH, HEAD_PATH = "decoder/embedder/table", "decoder/head/table"
+
 
 class WeightRow(NamedTuple):
     """One parameter in a file and in the model. In `key` and `path`, * is the number of the layer.
@@ -60,8 +64,8 @@ _HUGGINGFACE = [
     WeightRow("vision_tower.vision_model.post_layernorm.bias", "W", "vision/norm/bias", "W"),
     WeightRow("multi_modal_projector.linear.weight", "D W", "projector/kernel", "D W"),
     WeightRow("multi_modal_projector.linear.bias", "D", "projector/bias", "D"),
-    WeightRow("language_model.model.embed_tokens.weight", "V D", "decoder/embedder/table", "V D"),
-    WeightRow("language_model.lm_head.weight", "V D", "decoder/head/table", "V D"),
+    WeightRow(TABLE, "V D", TABLE_PATH, "V D"),
+    WeightRow(HEAD, "V D", HEAD_PATH, "V D"),
     *_rows(
         "language_model.model.layers.*.",
         "decoder/layers/*/",
@@ -149,7 +153,7 @@ _BIG_VISION = [
     WeightRow("img/Transformer/encoder_norm/bias", "W", "vision/norm/bias", "W"),
     WeightRow("img/head/kernel", "W D", "projector/kernel", "D W"),
     WeightRow("img/head/bias", "D", "projector/bias", "D"),
-    WeightRow("llm/embedder/input_embedding", "V D", "decoder/embedder/table", "V D"),
+    WeightRow("llm/embedder/input_embedding", "V D", TABLE_PATH, "V D"),
     *_rows(
         "llm/layers/",
         "decoder/layers/*/",
