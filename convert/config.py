@@ -32,6 +32,9 @@ def load_config(path: Path) -> PaliGemmaConfig:
         ValueError: The file is missing, or does not describe a supported PaliGemma.
     """
     file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        missing = f"{file.parent} has no {file.name}"
+        raise ValueError(f"{missing}: it is not a Hugging Face checkpoint directory")
     json, generation = load_json(file), file.with_name("generation_config.json")
     try:
         return config_from_json(json, load_json(generation) if generation.exists() else None)

@@ -52,8 +52,7 @@ def load_json(file: Path, kind: type[Value] = JsonObject, limit: int = JSON_LIMI
             raise ValueError(f"{file} must have at most {limit} bytes, got {size}")
         content = file.read_bytes()
     except FileNotFoundError:
-        missing = f"{file.parent} has no {file.name}"
-        raise ValueError(f"{missing}: it is not a Hugging Face checkpoint directory") from None
+        raise ValueError(f"{file.parent} has no {file.name}") from None
     except OSError as error:
         raise ValueError(f"{file} is not readable: {error.strerror}") from None
     return decode(content, kind, str(file))
