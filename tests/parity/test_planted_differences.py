@@ -13,8 +13,6 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.hf_processor import save_processor
-from support.paths import GOLDEN
 from transformers import PaliGemmaForConditionalGeneration
 
 from convert.tensor import Tensor
@@ -27,14 +25,6 @@ from paligemma_jax.processing.tokenizer import Tokenizer
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 FIRST_WEIGHTS = "decoder/layers/0/attention/weights"
 LAST_MLP = "decoder/layers/3/mlp/output"
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    """A golden checkpoint with all that transformers saves beside the weights."""
-    path = tmp_path_factory.mktemp("planted") / "original"
-    shutil.copytree(GOLDEN / "pg2", path)
-    return save_processor(path, 56, 14)
 
 
 @pytest.fixture(scope="module")

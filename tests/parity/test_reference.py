@@ -12,8 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.hf_models import random_model, save_checkpoint
-from support.hf_processor import save_processor
-from support.paths import GOLDEN
 from transformers import BitsAndBytesConfig, PaliGemmaForConditionalGeneration
 
 from convert import formats
@@ -25,14 +23,6 @@ from paligemma_jax.parity import torch_loading
 from paligemma_jax.parity.end_to_end import GreedyTokens
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory) -> Path:
-    """A golden checkpoint with all that transformers saves beside the weights."""
-    path = tmp_path_factory.mktemp("reference") / "original"
-    shutil.copytree(GOLDEN / "pg2", path)
-    return save_processor(path, 56, 14)
 
 
 @pytest.fixture(scope="module")
