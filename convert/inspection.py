@@ -51,7 +51,8 @@ def _inspect_adapter(directory: Path) -> dict[str, object]:
         load_adapter_config(directory)
     except ValueError as error:
         notes.append(f"it cannot be loaded: {error}")
-    entries = load_header(directory / peft.WEIGHTS)
+    file = peft.weight_file(directory)
+    entries = load_header(file)
     names = {key: peft.split_key(key) for key in entries}
     parts = {part for _, part in names.values()}
     ranks = [entries[key].shape[:1] for key, (_, part) in names.items() if part == peft.A]
@@ -63,7 +64,7 @@ def _inspect_adapter(directory: Path) -> dict[str, object]:
         "layers": _collapse(layers),
         "replaces": _collapse(name for name, part in names.values() if part is None),
         "parameters": sum(math.prod(entry.shape) for entry in entries.values()),
-        "bytes": (directory / peft.WEIGHTS).stat().st_size,
+        "bytes": file.stat().st_size,
         "dtypes": dict(Counter(entry.dtype for entry in entries.values())),
         "files": sorted(companion_files(directory)),
         "notes": notes,

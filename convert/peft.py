@@ -63,7 +63,7 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
         ValueError: The adapter does not fit the model, or has settings that are not supported. All
             tensors that do not fit are listed.
     """
-    settings, file = load_adapter_config(directory), _weight_file(directory)
+    settings, file = load_adapter_config(directory), weight_file(directory)
     weights = _weights(config)
     names: dict[str, str] = {}  # of the layers in the file, by path
     updates: dict[str, Parts] = {}
@@ -123,7 +123,8 @@ def _tie(parameters: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     return {path: tensor for path, tensor in parameters.items() if path != HEAD_PATH}
 
 
-def _weight_file(directory: Path) -> Path:
+def weight_file(directory: Path) -> Path:
+    """The weights of an adapter. Raises ValueError if there are none in safetensors."""
     file = directory / WEIGHTS
     if not file.is_file():
         is_pickle = (directory / "adapter_model.bin").exists()

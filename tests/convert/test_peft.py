@@ -238,3 +238,6 @@ def test_an_adapter_is_converted_and_described(random_checkpoint, tmp_path):
     ]
     assert "model.multi_modal_projector.linear.bias" in description["replaces"]
     assert description["notes"] == []
+    (directory / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"a has no adapter_model\.safetensors$"):
+        inspect(directory)
