@@ -10,6 +10,7 @@ from support.paths import ROOT
 
 # Each layer may import from the layers before it.
 LAYERS = [
+    "kernels",
     "model",
     "convert",
     "sharding",
