@@ -17,11 +17,18 @@ from convert.quantized import indivisible_note, quantizable_matrices
 from paligemma_jax.checkpoints.load import abstract_model, load_model
 from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.model.codes import encode
-from paligemma_jax.model.config import PRESETS, DecoderConfig, PaliGemmaConfig, VisionConfig
+from paligemma_jax.model.config import (
+    PRESETS,
+    AttentionForm,
+    DecoderConfig,
+    PaliGemmaConfig,
+    VisionConfig,
+)
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.precision import Quantization, WeightFormat
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.processing.processor import Inputs
+from paligemma_jax.sharding.devices import choose_attention
 
 SMALL_CONFIG = PaliGemmaConfig(
     VisionConfig(
@@ -44,7 +51,11 @@ RANDOM_CONFIGS["small"] = SMALL_CONFIG
 
 
 def model_by_name(
-    name: str, dtype: str, depth: int | None = None, quantize: str | None = None
+    name: str,
+    dtype: str,
+    depth: int | None = None,
+    quantize: str | None = None,
+    attention: str | None = None,
 ) -> PaliGemma:
     """Make a model of random weights if `name` is in `RANDOM_CONFIGS`, else load a checkpoint.
 
@@ -53,18 +64,20 @@ def model_by_name(
         dtype: Dtype of parameters and activations.
         depth: Number of layers in each tower, for random weights only.
         quantize: What to quantize (see `Quantization`).
+        attention: As for `load_model`.
     """
     if name in RANDOM_CONFIGS:
-        return random_model(
-            _random_config(name, dtype, depth), quantization=Quantization.parse(quantize)
-        )
+        config = replace(_random_config(name, dtype, depth), attention=choose_attention(attention))
+        return random_model(config, quantization=Quantization.parse(quantize))
     source = resolve(name, RANDOM_CONFIGS)
     if depth:
         raise ValueError(f"--depth requires random weights, but {name} is a checkpoint")
-    return load_model(source, dtype, quantize=quantize)
+    return load_model(source, dtype, quantize=quantize, attention=attention)
 
 
-def abstract_model_by_name(name: str, dtype: str, depth: int | None = None) -> PaliGemma:
+def abstract_model_by_name(
+    name: str, dtype: str, depth: int | None = None, attention: AttentionForm = "plain"
+) -> PaliGemma:
     """Like `model_by_name`, with shapes in place of arrays: no weights are made or read."""
     formats: dict[str, WeightFormat] = {}
     if name in RANDOM_CONFIGS:
@@ -72,7 +85,7 @@ def abstract_model_by_name(name: str, dtype: str, depth: int | None = None) -> P
     else:
         checkpoint = resolve(name, RANDOM_CONFIGS).checkpoint
         config, formats = replace(checkpoint.config, dtype=dtype), checkpoint.formats
-    return abstract_model(config, formats, dtype)
+    return abstract_model(replace(config, attention=attention), formats, dtype)
 
 
 def with_depth(config: PaliGemmaConfig, layers: int) -> PaliGemmaConfig:

@@ -57,7 +57,8 @@ def demo(
     from paligemma_jax.demo.server import serve
 
     predictors = {
-        name: ModelOptions(name, base, dtype, numerics, quantize, mesh).load() for name in model
+        name: ModelOptions(name, base, dtype, numerics, quantize, mesh=mesh).load()
+        for name in model
     }
     for predictor in predictors.values():  # compile before the first visitor arrives
         next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -29,6 +29,9 @@ Numbers = Annotated[tuple[int, ...], flag("N [N ...]")]
 Numerics = Annotated[str | None, flag("NAME", "the checkpoint's")]
 Dtype = Annotated[str | None, flag("NAME", "the checkpoint's; float32 on a CPU")]
 Quantize = Annotated[str | None, flag("FORMAT", "the checkpoint's")]
+Attention = Annotated[
+    Literal["plain", "fused"] | None, tyro.conf.arg(help_behavior_hint="(default: the fastest)")
+]
 Mesh = Annotated[str | None, flag("SIZES", "one device")]
 Number = Annotated[float | None, flag("X", "off")]
 Count = Annotated[int | None, flag("N", "off")]
@@ -56,6 +59,8 @@ class ModelOptions:
     quantize: Quantize = None
     """Storage format of weights: int8, int4, nf4 (the decoder's projections), or a list by part,
     such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""
+    attention: Attention = None
+    """Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain."""
     mesh: Mesh = None
     """Devices to shard over: data=2,fsdp=4,tensor=2 (axes left out have size 1), or auto for all
     devices of this process."""
@@ -72,7 +77,12 @@ class ModelOptions:
         if source.note:
             print(f"paligemma-jax: {source.note}", file=sys.stderr)
         return load(
-            source, dtype=self.dtype, numerics=self.numerics, mesh=self.mesh, quantize=self.quantize
+            source,
+            dtype=self.dtype,
+            numerics=self.numerics,
+            mesh=self.mesh,
+            quantize=self.quantize,
+            attention=self.attention,
         )
 
     def resolve(self) -> CheckpointSource:
@@ -90,7 +100,7 @@ class ModelOptions:
     def settings(self) -> dict[str, str | None]:
         """Return the options that must not change on resume; devices may."""
         options = asdict(self)
-        del options["mesh"], options["hosts"], options["base"]
+        del options["attention"], options["mesh"], options["hosts"], options["base"]
         return options
 
 

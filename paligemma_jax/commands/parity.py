@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.commands.options import Depth, File, Name, Numerics, dumps, flag, require_parent
+from paligemma_jax.commands.options import (
+    Attention,
+    Depth,
+    File,
+    Name,
+    Numerics,
+    dumps,
+    flag,
+    require_parent,
+)
 
 EMBEDDED = "(default: embedded)"
 Images = Annotated[
@@ -31,6 +40,7 @@ def parity(
     gradients: bool = False,
     depth: Depth = None,
     against: Against = None,
+    attention: Attention = None,
     html: File = None,
     json: bool = False,
 ) -> None:
@@ -57,6 +67,8 @@ def parity(
         depth: Number of layers of each tower, for a preset.
         against: Hugging Face directory or adapter for transformers to load in place of MODEL, such
             as the original of a converted or fine-tuned copy.
+        attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
+            Attention weights are compared in the plain form only.
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
@@ -66,7 +78,7 @@ def parity(
     from paligemma_jax.parity.run import ParityConfig, run
 
     config = ParityConfig(
-        model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against
+        model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against, attention
     )
     report = run(config)
     print(dumps(as_dict(report)) if json else format_report(report))

@@ -29,6 +29,7 @@ def load(
     numerics: str | None = None,
     mesh: Mesh | str | None = None,
     quantize: str | None = None,
+    attention: Literal["plain", "fused"] | None = None,
     layers: Literal["list", "stack"] = "list",
     base: str | Path | None = None,
     revision: str | None = None,
@@ -48,6 +49,8 @@ def load(
         quantize: Weights to store in 8 or 4 bits: "int8", "int4" or "nf4" for the decoder's
             projections, or a list by part, such as "nf4-32-double,embedding=int8,vision=int8"
             (`paligemma_jax.model.precision.Quantization`).
+        attention: "fused" keeps the scores of attention on the chip, on TPUs and GPUs; "plain" runs
+            everywhere. By default the fastest of them.
         layers: "list" decodes fastest. "stack" has one block of stacked weights per tower, whose
             compile time does not grow with depth. Stacking briefly needs more memory.
         base: The base checkpoint of an adapter or a run, if it is no longer where they say.
@@ -62,7 +65,7 @@ def load(
     enable_compilation_cache()
     checkpoint = resolve(source, base=base, revision=revision)
     processor = make_processor(checkpoint)  # before the weights, so that errors are raised early
-    model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize)
+    model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize, attention=attention)
     if layers == "stack":
         model = distribute(stack_model(model), mesh_of(model))
     return Predictor(model, processor, checkpoint.codec_file)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from paligemma_jax.kernels.attention import fused_attention, position_bounds
+from paligemma_jax.model.config import AttentionForm
+from paligemma_jax.model.constrain import over_shards
 from paligemma_jax.model.masks import TokenSpan, prefix_lm_mask
 from paligemma_jax.model.stages import collecting_attention, stage
 
@@ -24,6 +27,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     mask: MaskRule | None = None,
+    form: AttentionForm = "plain",
 ) -> Float[Array, "B T N H"]:
     """Attention with scores and softmax in float32; query heads g*G ... g*G+G-1 share key head g.
 
@@ -31,7 +35,11 @@ def attend(
         scale: Factor of the scores.
         softcap: Scores become tanh(scores / softcap) * softcap, before the mask.
         mask: Arguments of `prefix_lm_mask`; without it every query attends to every key.
+        form: "fused" writes no scores to memory. Where stages collect attention weights, it is
+            "plain" all the same.
     """
+    if form == "fused" and not collecting_attention():
+        return _attend_fused(q, k, v, scale, softcap, mask)
     T = q.shape[1]
     if T <= CHUNK or collecting_attention():
         return _attend(q, k, v, scale, softcap, mask)
@@ -48,6 +56,25 @@ def attend(
 
     out = jax.lax.map(attend_chunk, jax.tree.map(split, (q, mask and mask[0])))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * CHUNK, *q.shape[2:])[:, :T]
+
+
+def _attend_fused(q, k, v, scale, softcap, mask):
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    bounds = None
+    if mask is not None:
+        queries, keys, window = mask
+        bounds = position_bounds(
+            (queries.positions, queries.prefix), (keys.positions, keys.prefix), keys.valid, window
+        )
+
+    def run(q: Array, *rest) -> Array:
+        out = fused_attention(q.reshape(*q.shape[:2], -1, H), *rest, scale=scale, softcap=softcap)
+        return out.reshape(q.shape)
+
+    grouped = q.reshape(B, T, K, N // K, H)  # query heads are on the device of their key head
+    heads = "B - K"
+    return over_shards(run, (heads, heads, heads, "B"), grouped, k, v, bounds).reshape(q.shape)
 
 
 def _attend(q, k, v, scale, softcap, mask):

@@ -6,6 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+# How attention over whole sequences is computed: in plain JAX, which runs everywhere, or by kernels
+# that keep the scores on the chip (`kernels/attention.py`), on TPUs and GPUs.
+AttentionForm = Literal["plain", "fused"]
+
 NO_WINDOW = 2**30  # the window of a global layer: longer than any sequence
 
 
@@ -112,6 +116,7 @@ class PaliGemmaConfig:
     numerics: Literal["transformers", "big_vision"] = "transformers"  # a key of NUMERICS
     dtype: str = "float32"  # of activations and KV cache: "float32", "bfloat16" or "float16"
     cache: Literal["int8"] | None = None  # dtype of the KV cache, if not `dtype`
+    attention: AttentionForm = "plain"
 
     @property
     def profile(self) -> Numerics:

@@ -1,23 +1,38 @@
 """The model's only reference to devices: `constrain` names the axes of an array.
 
 Modules do not depend on a mesh. Code that runs them on one gives the names a meaning with
-`constrain_with` (`sharding/compiled.py`); otherwise `constrain` returns its argument.
+`constrain_with` (`sharding/compiled.py`); otherwise `constrain` returns its argument, and
+`over_shards` calls its function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import TypeVar
 
 from jax import Array
+from jaxtyping import PyTree
 
-Constraint = Callable[[str, Array], Array]
 Sublayer = TypeVar("Sublayer", bound=Callable)
 
-_constraint: ContextVar[Constraint | None] = ContextVar("constraint", default=None)
+
+class Placement:
+    """What the letters of axes mean: on one device, nothing."""
+
+    def constrain(self, axes: str, x: Array) -> Array:
+        return x
+
+    def over_shards(
+        self, function: Callable[..., Array], axes: Sequence[str], arrays: Sequence[PyTree]
+    ) -> Array:
+        return function(*arrays)
+
+
+ONE_DEVICE = Placement()
+_placement: ContextVar[Placement] = ContextVar("placement", default=ONE_DEVICE)
 
 
 def constrain(axes: str, x: Array) -> Array:
@@ -26,18 +41,30 @@ def constrain(axes: str, x: Array) -> Array:
     "-" is an axis that is not split. B and T also stand for the images and patches of the vision
     tower (M and P).
     """
-    constraint = _constraint.get()
-    return x if constraint is None else constraint(axes, x)
+    return _placement.get().constrain(axes, x)
+
+
+def over_shards(
+    function: Callable[..., Array], axes: Sequence[str], *arrays: PyTree[Array]
+) -> Array:
+    """Return function(*arrays), computed by each device for its part of the arrays.
+
+    For kernels, which the compiler cannot split. The result is placed as the first array.
+
+    Args:
+        axes: For each argument, the letters of the first axes of its arrays, as for `constrain`.
+    """
+    return _placement.get().over_shards(function, axes, arrays)
 
 
 @contextmanager
-def constrain_with(constraint: Constraint | None) -> Iterator[None]:
-    """Apply `constraint(axes, x)` to every `constrain` that is traced inside."""
-    token = _constraint.set(constraint)
+def constrain_with(placement: Placement) -> Iterator[None]:
+    """Give the axes of every `constrain` and `over_shards` that is traced inside a meaning."""
+    token = _placement.set(placement)
     try:
         yield
     finally:
-        _constraint.reset(token)
+        _placement.reset(token)
 
 
 def gather_tokens(x: Array) -> Array:

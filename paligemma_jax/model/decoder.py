@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int
 
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
-from paligemma_jax.model.config import DecoderConfig, Numerics
+from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
 from paligemma_jax.model.constrain import constrain, over_all_tokens
 from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.layers import Linear, RMSNorm, identity, rope
@@ -27,8 +27,10 @@ LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, key span
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
-        self.config, self.numerics = config, numerics
+    def __init__(
+        self, config: DecoderConfig, numerics: Numerics, form: AttentionForm, rngs: nnx.Rngs
+    ):
+        self.config, self.numerics, self.form = config, numerics, form
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q = Linear("NHD", (N, H, D), rngs=rngs)
@@ -53,7 +55,8 @@ class Attention(nnx.Module):
             q, scale = q * scale, 1.0
         softcap = self.config.attn_logit_softcapping
         if cache is None:
-            out = attend(q, k, v, scale=scale, softcap=softcap, mask=(queries, queries, window))
+            mask = (queries, queries, window)
+            out = attend(q, k, v, scale=scale, softcap=softcap, mask=mask, form=self.form)
         else:
             keys, slot = cache[2:]
             mask = (queries, keys, window)
@@ -74,12 +77,14 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, numerics: Numerics, form: AttentionForm, rngs: nnx.Rngs
+    ):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
         self.pre_attention_norm, self.pre_mlp_norm = norm(), norm()
         self.post_attention_norm = norm() if config.post_norms else identity
         self.post_mlp_norm = norm() if config.post_norms else identity
-        self.attention = Attention(config, numerics, rngs)
+        self.attention = Attention(config, numerics, form, rngs)
         self.mlp = MLP(config, rngs)
 
     def __call__(
@@ -145,11 +150,14 @@ class Embedder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: DecoderConfig, numerics: Numerics, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, numerics: Numerics, form: AttentionForm, rngs: nnx.Rngs
+    ):
         self.config, self.numerics = config, numerics
         self.embedder = Embedder(config, rngs)
         self.head = None if config.tie_word_embeddings else Embedder(config, rngs)
-        layers = [Block(config, numerics, rngs) for _ in range(config.num_hidden_layers)]
+        count = config.num_hidden_layers
+        layers = [Block(config, numerics, form, rngs) for _ in range(count)]
         self.layers = nnx.List(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 

@@ -41,9 +41,9 @@ class PaliGemma(nnx.Module):
     def __init__(self, config: PaliGemmaConfig, rngs: nnx.Rngs):
         self.config = config
         D, W = config.decoder.hidden_size, config.vision.hidden_size
-        self.vision = VisionEncoder(config.vision, rngs)
+        self.vision = VisionEncoder(config.vision, config.attention, rngs)
         self.projector = Linear("DW", (D, W), bias=True, rngs=rngs)
-        self.decoder = Decoder(config.decoder, config.profile, rngs)
+        self.decoder = Decoder(config.decoder, config.profile, config.attention, rngs)
 
     def encode_images(self, images: Images) -> Features:
         """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from paligemma_jax.model.attention import attend
-from paligemma_jax.model.config import VisionConfig
+from paligemma_jax.model.config import AttentionForm, VisionConfig
 from paligemma_jax.model.constrain import over_all_tokens
 from paligemma_jax.model.layers import LayerNorm, Linear
 from paligemma_jax.model.stack import scan_layers
@@ -17,9 +17,9 @@ from paligemma_jax.model.stages import branch, scope, stage
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, form: AttentionForm, rngs: nnx.Rngs):
         W, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
-        self.scale = H**-0.5
+        self.scale, self.form = H**-0.5, form
         self.q = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
         self.k = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
         self.v = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
@@ -27,7 +27,8 @@ class Attention(nnx.Module):
 
     @over_all_tokens
     def __call__(self, x: Float[Array, "M P W"]) -> Float[Array, "M P W"]:
-        return self.o(attend(self.q(x), self.k(x), self.v(x), scale=self.scale))
+        out = attend(self.q(x), self.k(x), self.v(x), scale=self.scale, form=self.form)
+        return self.o(out)
 
 
 class MLP(nnx.Module):
@@ -42,9 +43,9 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, form: AttentionForm, rngs: nnx.Rngs):
         self.pre_attention_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, form, rngs)
         self.pre_mlp_norm = LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config, rngs)
 
@@ -64,13 +65,14 @@ class Block(nnx.Module):
 class VisionEncoder(nnx.Module):
     """Patches, learned positions, pre-norm blocks with full attention, a final norm."""
 
-    def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, form: AttentionForm, rngs: nnx.Rngs):
         self.config = config
         W, U = config.hidden_size, config.patch_size**2 * 3
         self.patch = Linear("WU", (W, U), bias=True, rngs=rngs)
         position = jax.random.normal(rngs.params(), (config.num_patches, W)) * W**-0.5
         self.position = nnx.Param(position)
-        self.layers = nnx.List([Block(config, rngs) for _ in range(config.num_hidden_layers)])
+        layers = [Block(config, form, rngs) for _ in range(config.num_hidden_layers)]
+        self.layers = nnx.List(layers)
         self.norm = LayerNorm(W, config.layer_norm_eps)
 
     @scope("vision")

@@ -44,7 +44,10 @@ def as_dict(report: Report) -> dict:
     """Return plain numbers, for --json; None for those that are not finite."""
     tokens = report.tokens
     content = {
-        "config": asdict(report.config) | {"numerics": report.case.checkpoint.config.numerics},
+        "config": asdict(report.config)
+        | {
+            name: getattr(report.case.checkpoint.config, name) for name in ("numerics", "attention")
+        },
         "reference": reference(report),
         "first_divergence": report.first_divergence,
         "stages": [row.as_dict() for row in report.rows],
@@ -100,10 +103,11 @@ def format_report(report: Report) -> str:
 
 def summary(report: Report) -> str:
     """Describe the comparison in one line."""
-    config, inputs = report.config, report.case.inputs
+    config, inputs, settings = report.config, report.case.inputs, report.case.checkpoint.config
     rows, tokens = inputs.tokens.shape
     return (
-        f"{config.model}, {config.dtype}, {report.case.checkpoint.config.numerics} numerics, "
+        f"{config.model}, {config.dtype}, {settings.numerics} numerics, "
+        f"{settings.attention} attention, "
         f"against transformers {version('transformers')}: {rows} rows of {tokens} tokens, "
         f"{report.case.image_count} images, {inputs.targets.sum()} targets"
     )

@@ -17,6 +17,11 @@ Layers = Annotated[
     tyro.conf.arg(help_behavior_hint="(default: list for generate, stack for finetune)"),
 ]
 
+Attention = Annotated[
+    Literal["plain", "fused"] | None,
+    tyro.conf.arg(help_behavior_hint="(default: fused; plain for an estimate)"),
+]
+
 
 @dataclass(frozen=True)
 class PlanConfig:
@@ -55,6 +60,8 @@ class PlanConfig:
     """Compile every layer (list), or one layer that a loop runs (stack)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Dtype of activations and frozen weights."""
+    attention: Attention = None
+    """Form of attention: fused keeps scores on the chip."""
     estimate: bool = False
     """Estimate with the CPU compiler even if the TPU compiler is installed."""
 
@@ -71,7 +78,11 @@ class PlanConfig:
             raise ValueError(
                 "--quantize freezes the decoder's projections; give --lora RANK to train adapters"
             )
-        Slice.parse(self.on)
+        chips = Slice.parse(self.on)
+        if self.attention == "fused" and (self.estimate or not chips.chip.axes):
+            raise ValueError(
+                "--attention must be plain for estimates with the CPU compiler, got fused"
+            )
 
     @property
     def training(self) -> bool:

@@ -66,7 +66,8 @@ def plan(config: PlanConfig) -> PlanResult:
     """
     chips = Slice.parse(config.on)
     estimate = config.estimate or not chips.chip.axes
-    model = abstract_model_by_name(config.model, config.dtype)
+    form = config.attention or ("plain" if estimate else "fused")
+    model = abstract_model_by_name(config.model, config.dtype, attention=form)
     if config.training and not config.lora and weight_formats(model):
         raise ValueError(
             f"--model {config.model} is quantized and cannot be trained; give --lora RANK to "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Generic, ParamSpec, TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
-from paligemma_jax.model.constrain import constrain_with
+from paligemma_jax.model.constrain import Placement, constrain_with
 from paligemma_jax.model.stages import collecting
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import partition_spec, partition_specs
@@ -27,13 +28,29 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     if mesh is None:
         yield
         return
-    with jax.set_mesh(mesh), constrain_with(_constrain_axes):
+    with jax.set_mesh(mesh), constrain_with(MeshPlacement()):
         yield
 
 
-def _constrain_axes(axes: str, x: Array) -> Array:
-    spec = partition_spec(axes.split(), x.shape, jax.sharding.get_abstract_mesh())
-    return jax.lax.with_sharding_constraint(x, spec)
+class MeshPlacement(Placement):
+    """The placement of arrays on the mesh that is set (`sharding/rules.py`)."""
+
+    def constrain(self, axes: str, x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x, _spec(axes, x))
+
+    def over_shards(
+        self, function: Callable[..., Array], axes: Sequence[str], arrays: Sequence[PyTree]
+    ) -> Array:
+        specs = tuple(
+            jax.tree.map(partial(_spec, letters), tree)
+            for letters, tree in zip(axes, arrays, strict=True)
+        )
+        mapped = jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)
+        return mapped(*arrays)
+
+
+def _spec(axes: str, x: Array) -> PartitionSpec:
+    return partition_spec(axes.split(), x.shape, jax.sharding.get_abstract_mesh())
 
 
 def constrain_tree(tree: PyTree) -> PyTree:

@@ -8,10 +8,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from paligemma_jax.model.config import AttentionForm
 
 INSTALL_HINTS = {
     "cuda": "pip install 'paligemma-jax[cuda12]' (or cuda13), and check nvidia-smi for the GPU",
@@ -48,6 +51,21 @@ def check_devices() -> None:
                 f"{INSTALL_HINTS[kind]}",
                 stacklevel=3,
             )
+
+
+def choose_attention(form: str | None = None) -> AttentionForm:
+    """Return the form of attention, by default the fastest on this platform.
+
+    Raises:
+        ValueError: There is no such form, or not on this platform.
+    """
+    forms = get_args(AttentionForm)
+    if form not in (None, *forms):
+        raise ValueError(f"attention must be one of {', '.join(forms)}, got {form!r}")
+    is_cpu = jax.default_backend() == "cpu"
+    if form == "fused" and is_cpu:
+        raise ValueError("attention must be plain on a CPU, got fused: it needs a TPU or a GPU")
+    return cast(AttentionForm, form or ("plain" if is_cpu else "fused"))
 
 
 def memory_bytes() -> int:

@@ -163,6 +163,9 @@ class FinetuneConfig:
     remat: Literal["none", "full", "dots"] = "none"
     """Activations to recompute in the backward pass to save memory: none, all (full), or all but
     the results of products with weights (dots)."""
+    attention: Literal["plain", "fused"] | None = None
+    """Form of attention: fused keeps scores on the chip, on TPUs and GPUs; plain runs everywhere.
+    By default the fastest."""
     mesh: str | None = None
     """Devices to shard model, optimizer and batch over: axis sizes such as data=2,fsdp=4,tensor=2
     (axes left out have size 1), or auto for all devices."""

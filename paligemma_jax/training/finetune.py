@@ -84,7 +84,8 @@ def finetune(
     rows, validation_rows = _read_rows(config, processor, data, validation)
     steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
-    content = RunContent(steps, rows_digest(rows), rows_digest(validation_rows))
+    form = devices.choose_attention(config.attention)
+    content = RunContent(form, steps, rows_digest(rows), rows_digest(validation_rows))
     steps_before = check_run_folder(config, content) if hosts.is_first_process() else None
     model = load_trainable(config, source, mesh)
     features = None

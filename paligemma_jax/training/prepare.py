@@ -31,7 +31,13 @@ def load_trainable(
     is_trainable = partial(config.matches, config.trainable_pattern)
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(
-        source, dtype, config.numerics, mesh, keep_float32=is_trainable, quantize=config.quantize
+        source,
+        dtype,
+        config.numerics,
+        mesh,
+        keep_float32=is_trainable,
+        quantize=config.quantize,
+        attention=config.attention,
     )
     paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
     if config.saved_pattern and not any(config.matches(config.saved_pattern, p) for p in paths):

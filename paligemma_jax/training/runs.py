@@ -38,6 +38,7 @@ class LogEntry(msgspec.Struct):
 class RunContent(msgspec.Struct):
     """What config.json records beside the options. Older versions did not."""
 
+    attention: str | None = None  # the form that was used
     total_steps: Positive | None = None
     data_digest: str | None = None  # see `training.digest`
     validation_digest: str | None = None
@@ -45,7 +46,7 @@ class RunContent(msgspec.Struct):
 
 def settings(config: FinetuneConfig) -> dict[str, Any]:
     """The options in config.json. Devices and processes may change when a run is resumed."""
-    options = asdict(replace(config, resume=False, mesh=None, hosts=None))
+    options = asdict(replace(config, resume=False, attention=None, mesh=None, hosts=None))
     for name in ("model", "base"):  # to be found from another directory too
         options[name] = _absolute(options[name])
     return options

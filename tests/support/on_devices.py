@@ -126,6 +126,43 @@ def compare(cases: list[list]) -> list[dict]:
     return results
 
 
+def fused_attention_errors(key_heads: list[int]) -> dict[str, list[float]]:
+    """The largest errors of fused attention and its gradients on data=2,fsdp=2,tensor=2, from
+    plain attention on one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from paligemma_jax.model.attention import attend
+    from paligemma_jax.model.masks import token_span
+    from paligemma_jax.sharding.compiled import use_mesh
+    from paligemma_jax.sharding.mesh import resolve_mesh
+
+    B, T, N, H = 4, 20, 4, 16
+    mesh = resolve_mesh("data=2,fsdp=2,tensor=2", small_config("pg2"))
+    valid = jnp.arange(T) >= jnp.arange(B)[:, None]
+    span = token_span(valid, valid & (jnp.arange(T) < 12), 1)
+
+    def loss(form: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        mask = (span, span, 2**30)
+        out = attend(q, k, v, scale=0.3, softcap=50.0, mask=mask, form=form)
+        return jnp.sum(jnp.where(valid[..., None, None], out, 0) ** 2)
+
+    results = {}
+    for K in key_heads:
+        keys = jax.random.split(jax.random.key(K), 3)
+        shapes = [(B, T, heads, H) for heads in (N, K, K)]
+        arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+        run = jax.jit(jax.value_and_grad(loss, (1, 2, 3)), static_argnums=0)
+        plain = run("plain", *arrays)
+        with use_mesh(mesh):
+            fused = run("fused", *arrays)
+        errors = jax.tree.map(
+            lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(a).max()), *(plain, fused)
+        )
+        results[str(K)] = jax.tree.leaves(errors)
+    return results
+
+
 def _compute(
     config: PaliGemmaConfig, layers: str, train: str, quantize: str | None, mesh: Mesh | None
 ) -> dict:

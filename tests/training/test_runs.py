@@ -120,7 +120,7 @@ def test_a_run_resumes_for_more_steps(run, data, tmp_path):
 
 
 def content_of(rows, steps=4):
-    return RunContent(steps, rows_digest(rows), rows_digest([]))
+    return RunContent("plain", steps, rows_digest(rows), rows_digest([]))
 
 
 ROWS = [{"image": "a.png", "prefix": "ocr", "suffix": str(i)} for i in range(3)]
