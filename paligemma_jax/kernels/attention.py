@@ -12,6 +12,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from paligemma_jax.kernels import flash
@@ -24,6 +25,8 @@ Bounds = tuple[Int[Array, "B 3 T"], Int[Array, "B S 2"]]
 AXES = {"queries": "B3T", "keys": "BS2", "lse": "BN1T", "delta": "BN1T"}
 AXES |= dict.fromkeys(("q", "g", "out", "dq"), "BNTH") | dict.fromkeys(("k", "v"), "BKSH")
 AXES |= dict.fromkeys(("dk", "dv"), "BNSH")
+# Products of [T, S] pairs, by what a kernel computes.
+PRODUCTS = {("out", "lse"): 2, ("dk", "dv", "dq"): 5, ("dk", "dv"): 4, ("dq",): 3}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Target:
     blocks: tuple[int, ...]  # sizes of blocks of queries and of keys
     overhead: int  # of a block, in tokens
     sequential: bool  # whether the blocks of a head run one after the other
-    params: object = None
+    params: pltpu.CompilerParams | triton.CompilerParams | None = None
     interpret: bool = False
 
     def block(self, tokens: int) -> int:
@@ -107,7 +110,7 @@ def _forward_rule(scores, q, k, v, bounds):
 
 def _backward_rule(scores, residuals, g):
     q, k, v, bounds, out, lse = residuals
-    delta = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)
+    delta = jnp.einsum("BTNH,BTNH->BNT", g, out, preferred_element_type=jnp.float32)[:, :, None]
     return *_on_platform(partial(_backward, scores), q, k, v, bounds, g, lse, delta), None
 
 
@@ -121,102 +124,98 @@ def _on_platform(function: Callable, *args):
     )
 
 
-def _forward(scores: Scores, target: Target, q, k, v, bounds):
-    """The result [B, T, N, H] and lse [B, N, T]."""
-    inputs, blocks = _inputs(target, q, k, v, bounds)
-    shape = inputs["q"].shape
-    outputs = {"out": (shape, q.dtype), "lse": ((*shape[:2], 1, shape[2]), jnp.float32)}
-    out, lse = _call(flash.forward, "T", target, scores, blocks, inputs, outputs)
-    T = q.shape[1]
-    return jnp.swapaxes(out[:, :, :T], 1, 2), lse[:, :, 0, :T]
+def _forward(scores: Scores, target: Target, q, k, v, bounds) -> tuple[Array, Array]:
+    """The result [B, T, N, H], and lse [B, N, 1, T]."""
+    arrays = _by_name(bounds, q=q, k=k, v=v)
+    outputs = {"out": q.dtype, "lse": jnp.float32}
+    out, lse = _run(flash.forward, "T", target, scores, arrays, outputs)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 def _backward(scores: Scores, target: Target, q, k, v, bounds, g, lse, delta):
     """The gradients of q, k and v."""
-    inputs, blocks = _inputs(target, q, k, v, bounds)
-    inputs["g"] = _pad(jnp.swapaxes(g, 1, 2), 2, blocks["T"])
-    inputs |= {"lse": _pad(lse[:, :, None], 3, blocks["T"])}
-    inputs |= {"delta": _pad(delta[:, :, None], 3, blocks["T"])}
-    dq = {"dq": (inputs["q"].shape, jnp.float32)}
-    B, N = dq["dq"][0][:2]
-    shape = (B, N, *inputs["k"].shape[2:])
-    outputs = {"dk": (shape, k.dtype), "dv": (shape, v.dtype)}
-    run = partial(_call, target=target, scores=scores, blocks=blocks, inputs=inputs)
+    arrays = _by_name(bounds, q=q, k=k, v=v, g=g) | {"lse": lse, "delta": delta}
+    run = partial(_run, target=target, scores=scores, arrays=arrays)
+    outputs = {"dk": k.dtype, "dv": v.dtype}
     if target.sequential:
-        dk, dv, dq = run(flash.backward, "S", outputs=outputs | dq)
+        dk, dv, dq = run(flash.backward, "S", outputs=outputs | {"dq": jnp.float32})
     else:
         dk, dv = run(flash.backward, "S", outputs=outputs)
-        (dq,) = run(flash.query_gradient, "T", outputs=dq)
-    T, S, K = q.shape[1], k.shape[1], k.shape[2]
-
-    def of_group(x: Array) -> Array:  # the gradient of a key head is a sum over its query heads
-        grouped = x[:, :, :S].reshape(B, K, N // K, S, -1)
-        return jnp.moveaxis(grouped.sum(axis=2, dtype=jnp.float32).astype(x.dtype), 1, 2)
-
-    dq = (scores.scale * jnp.swapaxes(dq[:, :, :T], 1, 2)).astype(q.dtype)
-    return dq, of_group(dk), of_group(dv)
+        (dq,) = run(flash.query_gradient, "T", outputs={"dq": jnp.float32})
+    dq = (scores.scale * jnp.swapaxes(dq, 1, 2)).astype(q.dtype)
+    return dq, _sum_groups(dk, k), _sum_groups(dv, v)
 
 
-def _inputs(target: Target, q, k, v, bounds) -> tuple[dict[str, Array | None], dict[str, int]]:
-    """The arrays of the kernels, padded to full blocks, and the sizes of the blocks."""
-    T, S = q.shape[1], k.shape[1]
-    blocks = {"T": target.block(T), "S": target.block(S)}
-    if bounds is None and S % blocks["S"]:  # only to hide the padding
-        queries, keys = jnp.zeros((len(q), T), jnp.int32), jnp.zeros((len(q), S), jnp.int32)
-        bounds = position_bounds((queries, queries > 0), (keys, keys > 0), keys == 0, 1)
-    queries, keys = bounds or (None, None)
-    arrays = {"queries": queries, "keys": keys}
-    arrays |= {name: jnp.swapaxes(x, 1, 2) for name, x in {"q": q, "k": k, "v": v}.items()}
-    for name, array in arrays.items():
-        letter = "T" if "T" in AXES[name] else "S"
-        if array is not None:
-            fill = NEVER if name == "keys" else 0
-            arrays[name] = _pad(array, AXES[name].index(letter), blocks[letter], fill)
-    return arrays, blocks
+def _sum_groups(x: Float[Array, "B N S H"], like: Float[Array, "B S K H"]) -> Array:
+    """The gradient of a key head: the sum of those that its query heads give."""
+    B, S, K, H = like.shape
+    total = x.reshape(B, K, -1, S, H).sum(axis=2, dtype=jnp.float32)
+    return jnp.swapaxes(total, 1, 2).astype(like.dtype)
 
 
-def _pad(x: Array, axis: int, block: int, fill: int = 0) -> Array:
-    widths = [(0, -x.shape[i] % block if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=fill)
+def _by_name(bounds: Bounds | None, **arrays: Array) -> dict[str, Array]:
+    """The inputs of the kernels by name, heads before tokens."""
+    heads_first = {name: jnp.swapaxes(array, 1, 2) for name, array in arrays.items()}
+    return heads_first if bounds is None else dict(queries=bounds[0], keys=bounds[1], **heads_first)
 
 
-def _call(
+def _run(
     kernel: Callable,
     split: str,
     target: Target,
     scores: Scores,
-    blocks: Mapping[str, int],
-    inputs: Mapping[str, Array | None],
-    outputs: Mapping[str, tuple],
+    arrays: dict[str, Array],
+    outputs: Mapping[str, DTypeLike],
 ) -> list[Array]:
-    """Run a kernel for every row, head, and block of the axis `split`; the kernel itself goes
-    through the blocks of the other."""
-    (B, N, T, H), (_, K, S, _) = inputs["q"].shape, inputs["k"].shape
-    sizes = {"B": 1, "N": 1, "K": 1, "T": T, "S": S, "H": H, "1": 1, "2": 2, "3": 3}
-    sizes[split] = blocks[split]
+    """Run a kernel for every row, head, and block of the axis `split`. The kernel itself goes
+    through the blocks of the other axis."""
+    sizes = dict(zip("BNTHBKSH", (*arrays["q"].shape, *arrays["k"].shape), strict=True))
+    blocks = {axis: target.block(sizes[axis]) for axis in "TS"}
+    B, N, G = sizes["B"], sizes["N"], sizes["N"] // sizes["K"]
+    if "keys" not in arrays and sizes["S"] % blocks["S"]:  # only the padding is hidden
+        queries, keys = jnp.zeros((B, sizes["T"]), int), jnp.zeros((B, sizes["S"]), int)
+        bounds = position_bounds((queries, queries > 0), (keys, keys > 0), keys == 0, 1)
+        arrays = arrays | dict(zip(("queries", "keys"), bounds, strict=True))
+    padded = {name: _pad(array, AXES[name], blocks) for name, array in arrays.items()}
+    full = sizes | {axis: -(-sizes[axis] // block) * block for axis, block in blocks.items()}
+    seen = full | {"B": 1, "N": 1, "K": 1, split: blocks[split]}
 
     def spec(name: str) -> pl.BlockSpec:
         def index(b, n, i):
-            places = {"B": b, "N": n, "K": jax.lax.div(n, N // K), split: i}
+            places = {"B": b, "N": n, "K": jax.lax.div(n, G), split: i}
             return tuple(places.get(axis, 0) for axis in AXES[name])
 
-        return pl.BlockSpec(tuple(sizes[axis] for axis in AXES[name]), index)
+        return pl.BlockSpec(_shape(name, seen), index)
 
-    products = {"forward": 2, "backward": 5 if target.sequential else 4, "query_gradient": 3}
-    moved = [x for x in inputs.values() if x is not None]
-    shapes = [jax.ShapeDtypeStruct(*output) for output in outputs.values()]
-    return pl.pallas_call(
+    inputs = {"queries": None, "keys": None} | padded
+    shapes = [jax.ShapeDtypeStruct(_shape(name, full), dtype) for name, dtype in outputs.items()]
+    pairs = B * N * full["T"] * full["S"]
+    results = pl.pallas_call(
         partial(kernel, scores=scores, block=blocks["S" if split == "T" else "T"]),
-        grid=(B, N, (T if split == "T" else S) // blocks[split]),
-        in_specs=[None if x is None else spec(name) for name, x in inputs.items()],
+        grid=(B, N, full[split] // blocks[split]),
+        in_specs=[None if array is None else spec(name) for name, array in inputs.items()],
         out_specs=[spec(name) for name in outputs],
         out_shape=shapes,
         cost_estimate=pl.CostEstimate(
-            flops=2 * products[kernel.__name__] * B * N * T * S * H,
-            transcendentals=(1 if scores.softcap is None else 2) * B * N * T * S,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*moved, *shapes)),
+            flops=2 * PRODUCTS[tuple(outputs)] * pairs * sizes["H"],
+            transcendentals=(1 if scores.softcap is None else 2) * pairs,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*padded.values(), *shapes)),
         ),
         compiler_params=target.params,
         interpret=target.interpret,
         name=f"attention_{kernel.__name__}",
     )(*inputs.values())
+    return [
+        result[tuple(slice(n) for n in _shape(name, sizes))]
+        for name, result in zip(outputs, results, strict=True)
+    ]
+
+
+def _shape(name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[axis] if axis in sizes else int(axis) for axis in AXES[name])
+
+
+def _pad(x: Array, axes: str, blocks: Mapping[str, int]) -> Array:
+    """Pad to full blocks. Padded keys are at NEVER, where no query attends to them."""
+    widths = [(0, -n % blocks.get(axis, 1)) for axis, n in zip(axes, x.shape, strict=True)]
+    return jnp.pad(x, widths, constant_values=NEVER if axes == AXES["keys"] else 0)

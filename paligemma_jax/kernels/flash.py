@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 
 MASKED = -(2.0**30)  # finite, so that a query that attends to nothing has a mean, not NaN
 LOG2E = math.log2(math.e)
+Rows = slice | pl.Slice
 ALL = slice(None)
 
 
@@ -49,7 +50,7 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
 
 
-def allowed_pairs(keys, queries, key_rows=ALL, query_rows=ALL) -> Array | None:
+def allowed_pairs(keys, queries, key_rows: Rows = ALL, query_rows: Rows = ALL) -> Array | None:
     """bool[S, T]: `prefix_lm_mask` of a block of keys and a block of queries."""
     if keys is None:
         return None
@@ -58,7 +59,7 @@ def allowed_pairs(keys, queries, key_rows=ALL, query_rows=ALL) -> Array | None:
     return ((first <= position) & (position <= last)) | (prefix <= prefix_last)
 
 
-def block_rows(i: Array, block: int) -> pl.Slice:
+def block_rows(i: Array, block: int) -> Rows:
     return pl.ds(pl.multiple_of(i * block, block), block)
 
 
