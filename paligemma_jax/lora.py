@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import PyTree
 
 from convert.adapter import Factors
+from paligemma_jax.model.constrain import gather_weight
 from paligemma_jax.model.layers import Linear, product
 from paligemma_jax.model.tree import Model, modules, replace_modules
 from paligemma_jax.quantization.modules import QuantizedLinear
@@ -87,8 +88,10 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y, dropped = self.base(x), self._drop(x)
-        low = product(dropped, self.lora_a[...].astype(x.dtype), self.base.contracted)
-        update = self.scale * product(low, self.lora_b[...].astype(x.dtype), 1)
+        axes, contracted = self.base.axes, self.base.contracted
+        a = gather_weight("R" + axes[-contracted:], self.lora_a[...].astype(x.dtype))
+        b = gather_weight(axes[:-contracted] + "R", self.lora_b[...].astype(x.dtype))
+        update = self.scale * product(product(dropped, a, contracted), b, 1)
         if self.lora_magnitude is None:
             return y + update
         ratio = self._ratio(self.lora_magnitude).astype(x.dtype)

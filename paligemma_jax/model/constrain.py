@@ -67,6 +67,17 @@ def constrain_with(placement: Placement) -> Iterator[None]:
         _placement.reset(token)
 
 
+def gather_weight(axes: str, weight: Array) -> Array:
+    """Gather a weight whose axis D or W is split (fully sharded data parallelism), as one array.
+
+    Left to itself, the TPU compiler multiplies by one slice after another and adds up the
+    products in memory. Both layouts are constrained, so that a cast before this call happens
+    before the gather, and the gradient is scattered again.
+    """
+    whole = axes.replace("D", "-").replace("W", "-")
+    return constrain(" ".join(whole), constrain(" ".join(axes), weight))
+
+
 def gather_tokens(x: Array) -> Array:
     """Gather [B, T, D], split by tokens, into complete sequences. Both layouts are constrained, so
     that the gradient is scattered again."""

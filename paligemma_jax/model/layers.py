@@ -12,6 +12,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
+from paligemma_jax.model.constrain import gather_weight
+
 # Axis letters, used in every einsum, comment, weight table and sharding rule:
 #   B batch   T query tokens   S key tokens (cache slots)   D decoder width    V vocabulary
 #   N heads   K key/value heads   G = N/K   H head size     F MLP width        L layers
@@ -58,10 +60,11 @@ class Linear(nnx.Module):
         return self.kernel[...].astype(dtype)
 
     def __call__(self, x: Float[Array, "... _"]) -> Array:
+        kernel = gather_weight(self.axes, self.dense(x.dtype))
         if self.bias is None:
-            return product(x, self.dense(x.dtype), self.contracted)
+            return product(x, kernel, self.contracted)
         # Rounded once, after the bias is added, as torch's addmm rounds.
-        y = product(x, self.dense(x.dtype), self.contracted, jnp.float32)
+        y = product(x, kernel, self.contracted, jnp.float32)
         return add_bias(y, self.bias).astype(x.dtype)
 
 
