@@ -71,20 +71,25 @@ def _part_shapes(
 def quantize_checkpoint(checkpoint: Checkpoint, quantization: Quantization) -> Checkpoint:
     """Quantize the parts that `quantization` names. Nothing is computed before it is read.
 
-    Matrices that cannot be divided into blocks are not quantized, and a note lists them.
+    Matrices that cannot be divided into blocks are not quantized, and a note lists them. int8
+    becomes w8a8, and the reverse, without a change of codes or scales.
 
     Raises:
         ValueError: If a matrix already has another format.
     """
+    formats = dict(checkpoint.formats)
     for module, format in checkpoint.formats.items():
         target = quantization.at(module)
-        if target not in (None, format):
+        if target is None:
+            continue
+        if target.stored != format.stored:
             raise ValueError(
                 f"{module} is already {format} and cannot be quantized to {target}; "
                 "start from the unquantized checkpoint"
             )
+        formats[module] = target
     matrices = quantizable_matrices(checkpoint.config)
-    tensors, formats, indivisible = {}, dict(checkpoint.formats), []
+    tensors, indivisible = {}, []
     for path, tensor in checkpoint.tensors.items():
         matrix = matrices.get(path)
         format = quantization.at(matrix.module) if matrix else None
@@ -117,7 +122,7 @@ def _encode_part(
 
     shape = matrix.parts(format)[name][0]
     nested = format.double and name != "codes"
-    has_rows = format.kind == "int8" or len(shape) == len(tensor.shape)
+    has_rows = not format.has_blocks or len(shape) == len(tensor.shape)
     by_rows = name == "codes" or (has_rows and not nested)
     rows, *rest = index if index and by_rows else (slice(None),)
     plain = replace(format, double=False)
@@ -133,7 +138,7 @@ def _encode_strips(
 ) -> Iterator[np.ndarray]:
     """Yield a part of these rows in strips, or of all rows at once if blocks cross their ends."""
     encode_part = _encoder(format, contracted, name)
-    if format.kind != "int8" and math.prod(tensor.shape[1:]) % format.block:
+    if format.has_blocks and math.prod(tensor.shape[1:]) % format.block:
         part = np.asarray(encode_part(tensor.load()))
         yield part[rows] if name == "codes" else part
         return

@@ -30,6 +30,7 @@ from paligemma_jax.tiny.questions import heldout_examples, score_answers
 FORMATS = ("int8", "int4-32", "int4-64", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128")
 QUANTIZATIONS = (
     *FORMATS,
+    *("w8a8", "w8a8,vision=w8a8,embedding=int8"),
     *("embedding=int8", "embedding=nf4-32", "vision=int8", "vision=nf4", "cache=int8"),
     "int8,embedding=int8,vision=int8",
     "nf4,embedding=int8,vision=int8",

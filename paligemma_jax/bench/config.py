@@ -45,7 +45,7 @@ class BenchConfig:
     dtype: Annotated[str | None, _arg("NAME", "bfloat16; float32 on a CPU")] = None
     """Dtype of parameters and activations: float32, bfloat16 or float16."""
     quantize: Annotated[tuple[str, ...], _arg("FORMAT [FORMAT ...]", "none")] = ()
-    """Storage formats to compare: none, int8, nf4, or a list by part, such as
+    """Storage formats to compare: none, int8, w8a8, nf4, or a list by part, such as
     nf4-32,embedding=int8,cache=int8."""
     depth: Annotated[int | None, _arg("N", "all")] = None
     """Number of layers in each tower, at full width, for models that do not fit into memory."""

@@ -70,7 +70,7 @@ def convert(
         dtype: Dtype of every tensor.
         resolution: Resize the position embeddings for images of this size.
         numerics: Numerics profile to record.
-        quantize: Quantize to 8 or 4 bits: int8, int4, nf4, or a list by part, such as
+        quantize: Quantize to 8 or 4 bits: int8, w8a8, int4, nf4, or a list by part, such as
             nf4-32-double,embedding=int8,vision=int8.
         config: A config.json to use for SRC, or a Hugging Face directory, whose tokenizer is then
             copied too.

@@ -57,8 +57,8 @@ class ModelOptions:
     numerics: Numerics = None
     """Implementation to match where the two differ: transformers or big_vision."""
     quantize: Quantize = None
-    """Storage format of weights: int8, int4, nf4 (the decoder's projections), or a list by part,
-    such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""
+    """Storage format of weights: int8, w8a8, int4, nf4 (the decoder's projections), or a list by
+    part, such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""
     attention: Attention = None
     """Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain."""
     mesh: Mesh = None

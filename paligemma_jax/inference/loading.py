@@ -46,8 +46,9 @@ def load(
             (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
         mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a
             `jax.sharding.Mesh` with these axes. Each device reads its slices only.
-        quantize: Weights to store in 8 or 4 bits: "int8", "int4" or "nf4" for the decoder's
-            projections, or a list by part, such as "nf4-32-double,embedding=int8,vision=int8"
+        quantize: Weights to store in 8 or 4 bits: "int8", "w8a8", "int4" or "nf4" for the
+            decoder's projections, or a list by part, such as
+            "nf4-32-double,embedding=int8,vision=int8"
             (`paligemma_jax.model.precision.Quantization`).
         attention: "fused" keeps the scores of attention on the chip, on TPUs and GPUs; "plain" runs
             everywhere. By default the fastest of them.

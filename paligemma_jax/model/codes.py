@@ -2,6 +2,7 @@
 
     int8   code * scale, one scale per output, |code| <= 127 (the weights of LLM.int8,
            arXiv:2208.07339, in bitsandbytes)
+    w8a8   the same codes and scales; products also round x (`quantization/w8a8.py`)
     int4   code * scale, one scale per block of numbers in memory order, -8 <= code <= 7,
            scale = largest / 7.5 (as in qwix)
     nf4    the same blocks, divided by their largest magnitude and rounded to the nearest of 16
@@ -97,7 +98,7 @@ def midpoints(values: np.ndarray) -> np.ndarray:
 def encode(format: WeightFormat, matrix: Array, contracted: int) -> dict[str, Array]:
     """The parts of a float matrix [out..., in...] whose last `contracted` axes are inputs."""
     values = matrix.astype(jnp.float32)
-    if format.kind == "int8":
+    if not format.has_blocks:
         ins = tuple(range(matrix.ndim - contracted, matrix.ndim))
         scale = (jnp.max(jnp.abs(values), axis=ins) / 127).astype(format.scale)
         codes = jnp.round(values / _divisor(jnp.expand_dims(scale, ins)))
@@ -156,7 +157,7 @@ def scales(parts: Mapping[str, Array]) -> Array:
 def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
     """float32[*lead, *shape]: the inverse of `encode` for a matrix of this shape."""
     codes, scale = parts["codes"], scales(parts)
-    if format.kind == "int8":
+    if not format.has_blocks:
         return codes * scale.reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     lead = codes.shape[: codes.ndim - len(shape)]
     values = _values(format, jnp.stack([codes >> 4, codes & 15], axis=-1))
@@ -197,7 +198,7 @@ def _at_once(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Arra
 
 def _in_strips(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:
     O, single = len(codes), math.prod(x.shape[:-1]) == 1
-    small = single and format.kind != "int8"
+    small = single and format.has_blocks
     size = STRIP_ROWS if small else max(1, STRIP_BYTES // (4 * x.shape[-1]))
     # Checkpointed: otherwise a gradient keeps the widened rows.
     strip = jax.checkpoint(partial(_multiply_rows, format, _product, x))
@@ -216,7 +217,7 @@ def _multiply_rows(
 ) -> Array:
     """4-bit codes as two products, of even and of odd columns: interleaving the nibbles would take
     longer than both."""
-    if format.kind == "int8":
+    if not format.has_blocks:
         return product(x, codes.astype(x.dtype)) * scale
 
     def widen(nibbles: Array) -> Array:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-KINDS, BLOCKS = ("int8", "int4", "nf4", "fp4"), (32, 64, 128)
-EXAMPLE = '"int8", "int4", "nf4", "nf4-32-double,embedding=int8,vision=none,cache=int8"'
+KINDS, BLOCKS = ("int8", "w8a8", "int4", "nf4", "fp4"), (32, 64, 128)
+PER_OUTPUT = ("int8", "w8a8")  # the kinds with one scale per output instead of blocks
+EXAMPLE = '"int8", "w8a8", "int4", "nf4", "nf4-32-double,embedding=int8,vision=none,cache=int8"'
 
 
 @dataclass(frozen=True)
 class WeightFormat:
     """Format of a quantized matrix (`model/codes.py`). Written as "int8", "nf4" (blocks of 64),
-    "int4-32", "nf4-64-bf16" or "nf4-128-double"."""
+    "int4-32", "nf4-64-bf16" or "nf4-128-double". "w8a8" stores what "int8" stores, and also rounds
+    the other operand of each product (`quantization/w8a8.py`)."""
 
     kind: str
-    block: int = 64  # numbers per scale; int8 has one scale per output instead
+    block: int = 64  # numbers per scale, of kinds that have blocks
     scale: str = "float32"  # or "bfloat16"
     double: bool = False  # quantize the scales too, to 8 bits
 
@@ -31,8 +33,8 @@ class WeightFormat:
             raise ValueError(
                 f"quantization block must be one of {blocks}, got {self.block} in {self}"
             )
-        if self.kind == "int8" and (self.block != 64 or self.double):
-            raise ValueError(f"int8 has one scale per output and no blocks, got {self}")
+        if not self.has_blocks and (self.block != 64 or self.double):
+            raise ValueError(f"{self.kind} has one scale per output and no blocks, got {self}")
 
     @classmethod
     def parse(cls, name: str) -> WeightFormat:
@@ -44,14 +46,24 @@ class WeightFormat:
         dtype = "bfloat16" if scale == "bf16" else "float32"
         return cls(kind, int(block or 64), dtype, scale == "double")
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether a scale belongs to a block, not to an output."""
+        return self.kind not in PER_OUTPUT
+
+    @property
+    def stored(self) -> WeightFormat:
+        """The format whose codes and scales these are: w8a8 has those of int8."""
+        return replace(self, kind="int8") if self.kind == "w8a8" else self
+
     def __str__(self) -> str:
-        block = "" if self.kind == "int8" and self.block == 64 else f"-{self.block}"
+        block = "" if self.block == 64 and not self.has_blocks else f"-{self.block}"
         return self.kind + block + "-bf16" * (self.scale == "bfloat16") + "-double" * self.double
 
     def fits(self, shape: tuple[int, ...], looked_up: bool = False) -> bool:
         """Whether a matrix of this shape can have this format: 4-bit codes are packed in pairs
         along the last axis, and blocks must divide the matrix, or each row if it is looked up."""
-        if self.kind == "int8":
+        if not self.has_blocks:
             return True
         size = math.prod(shape[1:] if looked_up else shape)
         return shape[-1] % 2 == 0 and size % self.block == 0

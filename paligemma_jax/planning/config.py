@@ -48,7 +48,8 @@ class PlanConfig:
     lora: int = 0
     """LoRA rank for finetune; 0 trains all weights."""
     quantize: str | None = None
-    """Quantize weights or cache: int8, int4, nf4, or a list such as nf4-32,embedding=int8."""
+    """Quantize weights or cache: int8, w8a8, int4, nf4, or a list such as
+    nf4-32,embedding=int8."""
     remat: Literal["none", "full", "dots"] = "full"
     """What the backward pass recomputes to save memory: nothing, each layer, or each layer except
     its matrix products."""

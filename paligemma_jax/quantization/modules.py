@@ -19,6 +19,7 @@ from paligemma_jax.model.constrain import constrain
 from paligemma_jax.model.decoder import Embedder
 from paligemma_jax.model.layers import add_bias, product
 from paligemma_jax.model.precision import WeightFormat
+from paligemma_jax.quantization.w8a8 import multiply_rounded
 
 
 class QuantizedLinear(nnx.Module):
@@ -58,7 +59,7 @@ class QuantizedLinear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         outs, ins = self.shape[: -self.contracted], self.shape[-self.contracted :]
         # Checkpointed: otherwise the backward pass would keep every layer's widened kernel.
-        if self.format.kind != "int8" and math.prod(ins) % self.format.block:
+        if self.format.has_blocks and math.prod(ins) % self.format.block:
 
             @jax.checkpoint
             def widen_and_multiply(x: Array) -> Array:  # blocks span the ends of rows
@@ -80,8 +81,11 @@ class QuantizedLinear(nnx.Module):
         axes = " ".join(self.axes.replace("D", "-").replace("W", "-"))
         codes, scale = constrain(axes, codes), constrain(axes, scale)
         rows = math.prod(codes.shape[: -self.contracted])
-        per_row = () if self.format.kind == "int8" else (-1,)
-        return multiply(self.format, x, codes.reshape(rows, -1), scale.reshape(rows, *per_row))
+        per_row = (-1,) if self.format.has_blocks else ()
+        codes, scale = codes.reshape(rows, -1), scale.reshape(rows, *per_row)
+        if self.format.kind == "w8a8":
+            return multiply_rounded(x.astype(jnp.float32), codes, scale)
+        return multiply(self.format, x, codes, scale)
 
 
 class QuantizedEmbedder(QuantizedLinear, Embedder):

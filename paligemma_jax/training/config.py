@@ -99,8 +99,8 @@ class FinetuneConfig:
     """Modules to train in full beside LoRA and to save in the adapter, as with peft: a regular
     expression of paths such as projector|decoder/norm"""
     quantize: str | None = None
-    """Quantize the decoder's projections and freeze them: int8, int4 or nf4 (QLoRA, with --train
-    lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
+    """Quantize the decoder's projections and freeze them: int8, w8a8, int4 or nf4 (QLoRA, with
+    --train lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
 
     steps: int | None = None
     """Number of optimizer steps. By default computed from --epochs."""

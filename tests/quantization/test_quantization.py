@@ -230,16 +230,17 @@ def test_gradients_pass_through_a_quantized_product(name):
 
 def test_the_embedded_model_still_reads_digits():
     photo = TINY.parent / "digits.jpg"
-    for quantization in ("int8", "int8,embedding=int8,vision=int8"):
+    for quantization in ("int8", "int8,embedding=int8,vision=int8", "w8a8,vision=w8a8"):
         assert pg.load("tiny", quantize=quantization).generate(photo, "ocr") == ["4 3 2 3"]
 
 
 @pytest.mark.parametrize(
     "quantization,message",
     [
-        ("int2", "quantization must be one of int8, int4, nf4, fp4, got 'int2'"),
+        ("int2", "quantization must be one of int8, w8a8, int4, nf4, fp4, got 'int2'"),
         ("nf4-48", "quantization block must be one of 32, 64, 128, got 48 in nf4-48"),
         ("int8-double", "int8 has one scale per output and no blocks, got int8-double"),
+        ("w8a8-32", "w8a8 has one scale per output and no blocks, got w8a8-32"),
         ("nf4,head=int8", "unknown part 'head'"),
         ("nf4,int8", "decoder is given twice"),
         ("nf4;int8", "unknown quantization 'nf4;int8'"),
@@ -252,8 +253,8 @@ def test_invalid_quantizations_are_refused(quantization, message):
 
 
 def test_formats_are_written_as_they_are_parsed():
-    for name in FORMATS:
-        expected = name if "-" in name or name == "int8" else f"{name}-64"
+    for name in (*FORMATS, "w8a8", "w8a8-bf16"):
+        expected = name if "-" in name or name in ("int8", "w8a8") else f"{name}-64"
         assert str(WeightFormat.parse(name)) == expected
 
 

@@ -42,7 +42,7 @@ def assert_same(model, expected):
         assert (np.asarray(value) == np.asarray(expected[path])).all(), path
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4-128", EVERY_PART])
+@pytest.mark.parametrize("quantization", ["w8a8,embedding=int8", "int4-128", EVERY_PART])
 def test_a_stored_model_loads_bit_for_bit(quantized, quantization, tmp_path, capsys):
     stored = load_model(quantized(quantization))
     assert_same(stored, load_model(TINY, quantize=quantization))
@@ -127,13 +127,23 @@ def test_a_quantized_matrix_keeps_its_format(quantized):
         load_model(directory, quantize="int8")
 
 
+def test_int8_and_w8a8_have_the_same_codes_and_scales(quantized):
+    directory = quantized("int8,embedding=int8")
+    loaded = load_model(directory, quantize="w8a8")
+    assert_same(loaded, load_model(directory))
+    formats = weight_formats(loaded)
+    assert str(formats["decoder/layers/0/mlp/up"]) == "w8a8"
+    assert str(formats["decoder/embedder"]) == "int8"
+    assert formats == weight_formats(load_model(TINY, quantize="w8a8,embedding=int8"))
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         (
             {"decoder/layers/0/mlp/down": "nf5"},
-            "an invalid list of quantized matrices: quantization must be one of int8, int4, nf4, "
-            "fp4, got 'nf5'",
+            "an invalid list of quantized matrices: quantization must be one of int8, w8a8, "
+            "int4, nf4, fp4, got 'nf5'",
         ),
         (
             {"decoder/layers/9/mlp/down": "nf4"},
