@@ -33,19 +33,28 @@ PRODUCTS = {("out", "lse"): 2, ("dk", "dv", "dq"): 5, ("dk", "dv"): 4, ("dq",): 
 class Target:
     """How the kernels run on one kind of device."""
 
-    blocks: tuple[int, ...]  # sizes of blocks of queries and of keys
+    blocks: Mapping[str, tuple[int, ...]]  # sizes of blocks of queries (T) and of keys (S)
     overhead: int  # of a block, in tokens
     sequential: bool  # whether the blocks of a head run one after the other
+    powers: bool = False  # whether all sizes must be powers of two
     params: pltpu.CompilerParams | triton.CompilerParams | None = None
     interpret: bool = False
 
-    def block(self, tokens: int) -> int:
-        """The size of blocks for this many tokens, with little padding and overhead."""
-        return min(self.blocks, key=lambda size: -(-tokens // size) * (size + self.overhead))
+    def block_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """The size of blocks along each axis, with little padding and overhead."""
+
+        def cost(axis: str, block: int) -> int:
+            return -(-sizes[axis] // block) * (block + self.overhead)
+
+        blocks = {
+            axis: min(choices, key=partial(cost, axis)) for axis, choices in self.blocks.items()
+        }
+        return blocks | {"H": pl.next_power_of_2(sizes["H"]) if self.powers else sizes["H"]}
 
 
+TPU_BLOCKS = (512, 384, 256, 128)
 TPU = Target(
-    (512, 384, 256, 128),
+    dict.fromkeys("TS", TPU_BLOCKS),
     overhead=64,
     sequential=True,
     params=pltpu.CompilerParams(
@@ -53,7 +62,13 @@ TPU = Target(
     ),
 )
 CPU = Target(TPU.blocks, TPU.overhead, sequential=True, interpret=True)
-CUDA = Target((64,), 0, sequential=False, params=triton.CompilerParams(num_warps=8, num_stages=2))
+CUDA = Target(
+    {"T": (64,), "S": (64,)},
+    overhead=0,
+    sequential=False,
+    powers=True,
+    params=triton.CompilerParams(num_warps=8, num_stages=2),
+)
 
 
 def position_bounds(
@@ -170,7 +185,7 @@ def _run(
     """Run a kernel for every row, head, and block of the axis `split`. The kernel itself goes
     through the blocks of the other axis."""
     sizes = dict(zip("BNTHBKSH", (*arrays["q"].shape, *arrays["k"].shape), strict=True))
-    blocks = {axis: target.block(sizes[axis]) for axis in "TS"}
+    blocks = target.block_sizes(sizes)
     B, N, G = sizes["B"], sizes["N"], sizes["N"] // sizes["K"]
     if "keys" not in arrays and sizes["S"] % blocks["S"]:  # only the padding is hidden
         queries, keys = jnp.zeros((B, sizes["T"]), int), jnp.zeros((B, sizes["S"]), int)
