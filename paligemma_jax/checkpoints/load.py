@@ -13,6 +13,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from convert.adapter import replace_parameters
@@ -33,6 +34,17 @@ from paligemma_jax.sharding.rules import shardings
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+class _SameKey(nnx.Rngs):
+    """The same key for every parameter, for models of shapes.
+
+    Counting keys, as `nnx.Rngs` does, reads the sharding of a traced array. JAX answers with an
+    error message that it searches the trace for, which takes most of the time for a deep model.
+    """
+
+    def params(self) -> Array:
+        return jax.random.key(0)
+
+
 def abstract_model(
     config: PaliGemmaConfig,
     formats: Mapping[str, WeightFormat] = MappingProxyType({}),
@@ -44,7 +56,7 @@ def abstract_model(
         formats: The format of each quantized module, by its path.
         dtype: Dtype of the parameters that are not quantized.
     """
-    model = nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PaliGemma(config, _SameKey(0)))
     shapes = {path: leaf.shape for path, leaf in parameters(model).items()}
     model = with_parameters(model, lambda path: jax.ShapeDtypeStruct(shapes[path], dtype))
     return jax.eval_shape(partial(quantize_modules, formats=formats), model) if formats else model
