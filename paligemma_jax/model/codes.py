@@ -106,20 +106,26 @@ def encode(format: WeightFormat, matrix: Array, contracted: int) -> dict[str, Ar
     blocks = values.reshape(-1, format.block)
     largest = jnp.max(jnp.abs(blocks), axis=1)
     scale = (largest / (7.5 if format.kind == "int4" else 1)).astype(format.scale)
-    normalized = blocks / _divisor(scale)[:, None]
+    codes = nearest_codes(format, blocks / _divisor(scale)[:, None])
+    return pack(format, codes.reshape(matrix.shape), scale)
+
+
+def nearest_codes(format: WeightFormat, numbers: Array) -> Array:
+    """The codes 0..15 of the 4-bit values nearest to numbers in units of their scale, in uint8."""
     if format.kind == "int4":
-        codes = (jnp.clip(jnp.round(normalized), -8, 7) + 8).astype(jnp.uint8)
-    else:
-        table = TABLES[format.kind]
-        order = np.argsort(table, stable=True)
-        codes = jnp.zeros(normalized.shape, jnp.uint8)
-        for edge in midpoints(table[order]):
-            codes += (normalized > edge).astype(jnp.uint8)
-        if format.kind == "fp4":
-            codes = jnp.asarray(order, jnp.uint8)[codes]
-    codes = codes.reshape(-1, 2)
-    axes, X = matrix.shape[:-1], matrix.shape[-1]
-    parts = {"codes": (codes[:, 0] << 4 | codes[:, 1]).reshape(*axes, X // 2)}
+        return (jnp.clip(jnp.round(numbers), -8, 7) + 8).astype(jnp.uint8)
+    table = TABLES[format.kind]
+    order = np.argsort(table, stable=True)
+    codes = jnp.zeros(numbers.shape, jnp.uint8)
+    for edge in midpoints(table[order]):
+        codes += (numbers > edge).astype(jnp.uint8)
+    return jnp.asarray(order, jnp.uint8)[codes] if format.kind == "fp4" else codes
+
+
+def pack(format: WeightFormat, codes: Array, scale: Array) -> dict[str, Array]:
+    """The parts of a matrix with these codes uint8[out..., in...] and scales [blocks]."""
+    *axes, X = codes.shape
+    parts = {"codes": codes[..., ::2] << 4 | codes[..., 1::2]}
     parts |= quantize_scales(scale) if format.double else {"scale": scale}
     if X % format.block == 0:
         parts["scale"] = parts["scale"].reshape(*axes, -1)
@@ -160,12 +166,12 @@ def decode(format: WeightFormat, parts: Mapping[str, Array], shape: tuple[int, .
     if not format.has_blocks:
         return codes * scale.reshape(*scale.shape, *[1] * (codes.ndim - scale.ndim))
     lead = codes.shape[: codes.ndim - len(shape)]
-    values = _values(format, jnp.stack([codes >> 4, codes & 15], axis=-1))
+    values = code_values(format, jnp.stack([codes >> 4, codes & 15], axis=-1))
     values = values.reshape(*lead, -1, format.block) * scale.reshape(*lead, -1, 1)
     return values.reshape(*lead, *shape)
 
 
-def _values(format: WeightFormat, codes: Array) -> Array:
+def code_values(format: WeightFormat, codes: Array) -> Array:
     """Values of the codes 0..15 in units of their scale. A table becomes 15 selects, which a CPU
     vectorizes, and other compilers fuse them into the product."""
     if format.kind == "int4":
@@ -221,7 +227,7 @@ def _multiply_rows(
         return product(x, codes.astype(x.dtype)) * scale
 
     def widen(nibbles: Array) -> Array:
-        values = _values(format, nibbles).reshape(*scale.shape, -1) * scale[..., None]
+        values = code_values(format, nibbles).reshape(*scale.shape, -1) * scale[..., None]
         return values.reshape(nibbles.shape).astype(x.dtype)
 
     return product(x[..., ::2], widen(codes >> 4)) + product(x[..., 1::2], widen(codes & 15))
