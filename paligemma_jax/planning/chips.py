@@ -18,16 +18,20 @@ class Chip:
     bandwidth: float  # bytes/s from and to that memory
     links: float  # bytes/s sent to other chips
     source: str
+    clock: float = 0.0  # Hz, of the cycles that the TPU compiler counts
     axes: int = 0  # of the shape of a slice; 0 if programs cannot be compiled without the chip
 
 
 GB = 1e9
 _TPU = "https://cloud.google.com/tpu/docs/"
 _GPU = "https://www.nvidia.com/en-us/data-center/"
-CHIPS = {  # links: half of the published figure, which counts both directions
-    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB, 200 * GB, _TPU + "v5e", axes=2),
-    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB, 600 * GB, _TPU + "v5p", axes=3),
-    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB, 400 * GB, _TPU + "v6e", axes=2),
+# links: half of the published figure, which counts both directions. clock: the FLOP/s divided by
+# those of the matrix units in a cycle, 4 x 128 x 128 x 2 on v5e (1.5 GHz, as in "How to Scale Your
+# Model", jax-ml.github.io/scaling-book/tpus), twice that on v5p and four times that on v6e.
+CHIPS = {
+    "v5e": Chip(15.75 * 2**30, 197e12, 819 * GB, 200 * GB, _TPU + "v5e", 1.5e9, axes=2),
+    "v5p": Chip(95.74 * 2**30, 459e12, 2765 * GB, 600 * GB, _TPU + "v5p", 1.75e9, axes=3),
+    "v6e": Chip(31.25 * 2**30, 918e12, 1640 * GB, 400 * GB, _TPU + "v6e", 1.75e9, axes=2),
     "a100-40g": Chip(40 * GB, 312e12, 1555 * GB, 300 * GB, _GPU + "a100/"),
     "a100-80g": Chip(80 * GB, 312e12, 2039 * GB, 300 * GB, _GPU + "a100/"),
     "h100": Chip(80 * GB, 989e12, 3350 * GB, 450 * GB, _GPU + "h100/"),

@@ -65,8 +65,12 @@ class PlanConfig:
     """Form of attention: fused keeps scores on the chip."""
     estimate: bool = False
     """Estimate with the CPU compiler even if the TPU compiler is installed."""
+    profile: bool = False
+    """List the costliest operations of each program, with the lines of the model they come from.
+    TPUs only."""
 
     def __post_init__(self):
+        Slice.parse(self.on)
         for name, minimum in {"batch": 1, "text": 1, "new": 2, "lora": 0}.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -79,11 +83,20 @@ class PlanConfig:
             raise ValueError(
                 "--quantize freezes the decoder's projections; give --lora RANK to train adapters"
             )
-        chips = Slice.parse(self.on)
-        if self.attention == "fused" and (self.estimate or not chips.chip.axes):
+        if self.attention == "fused" and self.estimated:
             raise ValueError(
                 "--attention must be plain for estimates with the CPU compiler, got fused"
             )
+        if self.profile and self.estimated:
+            raise ValueError(
+                "--profile reads the programs of the TPU compiler: give --on a TPU slice, such as "
+                "v5e:2x4, without --estimate"
+            )
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the CPU compiler stands in for the chips' own."""
+        return self.estimate or not Slice.parse(self.on).chip.axes
 
     @property
     def training(self) -> bool:

@@ -1,4 +1,4 @@
-"""Plan a workload: whether it fits a slice of accelerators, and how fast it can run at best."""
+"""Plan a workload: whether it fits a slice of accelerators, and how fast it runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from paligemma_jax.checkpoints.synthetic import abstract_model_by_name
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.planning.chips import Slice, device_count_flag
 from paligemma_jax.planning.config import PlanConfig
-from paligemma_jax.planning.programs import ProgramCost, generation_programs, training_programs
+from paligemma_jax.planning.cost import ProgramCost
+from paligemma_jax.planning.programs import generation_programs, training_programs
 from paligemma_jax.quantization.quantize import weight_formats
 from paligemma_jax.sharding.mesh import (
     Devices,
@@ -44,8 +45,8 @@ class PlanResult:
     # decode step, except that `seconds` counts all new tokens.
     flops: float = 0.0
     bytes: float = 0.0
-    seconds: float = 0.0  # lower bound
-    rows_s: float = 0.0  # upper bound
+    seconds: float = 0.0  # estimate; a lower bound if by the CPU compiler
+    rows_s: float = 0.0
     programs: dict[str, ProgramCost] = field(default_factory=dict)
 
     @classmethod
@@ -65,22 +66,23 @@ def plan(config: PlanConfig) -> PlanResult:
         ValueError: The request is invalid. Not fitting is a result, not an error.
     """
     chips = Slice.parse(config.on)
-    estimate = config.estimate or not chips.chip.axes
-    form = config.attention or ("plain" if estimate else "fused")
+    form = config.attention or ("plain" if config.estimated else "fused")
     model = abstract_model_by_name(config.model, config.dtype, attention=form)
     if config.training and not config.lora and weight_formats(model):
         raise ValueError(
             f"--model {config.model} is quantized and cannot be trained; give --lora RANK to "
             "train adapters"
         )
-    mesh = _plan_mesh(config, chips, model, _find_devices(chips, estimate))
+    mesh = _plan_mesh(config, chips, model, _find_devices(chips, config.estimated))
     config = replace(config, batch=_batch_size(config, mesh))
-    result = PlanResult(config, dict(mesh.shape), estimate, chip_bytes=int(chips.chip.memory))
+    result = PlanResult(
+        config, dict(mesh.shape), config.estimated, chip_bytes=int(chips.chip.memory)
+    )
     compile_programs = training_programs if config.training else generation_programs
     programs: dict[str, ProgramCost] = {}
     start = time.perf_counter()
     try:
-        for name, cost in compile_programs(config, model, mesh, chips.chip):
+        for name, cost in compile_programs(config, model, mesh):
             programs[name] = cost
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -17,36 +17,19 @@ from paligemma_jax.inference.request import make_request
 from paligemma_jax.inference.sampling import Greedy
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stack import stack_model
-from paligemma_jax.planning.chips import Chip
 from paligemma_jax.planning.config import PlanConfig
-from paligemma_jax.planning.hlo import program_work
+from paligemma_jax.planning.cost import ProgramCost, program_cost
 from paligemma_jax.processing.processor import Inputs, round_up
 from paligemma_jax.quantization.quantize import quantize_model
 from paligemma_jax.sharding.arrays import batch_shapes, shape_struct, sharded_shapes
 from paligemma_jax.sharding.compiled import mesh_jit
-from paligemma_jax.sharding.devices import program_bytes
 from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import trainer_shapes
 
 
-@dataclass(frozen=True)
-class ProgramCost:
-    """Memory, work and time of one compiled program on each chip."""
-
-    argument_bytes: int
-    temporary_bytes: int
-    output_bytes: int  # of results that do not reuse the memory of an argument
-    memory_bytes: int  # in total
-    flops: float
-    bytes: float  # moved at least: arguments and results once, temporaries written and read
-    sent_bytes: dict[str, float]  # to other chips, by kind of collective
-    compile_seconds: float
-    seconds: float  # lower bound at the chip's published rates
-
-
 def training_programs(
-    config: PlanConfig, model: PaliGemma, mesh: Mesh, chip: Chip
+    config: PlanConfig, model: PaliGemma, mesh: Mesh
 ) -> Iterator[tuple[str, ProgramCost]]:
     """Compile the training step."""
     finetune = FinetuneConfig(
@@ -67,12 +50,12 @@ def training_programs(
     batch = batch_shapes(jax.eval_shape(partial(_zero_batch, config, model)), mesh)
     state, frozen = sharded_shapes((state, frozen), mesh)
     targets = round_up(config.new)
-    _, cost = _compile(chip, trainer.step, state, frozen, batch, max_targets=targets)
+    _, cost = _compile(config, trainer.step, state, frozen, batch, max_targets=targets)
     yield "step", cost
 
 
 def generation_programs(
-    config: PlanConfig, model: PaliGemma, mesh: Mesh, chip: Chip
+    config: PlanConfig, model: PaliGemma, mesh: Mesh
 ) -> Iterator[tuple[str, ProgramCost]]:
     """Compile the image encoder, the prefill and the decode loop (counted as one step)."""
     if config.quantize:
@@ -84,19 +67,19 @@ def generation_programs(
     inputs, images = replace(batch.inputs, images=None), batch.inputs.images
     images = jax.ShapeDtypeStruct((config.rows, *images.shape[2:]), images.dtype)
     request = jax.eval_shape(partial(make_request, model, config.rows))
-    encode, cost = _compile(chip, generate.encode_images, model, images)
+    encode, cost = _compile(config, generate.encode_images, model, images)
     yield "encode", cost
     features = encode.out_info
     features = jax.ShapeDtypeStruct((config.rows, 1, *features.shape[1:]), features.dtype)
     slots = inputs.tokens.shape[1] + round_up(config.new)
     prefill, cost = _compile(
-        chip, generate.prefill, model, inputs, features, request, slots=slots, sampler=Greedy()
+        config, generate.prefill, model, inputs, features, request, slots=slots, sampler=Greedy()
     )
     yield "prefill", cost
     state = jax.tree.map(shape_struct, prefill.out_info, prefill.output_shardings)
     limit, size = jax.ShapeDtypeStruct((), jnp.int32), round_up(config.new)
     _, cost = _compile(
-        chip, generate.decode, model, state, request, limit, size=size, sampler=Greedy()
+        config, generate.decode, model, state, request, limit, size=size, sampler=Greedy()
     )
     yield "decode", cost
 
@@ -112,21 +95,8 @@ def _zero_batch(config: PlanConfig, model: PaliGemma) -> Batch:
 
 
 def _compile(
-    chip: Chip, function: mesh_jit, *args: object, **static: object
+    config: PlanConfig, function: mesh_jit, *args: object, **static: object
 ) -> tuple[jax.stages.Compiled, ProgramCost]:
     start = time.perf_counter()
     program = function.lower(*args, **static).compile()
-    seconds = time.perf_counter() - start
-    work, memory = program_work(program.as_text() or ""), program_bytes(program)
-    moved = memory["argument_bytes"] + memory["output_bytes"] + 2 * memory["temporary_bytes"]
-    roofline = max(
-        work.flops / chip.flops, moved / chip.bandwidth, sum(work.sent_bytes.values()) / chip.links
-    )
-    return program, ProgramCost(
-        **memory,
-        flops=work.flops,
-        bytes=moved,
-        sent_bytes=work.sent_bytes,
-        compile_seconds=seconds,
-        seconds=roofline,
-    )
+    return program, program_cost(program, config, time.perf_counter() - start)

@@ -195,6 +195,8 @@ def test_a_mesh_of_four_chips():
         (["--workload", "finetune", "--quantize", "nf4"], "give --lora"),
         (["--on", "h200x64"], "XLA_FLAGS"),
         (["--model", "none", "--on", "h200"], "no such checkpoint"),
+        (["--profile", "--on", "h200"], "give --on a TPU slice, such as v5e:2x4"),
+        (["--profile", "--estimate"], "without --estimate"),
     ],
 )
 def test_invalid_requests(plan, arguments, message):
@@ -219,6 +221,26 @@ def test_a_tpu_slice(plan, workload):
         assert result["flops"] == pytest.approx(estimate["flops"], rel=0.1)
     large = plan(*arguments, "--batch", "40000")
     assert not large["fits"] and large["bytes_per_chip"] > large["chip_bytes"]
+
+
+@needs_libtpu
+def test_the_costliest_operations(plan, command):
+    """Their traffic is a part of the program's; all but the compiler's own have a line."""
+    arguments = ["--model", "tiny", "--on", "v5e:1x1", "--text", "8", "--new", "4", "--profile"]
+    for cost in plan(*arguments)["programs"].values():
+        costliest = cost["costliest"]
+        assert 5 < len(costliest) <= 10
+        assert costliest == sorted(costliest, key=lambda row: -row["seconds"])
+        assert sum(row["bytes"] for row in costliest) <= cost["bytes"]
+        assert sum(row["cycles"] for row in costliest) <= cost["cycles"]
+        assert cost["seconds"] >= cost["min_seconds"]
+        lines = [row["line"] for row in costliest if row["name"] != "copy"]
+        assert sum(line.startswith("paligemma_jax/") for line in lines) >= len(lines) / 2
+    code, out, _ = command("plan", *arguments)
+    _, *profiles = out.split("\n\n")
+    assert code == 0 and len(profiles) == 3
+    for table in profiles:
+        assert "model/" in table and max(map(len, table.splitlines())) <= 100
 
 
 @needs_libtpu

@@ -11,8 +11,8 @@ from support.mutations import mutations
 
 from paligemma_jax.planning import table
 from paligemma_jax.planning.config import PlanConfig
+from paligemma_jax.planning.cost import ProgramCost
 from paligemma_jax.planning.plan import PlanResult
-from paligemma_jax.planning.programs import ProgramCost
 
 GIB = 2**30
 
@@ -26,7 +26,7 @@ def test_few_plans_find_the_largest_batch(tmp_path, monkeypatch):
         weights = {"3b": 2, "10b": 8, "28b": 20}[config.model.split("-")[0]] * GIB
         temporaries = GIB + config.batch * 2**27
         size, capacity = weights + temporaries, 16 * GIB
-        cost = ProgramCost(weights, temporaries, 0, size, 1.0, 1.0, {}, 1.0, 0.0)
+        cost = ProgramCost(weights, temporaries, 0, size, 1.0, 1.0, {}, 0.0, 1.0, 1.0, 1.0)
         fits = size <= capacity
         return PlanResult(config, {}, False, capacity, fits, size, programs={"step": cost})
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from paligemma_jax.planning import hlo
+from paligemma_jax.planning.hlo import Program
+from paligemma_jax.planning.work import COLLECTIVES, ProgramWork, program_work
+
+
+def work_of(text: str | None) -> ProgramWork:
+    return program_work(Program.parse(text or ""))
 
 
 def test_a_product_in_a_loop_counts_once_per_iteration():
@@ -15,7 +20,7 @@ def test_a_product_in_a_loop_counts_once_per_iteration():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0] @ weights[0]
 
     program = jax.jit(layers).lower(jnp.ones((32, 64)), jnp.ones((7, 64, 64))).compile()
-    assert hlo.program_work(program.as_text()).flops == 8 * 2 * 32 * 64 * 64
+    assert work_of(program.as_text()).flops == 8 * 2 * 32 * 64 * 64
     assert program.cost_analysis()["flops"] < 4 * 2 * 32 * 64 * 64
 
 
@@ -24,7 +29,7 @@ def test_a_loop_of_unknown_length_counts_once():
         return jax.lax.while_loop(lambda x: x.sum() < 1e9, lambda x: x @ x + 1, x)
 
     program = jax.jit(grow).lower(jnp.ones((16, 16))).compile()
-    assert hlo.program_work(program.as_text()).flops == 2 * 16**3
+    assert work_of(program.as_text()).flops == 2 * 16**3
 
 
 TPU_PROGRAM = """HloModule jit_step
@@ -73,7 +78,7 @@ PADDED_PAIRS = 1 + 2 + 3 + 4  # of 4 outputs and a kernel of 4 that starts 3 pad
 def test_a_tpu_program():
     """Products are convolutions, with the batch as a spatial axis; one gather is written in two
     pieces; loops state their length by a comparison."""
-    work = hlo.program_work(TPU_PROGRAM)
+    work = work_of(TPU_PROGRAM)
     scores = 2 * 4 * 8 * 8 * 72  # four matrices, each times its own
     padded = PADDED_PAIRS * 2 * 8 * 72 * 8
     assert work.flops == 2 * (2 * 8 * 16 * 64) + 26 * (scores + padded)
@@ -81,9 +86,9 @@ def test_a_tpu_program():
         "all-gather": 64 * 32 * 2 * 3 / 4,
         "all-reduce": 26 * 2 * 16 * 4 * 3 / 4,
     }
-    computations, _ = hlo._parse(TPU_PROGRAM)
-    kinds = [operation.kind for body in computations.values() for operation in body.values()]
-    collectives = [kind for kind in kinds if kind in hlo.COLLECTIVES]
+    bodies = Program.parse(TPU_PROGRAM).computations.values()
+    kinds = [operation.kind for body in bodies for operation in body.values()]
+    collectives = [kind for kind in kinds if kind in COLLECTIVES]
     assert collectives == ["all-gather", "all-reduce"]
 
 
@@ -91,7 +96,15 @@ def test_a_loop_with_step_two():
     """A TPU compiles products whose slices go around a ring in both directions to such loops."""
     step = "  %step = s32[] constant(2)\n  %next = s32[] add(%now, %step)\n"
     by_two = TPU_PROGRAM.replace("  %r =", step + "  %r =").replace("tuple(%i,", "tuple(%next,")
-    sent = hlo.program_work(TPU_PROGRAM).sent_bytes["all-reduce"]
-    assert hlo.program_work(by_two).sent_bytes["all-reduce"] == sent / 2
+    sent = work_of(TPU_PROGRAM).sent_bytes["all-reduce"]
+    assert work_of(by_two).sent_bytes["all-reduce"] == sent / 2
     odd = by_two.replace("constant(26)", "constant(25)")
-    assert hlo.program_work(odd) == hlo.program_work(by_two)
+    assert work_of(odd) == work_of(by_two)
+
+
+def test_products_of_int8_count_apart():
+    work = work_of(
+        TPU_PROGRAM.replace("bf16[8,64]", "s8[8,64]").replace("bf16[64,16]", "s8[64,16]")
+    )
+    assert work.int8_flops == 2 * (2 * 8 * 16 * 64) < work.flops
+    assert work_of(TPU_PROGRAM).int8_flops == 0
