@@ -36,32 +36,30 @@ class Target:
     blocks: Mapping[str, tuple[int, ...]]  # sizes of blocks of queries (T) and of keys (S)
     overhead: int  # of a block, in tokens
     sequential: bool  # whether the blocks of a head run one after the other
-    powers: bool = False  # whether all sizes must be powers of two
+    powers: bool = False  # whether all sizes must be powers of two, so that arrays are padded
     params: pltpu.CompilerParams | triton.CompilerParams | None = None
     interpret: bool = False
 
-    def block_sizes(self, sizes: Mapping[str, int], itemsize: int) -> dict[str, int]:
-        """The size of blocks along each axis, with little padding and overhead.
+    def block_sizes(self, split: str, sizes: Mapping[str, int], itemsize: int) -> dict[str, int]:
+        """The size of blocks along each axis.
 
-        Args:
-            itemsize: Bytes per number; on a GPU, blocks of float32 are half as long.
+        Every block of the axis `split` takes as long as a full one; the other axis may have a
+        shorter last block. Blocks of float32 (`itemsize` 4) are half as long on a GPU.
         """
 
-        def cost(axis: str, block: int) -> int:
-            return -(-sizes[axis] // block) * (block + self.overhead)
+        def cost(block: int) -> int:
+            return -(-sizes[split] // block) * (block + self.overhead)
 
-        blocks = {
-            axis: min(choices, key=partial(cost, axis)) for axis, choices in self.blocks.items()
-        }
+        blocks = {axis: max(choices) for axis, choices in self.blocks.items()}
+        blocks[split] = min(self.blocks[split], key=cost)
         if not self.powers:
-            return blocks | {"H": sizes["H"]}
+            return {axis: min(block, sizes[axis]) for axis, block in blocks.items()}
         blocks = {axis: block * 2 // itemsize for axis, block in blocks.items()}
         return blocks | {"H": pl.next_power_of_2(sizes["H"])}
 
 
-TPU_BLOCKS = (512, 384, 256, 128)
 TPU = Target(
-    dict.fromkeys("TS", TPU_BLOCKS),
+    {"T": (1024, 512, 384, 256, 128), "S": (512, 384, 256, 128)},
     overhead=64,
     sequential=True,
     params=pltpu.CompilerParams(
@@ -70,7 +68,7 @@ TPU = Target(
 )
 CPU = Target(TPU.blocks, TPU.overhead, sequential=True, interpret=True)
 CUDA = Target(
-    {"T": (128,), "S": (32,)},  # on an H200, of ten pairs the fastest
+    {"T": (128,), "S": (32,)},  # the fastest of ten pairs on an H200
     overhead=0,
     sequential=False,
     powers=True,
@@ -169,9 +167,10 @@ def _backward(scores: Scores, target: Target, q, k, v, bounds, g, lse, delta):
     run = partial(_run, target=target, scores=scores, arrays=arrays)
     outputs = {"dk": k.dtype, "dv": v.dtype}
     if target.sequential:
-        dk, dv, dq = run(flash.backward, "S", outputs=outputs | {"dq": jnp.float32})
+        outputs |= {"dq": jnp.float32}
+        dk, dv, dq = run(flash.backward, "S", outputs=outputs, size=k.shape[1])
     else:
-        dk, dv = run(flash.backward, "S", outputs=outputs)
+        dk, dv = run(flash.backward, "S", outputs=outputs, size=k.shape[1])
         (dq,) = run(flash.query_gradient, "T", outputs={"dq": jnp.float32})
     dq = (scores.scale * jnp.swapaxes(dq, 1, 2)).astype(q.dtype)
     return dq, _sum_groups(dk, k), _sum_groups(dv, v)
@@ -197,18 +196,21 @@ def _run(
     scores: Scores,
     arrays: dict[str, Array],
     outputs: Mapping[str, DTypeLike],
+    **options: int,
 ) -> list[Array]:
     """Run a kernel for every row, head, and block of the axis `split`. The kernel itself goes
     through the blocks of the other axis."""
     sizes = dict(zip("BNTHBKSH", (*arrays["q"].shape, *arrays["k"].shape), strict=True))
-    blocks = target.block_sizes(sizes, arrays["q"].dtype.itemsize)
+    blocks = target.block_sizes(split, sizes, arrays["q"].dtype.itemsize)
     B, N, G = sizes["B"], sizes["N"], sizes["N"] // sizes["K"]
-    if "keys" not in arrays and sizes["S"] % blocks["S"]:  # only the padding is hidden
+    if target.powers and "keys" not in arrays and sizes["S"] % blocks["S"]:  # to hide the padding
         queries, keys = jnp.zeros((B, sizes["T"]), int), jnp.zeros((B, sizes["S"]), int)
         bounds = position_bounds((queries, queries > 0), (keys, keys > 0), keys == 0, 1)
         arrays = arrays | dict(zip(("queries", "keys"), bounds, strict=True))
-    padded = {name: _pad(array, AXES[name], blocks) for name, array in arrays.items()}
-    full = sizes | {axis: -(-sizes[axis] // block) * block for axis, block in blocks.items()}
+    full = sizes
+    if target.powers:
+        arrays = {name: _pad(array, AXES[name], blocks) for name, array in arrays.items()}
+        full = sizes | {axis: -(-sizes[axis] // block) * block for axis, block in blocks.items()}
     seen = full | {"B": 1, "N": 1, "K": 1, split: blocks[split]}
 
     def spec(name: str) -> pl.BlockSpec:
@@ -218,19 +220,19 @@ def _run(
 
         return pl.BlockSpec(_shape(name, seen), index)
 
-    inputs = {"queries": None, "keys": None} | padded
+    inputs = {"queries": None, "keys": None} | arrays
     shapes = [jax.ShapeDtypeStruct(_shape(name, full), dtype) for name, dtype in outputs.items()]
     pairs = B * N * full["T"] * full["S"]
     results = pl.pallas_call(
-        partial(kernel, scores=scores, block=blocks["S" if split == "T" else "T"]),
-        grid=(B, N, full[split] // blocks[split]),
+        partial(kernel, scores=scores, block=blocks["S" if split == "T" else "T"], **options),
+        grid=(B, N, pl.cdiv(full[split], blocks[split])),
         in_specs=[None if array is None else spec(name) for name, array in inputs.items()],
         out_specs=[spec(name) for name in outputs],
         out_shape=shapes,
         cost_estimate=pl.CostEstimate(
             flops=2 * PRODUCTS[tuple(outputs)] * pairs * sizes["H"],
             transcendentals=(1 if scores.softcap is None else 2) * pairs,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*padded.values(), *shapes)),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *shapes)),
         ),
         compiler_params=target.params,
         interpret=target.interpret,

@@ -7,24 +7,28 @@ and all that belongs to a query is a row. One program sees one row of the batch 
     q, g, out, dq    [1, 1, T, H]       queries, gradient of the result, result
     k, v, dk, dv     [1, 1, S, H]       keys and values
     queries          int32[1, 3, T]     or None: every query attends to every key
-    keys             int32[1, S, 2]     see `attention.Bounds`
+    keys             int32[1, S, 2]     see `attention.position_bounds`
     lse, delta       float32[1, 1, 1, T]    log2 of the sum of exponentials; sum of g * out
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-MASKED = -(2.0**30)  # finite, so that a query that attends to nothing has a mean, not NaN
+MASKED = -(2.0**30)  # finite: differences of masked scores are numbers
+TINY = 2.0**-100  # less than any sum of exponentials, so that a query without keys has 0
 LOG2E = math.log2(math.e)
 Rows = slice | pl.Slice
 ALL = slice(None)
+Carry = TypeVar("Carry")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Scores:
 
     scale: float
     softcap: float | None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether exponentials of scores are within float32 without subtracting the largest."""
+        return self.softcap is not None and self.softcap * LOG2E < 80
 
     def __call__(self, k: Array, q: Array, allowed: Array | None) -> tuple[Array, Array | None]:
         """float32[S, T] scores in units of log 2, and the tanh of the softcap."""
@@ -59,8 +68,15 @@ def allowed_pairs(keys, queries, key_rows: Rows = ALL, query_rows: Rows = ALL) -
     return ((first <= position) & (position <= last)) | (prefix <= prefix_last)
 
 
-def block_rows(i: Array, block: int) -> Rows:
-    return pl.ds(pl.multiple_of(i * block, block), block)
+def over_blocks(step: Callable[[Rows, Carry], Carry], size: int, block: int, carry: Carry) -> Carry:
+    """Run carry = step(rows, carry) for the rows of every block, a shorter last one included."""
+
+    def run(i: Array, carry: Carry) -> Carry:
+        return step(pl.ds(pl.multiple_of(i * block, block), block), carry)
+
+    carry = jax.lax.fori_loop(0, size // block, run, carry)
+    rest = size % block
+    return step(pl.ds(size - rest, rest), carry) if rest else carry
 
 
 def forward(queries, keys, q, k, v, out, lse, *, scores: Scores, block: int):
@@ -68,38 +84,50 @@ def forward(queries, keys, q, k, v, out, lse, *, scores: Scores, block: int):
     query = q[0, 0]
     T, H = query.shape
 
-    def step(i, carry):
-        rows = block_rows(i, block)
-        total, largest, summed = carry
+    def step(rows: Rows, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        total, summed, largest = carry
         s, _ = scores(k[0, 0, rows], query, allowed_pairs(keys, queries, key_rows=rows))
-        new = jnp.maximum(largest, jnp.max(s, axis=0, keepdims=True))
-        p, correction = jnp.exp2(s - new), jnp.exp2(largest - new)
-        value = v[0, 0, rows]
-        total = total * correction + dot(value, p.astype(value.dtype), 0, 0)
-        return total, new, summed * correction + jnp.sum(p, axis=0, keepdims=True)
+        if not scores.bounded:
+            new = jnp.maximum(largest, jnp.max(s, axis=0, keepdims=True))
+            correction = jnp.exp2(largest - new)
+            s, largest = s - new, new
+            total, summed = total * correction, summed * correction
+        p, value = jnp.exp2(s), v[0, 0, rows]
+        total += dot(value, p.astype(value.dtype), 0, 0)
+        return total, summed + jnp.sum(p, axis=0, keepdims=True), largest
 
-    start = jnp.zeros((H, T)), jnp.full((1, T), MASKED), jnp.zeros((1, T))
-    total, largest, summed = jax.lax.fori_loop(0, k.shape[2] // block, step, start)
+    row = jnp.zeros((1, T))
+    start = jnp.zeros((H, T)), row, row if scores.bounded else row + MASKED
+    total, summed, largest = over_blocks(step, k.shape[2], block, start)
+    summed = jnp.maximum(summed, TINY)
     out[0, 0] = (total / summed).T.astype(out.dtype)
     lse[0, 0] = largest + jnp.log2(summed)
 
 
-def backward(queries, keys, q, k, v, g, lse, delta, dk, dv, dq=None, *, scores: Scores, block: int):
+def backward(
+    queries, keys, q, k, v, g, lse, delta, dk, dv, dq=None, *, scores: Scores, block: int, size: int
+):
     """One block of keys against all queries, `block` at a time.
 
-    `dq` is summed over the blocks of keys if they run one after the other, as on a TPU.
+    `dq` is summed over the blocks of keys if they run one after the other, as on a TPU. Of the last
+    block, only the keys below `size` exist.
     """
-    key, value = k[0, 0], v[0, 0]
+    key, value, exists = k[0, 0], v[0, 0], None
+    if size % len(key):
+        row = jax.lax.broadcasted_iota(jnp.int32, (len(key), 1), 0)
+        exists = row < size - pl.program_id(2) * len(key)
+        key, value = jnp.where(exists, key, 0), jnp.where(exists, value, 0)
     if dq is not None:
 
         @pl.when(pl.program_id(2) == 0)
         def _():
             dq[...] = jnp.zeros_like(dq)
 
-    def step(i, carry):
-        rows = block_rows(i, block)
+    def step(rows: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         query, gradient = q[0, 0, rows], g[0, 0, rows]
         allowed = allowed_pairs(keys, queries, query_rows=rows)
+        if exists is not None:
+            allowed = exists if allowed is None else allowed & exists
         p, ds = _gradients(
             scores, key, value, query, gradient, allowed, lse[0, 0, :, rows], delta[0, 0, :, rows]
         )
@@ -108,7 +136,7 @@ def backward(queries, keys, q, k, v, g, lse, delta, dk, dv, dq=None, *, scores: 
         return carry[0] + dot(ds, query, 1, 0), carry[1] + dot(p, gradient, 1, 0)
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    key_total, value_total = jax.lax.fori_loop(0, q.shape[2] // block, step, (zeros, zeros))
+    key_total, value_total = over_blocks(step, q.shape[2], block, (zeros, zeros))
     dk[0, 0] = (scores.scale * key_total).astype(dk.dtype)
     dv[0, 0] = value_total.astype(dv.dtype)
 
@@ -117,8 +145,7 @@ def query_gradient(queries, keys, q, k, v, g, lse, delta, dq, *, scores: Scores,
     """One block of queries against all keys: `dq` alone, where blocks of keys run in parallel."""
     query, gradient = q[0, 0], g[0, 0]
 
-    def step(i, total):
-        rows = block_rows(i, block)
+    def step(rows: Rows, total: Array) -> Array:
         key = k[0, 0, rows]
         allowed = allowed_pairs(keys, queries, key_rows=rows)
         _, ds = _gradients(
@@ -126,8 +153,7 @@ def query_gradient(queries, keys, q, k, v, g, lse, delta, dq, *, scores: Scores,
         )
         return total + dot(ds, key, 0, 0)
 
-    zeros = jnp.zeros(query.shape, jnp.float32)
-    dq[0, 0] = jax.lax.fori_loop(0, k.shape[2] // block, step, zeros)
+    dq[0, 0] = over_blocks(step, k.shape[2], block, jnp.zeros(query.shape, jnp.float32))
 
 
 def _gradients(

@@ -84,7 +84,7 @@ def test_it_computes_attention_and_its_gradients(case):
     plain, fused = both_forms(case)
     np.testing.assert_allclose(fused["out"], plain["out"], atol=1e-5)
     for name in ("dq", "dk", "dv"):
-        limit = 1e-4 * max(np.abs(plain[name]).max(), 1e-3)
+        limit = 1e-4 * max(np.abs(plain[name]).max(), 1e-2)  # one token: the gradient is 0
         np.testing.assert_allclose(fused[name], plain[name], atol=limit, err_msg=name)
 
 
