@@ -89,6 +89,7 @@ def test_it_computes_attention_and_its_gradients(case):
 
 
 @pytest.mark.accelerator
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="no GPU or TPU is present")
 @pytest.mark.parametrize("case", [*CASES.values(), *SLOW.values()], ids=[*CASES, *SLOW])
 def test_on_this_device(case):
     """The compiled kernels, in float32 and in bfloat16."""
