@@ -56,7 +56,11 @@ class Scores:
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
     contracted = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, contracted, preferred_element_type=jnp.float32)
+    # 16-bit numbers have no more than one pass, whatever `jax_default_matmul_precision` is.
+    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        a, b, contracted, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def allowed_pairs(keys, queries, key_rows: Rows = ALL, query_rows: Rows = ALL) -> Array | None:
