@@ -32,7 +32,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
+from paligemma_jax.kernels.code_reader import CodeReader
+from paligemma_jax.kernels.coded_product import coded_product
 from paligemma_jax.model.precision import WeightFormat
 
 NESTED_BLOCK = 256  # scales per scale of scales
@@ -184,17 +187,43 @@ def code_values(format: WeightFormat, codes: Array) -> Array:
     return values[0]
 
 
-def multiply(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:
+def multiply(
+    format: WeightFormat, x: Array, codes: Array, scale: Array, dtype: DTypeLike = jnp.float32
+) -> Array:
     """x [..., I] times a matrix of codes [O, I] or [O, I/2] and float32 scales [O] or [O, I/block]
-    -> float32[..., O], with operands in x's dtype and sums in float32.
+    -> [..., O] in `dtype`, with operands in x's dtype and sums in float32, rounded once.
 
     The platform chooses (`jax.lax.platform_dependent`): a CPU widens as many rows as stay in its
-    cache and multiplies by them before the next (the whole matrix at once: 11 times slower); others
-    widen all at once, and multiply a single x as one fused sum, which reads a 4-bit matrix once.
+    cache and multiplies by them before the next (the whole matrix at once: 11 times slower). A TPU
+    widens codes on the chip (`kernels/coded_product.py`). Others, and the devices of a mesh, widen
+    all at once, and multiply a single x as one fused sum, which reads a 4-bit matrix once.
     """
+
+    def rounded(product: Callable[..., Array], *parts: Array) -> Array:
+        return product(format, *parts).astype(dtype)
+
+    plain = partial(rounded, _at_once)
+    kernel = partial(_on_chip, format, dtype) if _has_kernel(x) else plain
     return jax.lax.platform_dependent(
-        x, codes, scale, cpu=partial(_in_strips, format), default=partial(_at_once, format)
+        x, codes, scale, cpu=partial(rounded, _in_strips), tpu=kernel, default=plain
     )
+
+
+def _has_kernel(x: Array) -> bool:
+    """Whether the kernel can compute a product: GSPMD does not split it over a mesh."""
+    return jax.sharding.get_abstract_mesh().size <= 1 and x.dtype in (jnp.bfloat16, jnp.float32)
+
+
+def _on_chip(format: WeightFormat, dtype: DTypeLike, x: Array, codes: Array, scale: Array) -> Array:
+    y = coded_product(_reader(format), x.reshape(-1, x.shape[-1]), codes, scale, dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def _reader(format: WeightFormat) -> CodeReader:
+    if format.kind == "int8":
+        return CodeReader()
+    table = TABLES.get(format.kind, np.arange(-8, 8))
+    return CodeReader(tuple(map(float, table)), format.block)
 
 
 def _at_once(format: WeightFormat, x: Array, codes: Array, scale: Array) -> Array:

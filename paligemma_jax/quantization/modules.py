@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,13 +68,17 @@ class QuantizedLinear(nnx.Module):
 
             return add_bias(widen_and_multiply(x), self.bias).astype(x.dtype)
         flat = x.reshape(*x.shape[: x.ndim - len(ins)], -1)
-        y = jax.checkpoint(self.multiply)(flat, self.codes[...], scales(self.parts))
+        # Rounded once, as in `Linear`: after the bias is added.
+        multiply = partial(self.multiply, dtype=x.dtype if self.bias is None else jnp.float32)
+        y = jax.checkpoint(multiply)(flat, self.codes[...], scales(self.parts))
         y = y.reshape(*y.shape[:-1], *outs)
-        return add_bias(y, self.bias).astype(x.dtype)  # rounded once, as in `Linear`
+        return add_bias(y, self.bias).astype(x.dtype)
 
-    def multiply(self, x: Array, codes: Array, scale: Array) -> Array:
+    def multiply(
+        self, x: Array, codes: Array, scale: Array, dtype: DTypeLike = jnp.float32
+    ) -> Array:
         """x [..., I] times codes [out..., in...] (or some of their rows) and their float32 scales
-        -> float32[..., O].
+        -> [..., O] in `dtype`.
 
         Parts that are split along D or W are gathered first, so that devices of a fully sharded
         model exchange codes instead of widened weights.
@@ -85,7 +90,7 @@ class QuantizedLinear(nnx.Module):
         codes, scale = codes.reshape(rows, -1), scale.reshape(rows, *per_row)
         if self.format.kind == "w8a8":
             return multiply_rounded(x.astype(jnp.float32), codes, scale)
-        return multiply(self.format, x, codes, scale)
+        return multiply(self.format, x, codes, scale, dtype)
 
 
 class QuantizedEmbedder(QuantizedLinear, Embedder):
