@@ -44,14 +44,14 @@ class CodeReader:
         """Stored numbers per row of this many columns."""
         return columns // 2 if self.table else columns
 
-    def tile(self, codes: jax.Ref, row: Array, step: Array, dtype: DTypeLike) -> list[Array]:
-        """Columns 256 * step + (0..255) of 128 rows from `row` on, in units of their scale: two of
-        [128, 128].
+    def tile(
+        self, codes: jax.Ref, rows: slice | pl.Slice, step: Array, dtype: DTypeLike
+    ) -> list[Array]:
+        """Columns 256 * step + (0..255) of some rows, in units of their scale: two of [R, 128].
 
         Args:
             dtype: bfloat16 rounds the values of 4-bit codes if `packs_bfloat16`; float32 does not.
         """
-        rows = pl.ds(pl.multiple_of(row, LANES), LANES)
         if not self.table:
             starts = [pl.multiple_of(step * COLUMNS + i, LANES) for i in (0, LANES)]
             return [codes[rows, pl.ds(start, LANES)].astype(jnp.float32) for start in starts]
@@ -113,7 +113,9 @@ def gather(values: Array, index: Array, axis: int) -> Array:
     in_bounds = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
     registers = [SUBLANES] * (len(index) // SUBLANES)
     indices = jax.lax.split(index, registers)
-    sources = jax.lax.split(values, registers) if len(values) > SUBLANES else [values] * len(indices)
+    sources = (
+        jax.lax.split(values, registers) if len(values) > SUBLANES else [values] * len(indices)
+    )
     gathered = [
         jax.lax.gather(source, jax.lax.expand_dims(i, [2]), numbers, (1, 1), mode=in_bounds)
         for source, i in zip(sources, indices, strict=True)

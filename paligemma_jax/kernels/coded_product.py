@@ -66,12 +66,10 @@ def _few_rows(reader: CodeReader, x: Array, codes: Array, scale: Array, dtype: D
     rows, columns, outputs = _round_up(M, SUBLANES), _round_up(I, COLUMNS), _outputs(O)
     x, scale = _pad(x, M, columns), _pad(scale.T, columns // reader.block, O)
 
-    def kernel(
-        x: jax.Ref, codes: jax.Ref, scale: jax.Ref, y: jax.Ref, sums: jax.Ref
-    ) -> None:
+    def kernel(x: jax.Ref, codes: jax.Ref, scale: jax.Ref, y: jax.Ref, sums: jax.Ref) -> None:
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
         block = lane >> _log2(reader.block)
-        sums[...] = jnp.zeros_like(sums)
+        sums[...] = jnp.zeros(sums.shape, sums.dtype)
 
         def step(c: Array, _: None) -> None:
             x_blocks = []
@@ -85,7 +83,7 @@ def _few_rows(reader: CodeReader, x: Array, codes: Array, scale: Array, dtype: D
             for n in range(outputs // LANES):
                 tile = slice(n * LANES, (n + 1) * LANES)
                 total = sums[:, tile]
-                for half, weights in enumerate(reader.tile(codes, n * LANES, c, jnp.bfloat16)):
+                for half, weights in enumerate(reader.tile(codes, tile, c, jnp.bfloat16)):
                     products = _dot(x_blocks[half], weights, 1)
                     for b in range(spread):
                         block_scale = scales[half * spread + b][:, tile]
@@ -108,6 +106,7 @@ def _few_rows(reader: CodeReader, x: Array, codes: Array, scale: Array, dtype: D
         ],
         out_specs=pl.BlockSpec((rows, outputs), lambda o: (0, o)),
         scratch_shapes=[pltpu.VMEM((rows, outputs), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VECTOR_MEMORY),
         cost_estimate=_cost(x, codes, scale, M * O, dtype),
         name="coded_product",
     )(x, codes, scale)
@@ -126,7 +125,7 @@ def _many_rows(
     """x [M, I] times the matrix -> [M, O], or x [M, O] times its transpose -> [M, I]."""
     M, O, columns, outputs = len(x), len(codes), _round_up(I, COLUMNS), _outputs(len(codes))
     O_read = _round_up(O, outputs) if transposed else O
-    rows, strip = _row_blocks(M, columns * (4 if transposed else x.dtype.itemsize))
+    rows, strip = _row_blocks(M, columns * (x.dtype.itemsize + 4 * transposed))  # with sums
     blocks = columns // reader.block if reader.table else 1
     x = _pad(x, M, O_read if transposed else columns)
     scale = _pad(scale.T if reader.table else scale[None], blocks, O_read)
@@ -148,7 +147,7 @@ def _many_rows(
         def step(c: Array, _: None) -> None:
             def widen(n: Array, _: None) -> None:
                 tile = pl.ds(pl.multiple_of(n * LANES, LANES), LANES)
-                for half, values in enumerate(reader.tile(codes, n * LANES, c, jnp.float32)):
+                for half, values in enumerate(reader.tile(codes, tile, c, jnp.float32)):
                     if reader.table:
                         values *= _scale_columns(row_scales, tile, reader.block, 2 * c + half)
                     weights[tile, half * LANES : (half + 1) * LANES] = values.astype(x.dtype)
@@ -188,7 +187,7 @@ def _many_rows(
         ],
         out_specs=result,
         scratch_shapes=[
-            pltpu.VMEM(result.block_shape, jnp.float32),
+            pltpu.VMEM((rows, columns if transposed else outputs), jnp.float32),
             pltpu.VMEM((outputs, lanes), jnp.float32),
             pltpu.VMEM((outputs, COLUMNS), x.dtype),
         ],
@@ -198,7 +197,7 @@ def _many_rows(
     )(x, codes, scale)
 
 
-def _scale_columns(row_scales: jax.Ref, rows: pl.Slice, block: int, half: Array) -> Array:
+def _scale_columns(row_scales: jax.Ref, rows: slice | pl.Slice, block: int, half: Array) -> Array:
     """float32[R, 128]: the scale of each weight in 128 columns, from [O, blocks]."""
     first = half * (LANES // block)
     group = row_scales[rows, pl.ds(pl.multiple_of(first & -LANES, LANES), LANES)]

@@ -215,7 +215,8 @@ def _has_kernel(x: Array) -> bool:
 
 
 def _on_chip(format: WeightFormat, dtype: DTypeLike, x: Array, codes: Array, scale: Array) -> Array:
-    y = coded_product(_reader(format), x.reshape(-1, x.shape[-1]), codes, scale, dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Array = coded_product(_reader(format), rows, codes, scale, dtype)  # type: ignore[assignment]
     return y.reshape(*x.shape[:-1], -1)
 
 
