@@ -94,15 +94,18 @@ def test_it_computes_attention_and_its_gradients(case):
 def test_on_this_device(case):
     """The compiled kernels, in float32 and in bfloat16."""
     test_it_computes_attention_and_its_gradients(case)
-    test_in_bfloat16_it_errs_as_the_plain_form_does(case)
+    if case.tokens > 1:  # else the plain form is exact
+        test_in_bfloat16_it_errs_as_the_plain_form_does(case)
 
 
 @pytest.mark.parametrize("case", [CASES["window"]], ids=["window"])
 def test_in_bfloat16_it_errs_as_the_plain_form_does(case):
+    """A little more in the gradients of queries and keys, where the backward pass starts from the
+    rounded result, as in FlashAttention."""
     (exact, _), (plain, fused) = both_forms(case), both_forms(case, jnp.bfloat16)
     for name, value in exact.items():
         errors = [np.abs(form[name] - value).mean() for form in (plain, fused)]
-        assert errors[1] <= 1.2 * errors[0], name
+        assert errors[1] <= (1.4 if name in ("dq", "dk") else 1.1) * errors[0], (name, errors)
 
 
 @pytest.fixture(scope="module")
