@@ -13,6 +13,7 @@ from jax import Array
 
 from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
+from paligemma_jax.bench.roofs import ROOFS, roofs
 from paligemma_jax.inference import generate
 from paligemma_jax.inference.generate import DecodeState
 from paligemma_jax.inference.options import DecodingOptions
@@ -36,27 +37,32 @@ def step_bytes(model: PaliGemma, cached: int, rows: int) -> int:
     itemsize = jnp.dtype(config.dtype).itemsize
     if config.cache:  # int8, with a float32 scale per head
         itemsize = 1 + 4 / config.decoder.head_dim
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(model.decoder)) + round(itemsize * numbers)
+    decoder = model.decoder
+    weights = jax.tree.leaves((decoder.layers, decoder.norm, decoder.output))
+    return sum(leaf.nbytes for leaf in weights) + round(itemsize * numbers)
 
 
 def measure_cached(model: PaliGemma, rows: int, config: BenchConfig) -> Iterator[Record]:
     """Yield the time of a decoding step for each number of cached tokens."""
     request, limit = fixed_length_request(model, rows, config.new), jnp.int32(config.new)
-    contenders = {
-        str(cached): _decoder(model, rows, cached, config.new, request, limit)
-        for cached in config.cached
+    traffic = {
+        cached: step_bytes(model, cached + config.new // 2, rows) for cached in config.cached
     }
+    contenders: dict[str, Run] = {}
+    for cached, nbytes in traffic.items():
+        contenders[f"{cached}"] = _decoder(model, rows, cached, config.new, request, limit)
+        contenders[f"{cached} {ROOFS}"] = roofs(nbytes=nbytes)
     steps, times = config.new - 1, alternate(contenders, config.repeats)
-    for cached in config.cached:
-        seconds = times[str(cached)][1]
-        traffic = step_bytes(model, cached + config.new // 2, rows)
+    for cached, nbytes in traffic.items():
+        seconds = times[f"{cached}"][1]
         yield {
             "by": OURS,
             "batch": rows,
             "cached_tokens": cached,
             "step_s": spread(seconds / steps),
-            "step_bytes": traffic,
-            "bytes_s": traffic * steps / median(seconds),
+            "step_bytes": nbytes,
+            "bytes_s": nbytes * steps / median(seconds),
+            "read_bytes_s": 1 / times[f"{cached} {ROOFS}"][1].min(),
         }
 
 

@@ -1,4 +1,4 @@
-"""Time contenders in alternation, and measure the machine itself."""
+"""Time contenders in alternation, beside what the machine reaches at best."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-
-from paligemma_jax.sharding.devices import best_time, matrix_rate
 
 OURS = "paligemma-jax"  # the name of this implementation in reports
 Run = Callable[[], tuple[float, float]]  # returns seconds to the first token, and after it
@@ -31,21 +28,15 @@ def spread(values: Float[np.ndarray, " N"]) -> dict[str, float]:
     return {"median": float(np.median(values)), "min": values.min(), "max": values.max()}
 
 
-def measure_machine(dtype: str) -> Record:
-    """Measure the bandwidth of a large copy (bytes read and written per second) and the FLOP/s of a
-    large square matrix product, best of 8."""
+def describe_machine(dtype: str) -> Record:
+    """Return the device, its platform, the cores of this host, the dtype and the version of jax."""
     device = jax.local_devices()[0]
-    is_cpu = device.platform == "cpu"
-    array = jnp.ones(2**26 if is_cpu else 2**29, jnp.float32)
-    copy_seconds = best_time(jax.jit(lambda x: x + 1), array)
     return {
         "device": device.device_kind,
         "platform": device.platform,
         "cores": os.cpu_count(),
         "dtype": dtype,
         "jax": jax.__version__,
-        "copy_bytes_s": 2 * array.nbytes / copy_seconds,
-        "matrix_flops_s": matrix_rate(dtype, 2048 if is_cpu else 8192),
     }
 
 

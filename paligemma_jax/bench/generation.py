@@ -27,6 +27,7 @@ from paligemma_jax.bench import clock
 from paligemma_jax.bench.cached import fixed_length_request, measure_cached, step_bytes
 from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
+from paligemma_jax.bench.roofs import ROOFS, add_shares, roofs
 from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference import generate
@@ -48,33 +49,25 @@ def run(config: BenchConfig) -> Record:
     Returns:
         {"machine": ..., "rows": [...], "cached": [...]}, with times in seconds.
     """
-    dtype = config.dtype or clock.default_dtype()
-    machine = clock.measure_machine(dtype)
+    machine = clock.describe_machine(config.dtype or clock.default_dtype())
     report: Record = {"machine": machine, "rows": [], "cached": []}
     models = list(product(config.model, config.quantize or (None,)))
     cases = len(config.layers) * len(config.batch) * (len(config.prompt) + len(config.cached))
     with progress_bar(desc="bench", total=len(models) * cases, unit="case") as bar:
         for name, quantization in models:
-            for key, row in _measure_model(name, quantization, dtype, config):
+            for key, row in _measure_model(name, quantization, machine, config):
                 report[key].append(row)
                 bar.update(row["by"] == OURS)
             gc.collect()
-    again = clock.measure_machine(dtype)  # other processes may have disturbed the first
-    machine |= {
-        name: max(machine[name], again[name]) for name in ("copy_bytes_s", "matrix_flops_s")
-    }
     machine["peak_resident_bytes"] = peak_resident_bytes()
-    for row in report["rows"] + report["cached"]:
-        row["bandwidth_share"] = row["bytes_s"] / machine["copy_bytes_s"]
-    for row in report["rows"]:
-        row["matrix_share"] = row["flops_s"] / machine["matrix_flops_s"]
+    add_shares(report["rows"] + report["cached"])
     return report
 
 
 def _measure_model(
-    name: str, quantization: str | None, dtype: str, config: BenchConfig
+    name: str, quantization: str | None, machine: Record, config: BenchConfig
 ) -> Iterator[tuple[str, Record]]:
-    start = time.perf_counter()
+    start, dtype = time.perf_counter(), machine["dtype"]
     model = jax.block_until_ready(model_by_name(name, dtype, config.depth, quantization))
     load_seconds = time.perf_counter() - start
     torch_model = None
@@ -85,39 +78,47 @@ def _measure_model(
     for layers in sorted(set(config.layers)):  # the list first: stacking consumes it
         model = stack_model(model) if layers == "stack" else model
         common = {
-            "model": f"{name} {quantization}" if quantization else name,
+            "model": name,
+            "quantize": quantization or "none",
             "layers": layers,
+            "device": machine["device"],
             "dtype": dtype,
             "load_s": load_seconds,
         }
         for batch in config.batch:
             for prompt in config.prompt:
                 inputs = synthetic_inputs(model.config, batch, prompt)
-                for row in _measure_generation(model, torch_model, inputs, config):
+                for row in measure_case(model, torch_model, inputs, config):
                     yield "rows", common | row
             for row in measure_cached(model, batch, config):
                 yield "cached", common | row
 
 
-def _measure_generation(
+def measure_case(
     model: PaliGemma,
     torch_model: PaliGemmaForConditionalGeneration | None,
     inputs: Inputs,
     config: BenchConfig,
 ) -> Iterator[Record]:
-    """Yield one row for this model and one for each contender, which run in turn."""
-    run, compiled = compile_programs(model, inputs, config.new)
-    contenders = {OURS: run}
-    if torch_model is not None:
-        from paligemma_jax.bench.contender import generator
+    """Yield one record for this model and one for each contender, which run in turn. They have the
+    rates of the roofs, but not yet the shares (`add_shares`).
 
-        for name in config.against:
-            compile_torch = name.endswith("compile")
-            contenders[name] = generator(torch_model, inputs, config.new, compile_torch)
-    times = alternate(contenders, config.repeats)
+    Args:
+        torch_model: The model to compare with, if `config.against` names contenders.
+        config: Also says how many tokens to generate, and how often.
+    """
+    run, compiled = compile_programs(model, inputs, config.new)
     (rows, tokens), steps = inputs.tokens.shape, config.new - 1
     flops = rows * prefill_flops(model.config, tokens)
-    traffic = steps * step_bytes(model, tokens + config.new // 2, rows)
+    nbytes = step_bytes(model, tokens + config.new // 2, rows)
+    contenders = {OURS: run, ROOFS: roofs(model.config.dtype, nbytes)}
+    if torch_model is not None:
+        from paligemma_jax.bench.contender import GENERATORS
+
+        for name in config.against:
+            contenders[name] = GENERATORS[name](torch_model, inputs, config.new)
+    times = alternate(contenders, config.repeats)
+    flop_seconds, byte_seconds = times.pop(ROOFS)
     for name, (prefill, decode) in times.items():
         row = {
             "by": name,
@@ -127,8 +128,11 @@ def _measure_generation(
             "first_token_s": spread(prefill),
             "prefill_tokens_s": spread(rows * tokens / prefill),
             "flops_s": flops / median(prefill),
+            "matrix_flops_s": 1 / flop_seconds.min(),
             "decode_tokens_s": spread(rows * steps / decode),
-            "bytes_s": traffic / median(decode),
+            "step_bytes": nbytes,
+            "bytes_s": steps * nbytes / median(decode),
+            "read_bytes_s": 1 / byte_seconds.min(),
         }
         if name == OURS:
             yield row | compiled
@@ -170,11 +174,5 @@ def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Run, R
         assert state.step == new
         return first - start, time.perf_counter() - first
 
-    memory = max(memory_bytes(program) for program in (encode, prefill, decode))
+    memory = max(program_bytes(program)["memory_bytes"] for program in (encode, prefill, decode))
     return run, {"compile_s": seconds, "memory_bytes": memory}
-
-
-def memory_bytes(program: jax.stages.Compiled) -> int:
-    """Return the device's peak memory if it reports one, else the memory of the program."""
-    stats = jax.local_devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else program_bytes(program)["memory_bytes"]

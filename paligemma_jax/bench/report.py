@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 HEADER = (
     *("model", "layers", "batch", "prompt", "implementation", "load s", "compile s"),
-    *("first token ms", "prefill tokens/s", "of peak FLOP/s", "decode tokens/s", "of bandwidth"),
+    *("first token ms", "prefill tokens/s", "TFLOP/s", "decode tokens/s", "GB/s"),
     "GiB",
 )
 CACHED_HEADER = (
-    *("model", "layers", "batch", "cached", "step ms", "step MB", "of bandwidth"),
+    *("model", "layers", "batch", "cached", "step ms", "step MB", "GB/s"),
     *("time", "bytes"),
 )
 TRAINING_HEADER = (
@@ -30,31 +30,26 @@ TRAINING_HEADER = (
         "compile s",
         "step s",
         "tokens/s",
-        "MFU",
+        "TFLOP/s",
     ),
     *("arguments", "temporaries", "GiB"),
 )
 NOTE = """\
 prompt: image and text tokens. prefill: includes the image encoder. tokens/s: of all rows together;
-median (min - max) of the repeats. of peak FLOP/s, of bandwidth: counted FLOPs and bytes relative to
-what a large matrix product and a large copy reach on this machine; reads alone can exceed a copy.
-x: speedup of paligemma-jax over this implementation, per repeat. GiB: peak memory of the device, or
-what XLA allocates."""
+median (min - max) of the repeats. TFLOP/s, GB/s: counted FLOPs and bytes relative to what a large
+matrix product, and reading an array of as many bytes, reach in the same run. x: speedup of
+paligemma-jax over this implementation, per repeat. GiB: memory of the largest program."""
 TRAINING_NOTE = """\
-tokens: image, prompt and answer tokens per row. MFU: counted FLOPs relative to what a large matrix
-product reaches on this machine; rematerialization does not count. Memory in GiB, by the compiler's
-analysis; arguments: weights, optimizer state and batch. x: speedup of paligemma-jax over this
-implementation, per repeat."""
+tokens: image, prompt and answer tokens per row. TFLOP/s: counted FLOPs relative to what a large
+matrix product reaches in the same run (MFU); rematerialization does not count. Memory in GiB, by
+the compiler's analysis; arguments: weights, optimizer state and batch. x: speedup of paligemma-jax
+over this implementation, per repeat."""
 
 
 def table(report: Record) -> str:
     """Return the report as text for a terminal."""
     machine = report["machine"]
-    copy, matrix = machine["copy_bytes_s"] / 1e9, machine["matrix_flops_s"] / 1e12
-    parts = [
-        f"{machine['device']}, {machine['cores']} cores, {machine['dtype']}: copy {copy:.3g} GB/s, "
-        f"matrix product {matrix:.3g} TFLOP/s; jax {machine['jax']}"
-    ]
+    parts = ["{device}, {cores} cores, {dtype}; jax {jax}".format_map(machine)]
     if "training" in report:
         rows = map(_training_cells, report["training"])
         return "\n\n".join([*parts, _align([TRAINING_HEADER, *rows]), TRAINING_NOTE])
@@ -69,7 +64,7 @@ def _cells(row: Record) -> tuple[str, ...]:
     compiled = "compile_s" in row
     speedup = {phase: f" x{ratio:.2f}" for phase, ratio in row.get("slower", {}).items()}
     return (
-        row["model"],
+        _name(row),
         row["layers"],
         str(row["batch"]),
         str(row["prompt_tokens"]),
@@ -78,9 +73,9 @@ def _cells(row: Record) -> tuple[str, ...]:
         f"{sum(row['compile_s'].values()):.1f}" if compiled else "",
         _spread(row["first_token_s"], 1e3),
         _spread(row["prefill_tokens_s"]) + speedup.get("prefill", ""),
-        f"{row['matrix_share']:.0%}",
+        _share(row, "matrix_share", "matrix_flops_s", 1e12),
         _spread(row["decode_tokens_s"]) + speedup.get("decode", ""),
-        f"{row['bandwidth_share']:.0%}",
+        _share(row, "bandwidth_share", "read_bytes_s", 1e9),
         f"{row['memory_bytes'] / 2**30:.2f}" if compiled else "",
     )
 
@@ -88,14 +83,15 @@ def _cells(row: Record) -> tuple[str, ...]:
 def _cached_cells(row: Record, rows: list[Record]) -> tuple[str, ...]:
     """Return the cells of a row, with time and bytes relative to the first row of the same model,
     layers and batch."""
-    case = ("model", "layers", "batch")
+    case = ("model", "quantize", "layers", "batch")
     first = next(other for other in rows if all(other[key] == row[key] for key in case))
     time = row["step_s"]["median"] / first["step_s"]["median"]
     return (
-        *(str(row[key]) for key in (*case, "cached_tokens")),
+        _name(row),
+        *(str(row[key]) for key in ("layers", "batch", "cached_tokens")),
         _spread(row["step_s"], 1e3),
         f"{row['step_bytes'] / 1e6:.0f}",
-        f"{row['bandwidth_share']:.0%}",
+        _share(row, "bandwidth_share", "read_bytes_s", 1e9),
         f"x{time:.2f}",
         f"x{row['step_bytes'] / first['step_bytes']:.2f}",
     )
@@ -109,13 +105,22 @@ def _training_cells(row: Record) -> tuple[str, ...]:
             f"{values['median']:.3g} ({values['min']:.3g} - {values['max']:.3g})"
             for values in (row["step_s"], row["tokens_s"])
         )
-        timed = (seconds, tokens + speedup, f"{row['mfu']:.0%}")
+        share = _share(row, "matrix_share", "matrix_flops_s", 1e12)
+        timed = (seconds, tokens + speedup, share)
     return (
         *(str(row[key]) for key in ("model", "train", "remat", "batch", "tokens", "by")),
         f"{row['compile_s']:.1f}" if "compile_s" in row else "",
         *timed,
         *(f"{row[name] / 2**30:.2f}" if name in row else "" for name in MEMORY),
     )
+
+
+def _name(row: Record) -> str:
+    return row["model"] if row["quantize"] == "none" else f"{row['model']} {row['quantize']}"
+
+
+def _share(row: Record, share: str, roof: str, unit: float) -> str:
+    return f"{row[share]:.0%} of {row[roof] / unit:.3g}"
 
 
 def _spread(values: dict[str, float], unit: float = 1.0) -> str:
@@ -145,9 +150,8 @@ def chart(report: Record, path: str) -> None:
     machine = report["machine"]
     groups: dict[str, dict[str, Record]] = {}  # case -> implementation -> row
     for row in report["rows"]:
-        case = (
-            f"{row['model']}\n{row['layers']}, batch {row['batch']}\n{row['prompt_tokens']} tokens"
-        )
+        batch = f"{row['layers']}, batch {row['batch']}"
+        case = f"{_name(row)}\n{batch}\n{row['prompt_tokens']} tokens"
         groups.setdefault(case, {})[row["by"]] = row
     figure = Figure(figsize=(3 + 2.4 * len(groups), 4.2), layout="constrained")
     figure.suptitle(f"{machine['device']}, {machine['dtype']}")

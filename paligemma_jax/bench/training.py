@@ -1,4 +1,4 @@
-"""Measure the speed, model FLOPs utilization and memory of training steps, also against
+"""Measure the speed, share of the matrix rate and memory of training steps, also against
 transformers (with peft for LoRA).
 
 For the published sizes on an accelerator:
@@ -22,6 +22,7 @@ import numpy as np
 from paligemma_jax.bench import clock
 from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
+from paligemma_jax.bench.roofs import ROOFS, add_shares, roofs
 from paligemma_jax.checkpoints.synthetic import (
     abstract_model_by_name,
     model_by_name,
@@ -46,18 +47,17 @@ def run(config: BenchConfig) -> Record:
         {"machine": ..., "training": [...]}, with times in seconds.
     """
     dtype = config.dtype or clock.default_dtype()
-    machine = clock.measure_machine(dtype)
+    machine = clock.describe_machine(dtype)
     cases = product(config.model, config.train, config.batch, config.prompt)
-    rows = [row for case in cases for row in _measure_case(*case, dtype, config)]
-    for row in rows:
-        if "flops_s" in row:
-            row["mfu"] = row["flops_s"] / machine["matrix_flops_s"]
+    rows = [row for case in cases for row in _measure_case(*case, machine, config)]
+    add_shares(rows)
     return {"machine": machine, "training": rows}
 
 
 def _measure_case(
-    name: str, train: str, batch: int, prompt: int, dtype: str, config: BenchConfig
+    name: str, train: str, batch: int, prompt: int, machine: Record, config: BenchConfig
 ) -> Iterator[Record]:
+    dtype = machine["dtype"]
     finetune = FinetuneConfig(
         data="",
         output="",
@@ -75,6 +75,7 @@ def _measure_case(
     common = {
         "model": name,
         "train": train,
+        "device": machine["device"],
         "dtype": dtype,
         "remat": config.remat,
         "batch": batch,
@@ -107,7 +108,9 @@ def _measure_step(
     if step is None:
         yield {"by": OURS, "flops": flops} | compiled
         return
-    times = alternate({OURS: step} | contenders, config.repeats)
+    contenders = {OURS: step, ROOFS: roofs(finetune.dtype)} | contenders
+    times = alternate(contenders, config.repeats)
+    flop_seconds, _ = times.pop(ROOFS)
     for name, (_, seconds) in times.items():
         slower = {"slower": median(seconds / times[OURS][1])}
         yield {
@@ -116,6 +119,7 @@ def _measure_step(
             "tokens_s": spread(tokens.size / seconds),
             "flops": flops,
             "flops_s": flops / median(seconds),
+            "matrix_flops_s": 1 / flop_seconds.min(),
             **(compiled if name == OURS else slower),
         }
 

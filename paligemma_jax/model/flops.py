@@ -32,13 +32,15 @@ def prefill_flops(config: PaliGemmaConfig, tokens: int) -> int:
 
 def decode_bytes(config: PaliGemmaConfig, cached: int, rows: int, itemsize: int) -> int:
     """Bytes read for one more token in each of `rows` rows: the decoder's weights once (of the
-    tables, only the head), and `cached` keys and values per row."""
+    tables, only the head), and the keys and values of `cached` tokens per row, or in local layers
+    of their window."""
     decoder = config.decoder
     norms = decoder.num_hidden_layers * (4 if decoder.post_norms else 2) + 1
     head = decoder.vocab_size * decoder.hidden_size
     weights = _matrix_size(config) + norms * decoder.hidden_size + head
     heads = decoder.num_key_value_heads * decoder.head_dim
-    return itemsize * (weights + rows * cached * 2 * decoder.num_hidden_layers * heads)
+    slots = sum(min(cached, window) for window in decoder.windows(config.profile))
+    return itemsize * (weights + rows * slots * 2 * heads)
 
 
 def training_flops(

@@ -7,12 +7,14 @@ import resource
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from paligemma_jax.model.config import AttentionForm
 
@@ -110,18 +112,56 @@ def program_bytes(program: jax.stages.Compiled) -> dict[str, int]:
     return parts | {"memory_bytes": sum(parts.values())}
 
 
-def matrix_rate(dtype: str, side: int | None = None) -> float:
-    """Measure the FLOP/s of a large square matrix product, best of 8."""
-    side = side or (1024 if jax.default_backend() == "cpu" else 8192)
-    return 2 * side**3 / best_time(jax.jit(lambda x: x @ x), jnp.ones((side, side), dtype))
+def matrix_rate(dtype: str) -> float:
+    """Measure the FLOP/s of a large square matrix product. Numbers are random: ones and zeros take
+    less power, so some accelerators multiply them faster."""
+    side, steps = (1024, 1) if jax.default_backend() == "cpu" else (8192, 8)
+    x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
+    return steps * 2 * side**3 / _best_time(_multiply, x, steps)
 
 
-def best_time(function: Callable[[Array], Array], x: Array, repeats: int = 8) -> float:
-    """Return the shortest run of a compiled function in seconds."""
-    jax.block_until_ready(function(x))
-    times = []
-    for _ in range(repeats):
+def read_rate(nbytes: int) -> float:
+    """Measure the bytes/s of reading an array of `nbytes` again and again. If it fits into a cache,
+    this is the speed of the cache.
+
+    Arrays beyond all caches are equally fast, so larger ones are not allocated. Sums and products
+    with a vector both only read; which of them is faster depends on the machine.
+    """
+    largest, total = (2**28, 2**28) if jax.default_backend() == "cpu" else (2**30, 2**34)
+    width = 1024
+    rows = max(1, min(nbytes, largest) // (4 * width))
+    x = jnp.zeros((rows, width))
+    times = max(1, total // x.nbytes)
+    seconds = min(_best_time(_read_by_sum, x, times), _best_time(_read_by_product, x, times))
+    return times * x.nbytes / seconds
+
+
+# Many reads or products in one call, so that the call itself takes no share of the time. Each needs
+# the result of the last, so the compiler cannot drop or merge them.
+
+
+@partial(jax.jit, static_argnames="times")
+def _multiply(x: Float[Array, "N N"], times: int) -> Float[Array, "N N"]:
+    return jax.lax.fori_loop(0, times, lambda _, product: product @ x, x)
+
+
+@partial(jax.jit, static_argnames="times")
+def _read_by_sum(x: Float[Array, "M N"], times: int) -> Float[Array, ""]:
+    return jax.lax.fori_loop(0, times, lambda _, total: (x + total).sum(), jnp.zeros(()))
+
+
+@partial(jax.jit, static_argnames="times")
+def _read_by_product(x: Float[Array, "M N"], times: int) -> Float[Array, " N"]:
+    width = x.shape[1]
+    return jax.lax.fori_loop(0, times, lambda _, y: jnp.resize(x @ y, (width,)), jnp.zeros(width))
+
+
+def _best_time(function: Callable[[Array, int], Array], x: Array, times: int) -> float:
+    """Return the shortest of four runs of a compiled function in seconds, after one to warm up."""
+    jax.block_until_ready(function(x, times))
+    seconds = []
+    for _ in range(4):
         start = time.perf_counter()
-        jax.block_until_ready(function(x))
-        times.append(time.perf_counter() - start)
-    return min(times)
+        jax.block_until_ready(function(x, times))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

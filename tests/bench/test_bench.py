@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import partial
 from itertools import permutations
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.bench import clock, generation, report
+from paligemma_jax.bench import generation, report, roofs
 from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.checkpoints import synthetic
 from paligemma_jax.checkpoints.load import abstract_model
@@ -27,15 +28,6 @@ from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization import quantize
 
 CONFIG = synthetic.with_depth(PaliGemmaConfig.preset("tiny"), 2)
-MACHINE = {
-    "device": "cpu",
-    "platform": "cpu",
-    "cores": 2,
-    "dtype": "float32",
-    "jax": "0",
-    "copy_bytes_s": 1e9,
-    "matrix_flops_s": 1e10,
-}
 
 
 @pytest.fixture
@@ -46,8 +38,9 @@ def random_preset(monkeypatch):
 
 @pytest.fixture
 def quick_config(random_preset, monkeypatch):
-    """Configs for the tiny random model; the machine is not measured."""
-    monkeypatch.setattr(clock, "measure_machine", lambda dtype: dict(MACHINE))
+    """Configs for the tiny random model; the roofs are not measured."""
+    monkeypatch.setattr(roofs, "matrix_rate", lambda dtype: 1e10)
+    monkeypatch.setattr(roofs, "read_rate", lambda nbytes: 1e9)
     return partial(BenchConfig, model=("random",), new=4, repeats=2)
 
 
@@ -136,11 +129,13 @@ def test_report(quick_config):
         assert speed["max"] == pytest.approx(batch * tokens / first["min"])
         share = batch * prefill_flops(CONFIG, tokens) / first["median"] / 1e10
         assert row["matrix_share"] == pytest.approx(share)
+        steps_per_second = row["decode_tokens_s"]["median"] / batch
+        share = row["step_bytes"] * steps_per_second / 1e9
+        assert row["bandwidth_share"] == pytest.approx(share)
         assert set(row["compile_s"]) == {"encode", "prefill", "decode"}
         assert row["memory_bytes"] > 2e6 and "slower" not in row
     text = report.table(json.loads(json.dumps(measured)))
-    start = "cpu, 2 cores, float32: copy 1 GB/s, matrix product 0.01 TFLOP/s"
-    assert text.startswith(start)
+    assert text.startswith(f"cpu, {os.cpu_count()} cores, float32; jax {jax.__version__}\n")
     assert len([line for line in text.splitlines() if line.startswith("random")]) == 16
 
 
@@ -169,6 +164,26 @@ def test_against_transformers(quick_config):
     slower = theirs["slower"]
     assert slower["decode"] == pytest.approx(ratio("decode_tokens_s", ours, theirs))
     assert slower["prefill"] == pytest.approx(ratio("first_token_s", theirs, ours))
+
+
+@pytest.mark.slow  # compiles for a minute
+def test_compiled_transformers_gives_the_tokens_of_eager(monkeypatch):
+    """Images and texts differ, so that the rows and their tokens do."""
+    torch = pytest.importorskip("torch")
+    from paligemma_jax.bench import contender
+
+    monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")  # compiling sets it
+    model = synthetic.model_by_name("tiny", "float32")
+    inputs = synthetic.synthetic_inputs(model.config, 3, 5)
+    theirs = contender.transformers_model(model)
+    with torch.no_grad():
+        expected = theirs.generate(
+            **contender.torch_batch(theirs, inputs), min_new_tokens=12, max_new_tokens=12
+        )[:, inputs.tokens.shape[1] :]
+    decode = contender.compiled_decoding(theirs, inputs, 12)
+    for _ in range(2):  # the second time, the cache is not new
+        np.testing.assert_array_equal(torch.cat(list(decode()), dim=1), expected)
+    assert len(np.unique(expected)) > 1
 
 
 def test_chart(quick_config, tmp_path):
@@ -212,9 +227,27 @@ def test_unknown_dtype(command):
     assert code == 2 and error == f"paligemma-jax: {message}\n"
 
 
-def test_measure_machine():
-    machine = clock.measure_machine("float32")
-    assert 1e8 < machine["copy_bytes_s"] < 1e14 and 1e9 < machine["matrix_flops_s"] < 1e16
+def test_no_share_is_above_the_roof(random_preset):
+    """A model that fits into a cache is held against the cache."""
+    config = BenchConfig(model=("random",), new=16, repeats=2, cached=(100,))
+    measured = generation.run(config)
+    (row,), (cached,) = measured["rows"], measured["cached"]
+    assert 1e9 < row["matrix_flops_s"] < 1e16 and 0 < row["matrix_share"] < 1
+    for each in (row, cached):
+        assert 1e8 < each["read_bytes_s"] < 1e14 and 0 < each["bandwidth_share"] < 1
+
+
+def test_a_disturbance_lowers_no_roof():
+    """Reading a smaller array is at least as fast as reading a larger one."""
+    sizes, rates = (4, 2, 8), (10.0, 9.0, 7.0)
+    rows = [
+        {"step_bytes": size, "bytes_s": 5.0, "read_bytes_s": rate}
+        for size, rate in zip(sizes, rates, strict=True)
+    ]
+    rows.append({"flops_s": 1.0, "matrix_flops_s": 2.0})
+    roofs.add_shares(rows)
+    assert [row.get("read_bytes_s") for row in rows] == [10.0, 10.0, 7.0, None]
+    assert rows[2]["bandwidth_share"] == 5 / 7 and rows[3]["matrix_share"] == 0.5
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads programs of the CPU compiler")
@@ -245,7 +278,7 @@ def test_training_steps(random_preset, command):
     rows = json.loads(out)["training"]
     full, lora, qlora = rows
     assert [row["train"] for row in rows] == ["all", "lora", "qlora"]
-    assert all(row["tokens_s"]["median"] > 0 and 0 < row["mfu"] < 1 for row in rows)
+    assert all(row["tokens_s"]["median"] > 0 and 0 < row["matrix_share"] < 1 for row in rows)
     assert qlora["argument_bytes"] < lora["argument_bytes"] < 0.5 * full["argument_bytes"]
     assert lora["flops"] == qlora["flops"] < full["flops"]
     compiled = json.loads(command(*options, "qlora", "--repeats", 0)[1])

@@ -1,0 +1,50 @@
+"""What the machine reaches at best: the rates that measurements are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from paligemma_jax.bench.clock import Record, Run
+from paligemma_jax.sharding.devices import matrix_rate, read_rate
+
+ROOFS = "roofs"  # the contender that only multiplies and reads
+
+
+def roofs(dtype: str | None = None, nbytes: int = 0) -> Run:
+    """Return a contender that only multiplies and reads.
+
+    Its times are the seconds of one FLOP in a large matrix product, and of reading one byte of an
+    array; 0 without `dtype`, or without `nbytes`.
+
+    Args:
+        dtype: Dtype of the model. On a CPU, all of them compute in float32.
+        nbytes: What a step of decoding reads. A model that fits into a cache is held against the
+            cache.
+    """
+    computed = "float32" if jax.default_backend() == "cpu" else dtype
+
+    def run() -> tuple[float, float]:
+        multiply = 1 / matrix_rate(computed) if dtype and computed else 0.0
+        return multiply, 1 / read_rate(nbytes) if nbytes else 0.0
+
+    return run
+
+
+def add_shares(rows: Sequence[Record]) -> None:
+    """Add the shares of the roofs to measured rows.
+
+    A roof is the best that any row measured: the matrix rate is the same for all, and what reading
+    an array reaches, reading a smaller one reaches too. So a disturbance lowers no roof for long.
+    """
+    multiply = [row for row in rows if "flops_s" in row]
+    for row in multiply:
+        row["matrix_flops_s"] = max(other["matrix_flops_s"] for other in multiply)
+        row["matrix_share"] = row["flops_s"] / row["matrix_flops_s"]
+    read = [row for row in rows if "bytes_s" in row]
+    for row in read:
+        row["read_bytes_s"] = max(
+            other["read_bytes_s"] for other in read if other["step_bytes"] >= row["step_bytes"]
+        )
+        row["bandwidth_share"] = row["bytes_s"] / row["read_bytes_s"]
