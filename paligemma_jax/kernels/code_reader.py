@@ -68,6 +68,10 @@ class CodeReader:
         return halves
 
 
+def log2(size: int) -> int:
+    return size.bit_length() - 1
+
+
 def _bytes(words: Array, mask: int) -> Array:
     """int32[4R, 128]: the bytes of int32[R, 128] words, in the order of their rows."""
     return pltpu.bitcast(words & jnp.int32(mask), jnp.int8).astype(jnp.int32)

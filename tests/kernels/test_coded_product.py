@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from paligemma_jax.kernels import code_reader, coded_product
+from paligemma_jax.kernels import code_reader, coded_product, many_rows
 from paligemma_jax.model import codes
 from paligemma_jax.model.precision import WeightFormat
 
@@ -38,7 +38,7 @@ MORE_CASES = [
 def interpreted(monkeypatch):
     """Interpret kernels, without caching that they were."""
     monkeypatch.setattr(pl, "pallas_call", partial(pl.pallas_call, interpret=True))
-    for name in ("_few_rows", "_many_rows"):
+    for name in ("multiply_few_rows", "multiply_many_rows"):
         monkeypatch.setattr(coded_product, name, getattr(coded_product, name).__wrapped__)
 
 
@@ -53,7 +53,7 @@ def one_gather(monkeypatch):
         return gathered.reshape(index.shape)
 
     monkeypatch.setattr(code_reader, "gather", gather)
-    monkeypatch.setattr(coded_product, "gather", gather)
+    monkeypatch.setattr(many_rows, "gather", gather)
 
 
 def check(format: str, M: int, O: int, I: int, dtype: str) -> None:
