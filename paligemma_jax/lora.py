@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from convert.adapter import Factors
 from paligemma_jax.model.constrain import gather_weight
 from paligemma_jax.model.layers import Linear, product
+from paligemma_jax.model.low_rank import adapted_product
 from paligemma_jax.model.tree import Model, modules, replace_modules
 from paligemma_jax.quantization.modules import QuantizedLinear
 from paligemma_jax.sharding.arrays import to_host
@@ -87,10 +88,14 @@ class LoRALinear(nnx.Module):
         return cls(base, a, b, scale, dropout, seeds, magnitude)
 
     def __call__(self, x: Array) -> Array:
-        y, dropped = self.base(x), self._drop(x)
+        dropped = self._drop(x)
         axes, contracted = self.base.axes, self.base.contracted
         a = gather_weight("R" + axes[-contracted:], self.lora_a[...].astype(x.dtype))
         b = gather_weight(axes[:-contracted] + "R", self.lora_b[...].astype(x.dtype))
+        plain = isinstance(self.base, Linear) and self.lora_magnitude is None
+        if plain and self.base.bias is None and dropped is x:
+            return self._one_product(x, a, b)
+        y = self.base(x)
         update = self.scale * product(product(dropped, a, contracted), b, 1)
         if self.lora_magnitude is None:
             return y + update
@@ -99,6 +104,17 @@ class LoRALinear(nnx.Module):
         if self.base.bias is not None:
             plain -= self.base.bias[...].astype(x.dtype)
         return y + (ratio - 1) * plain + ratio * update
+
+    def _one_product(self, x: Array, a: Array, b: Array) -> Array:
+        """base(x) + scale * B A x (`model/low_rank.py`). The narrow side of a kernel is D or W."""
+        base = self.base
+        outs = base.shape[: -base.contracted]
+        kernel = gather_weight(base.axes, base.dense(x.dtype)).reshape(math.prod(outs), -1)
+        x = x.reshape(*x.shape[: x.ndim - base.contracted], -1)
+        a, b = a.reshape(len(a), -1), b.reshape(len(kernel), -1)
+        wide = "outputs" if base.axes[-1] in "DW" else "inputs"
+        y = adapted_product(x, kernel, a, b, self.scale, wide)
+        return y.reshape(*y.shape[:-1], *outs)
 
     def _drop(self, x: Array) -> Array:
         key = _dropout_key.get()

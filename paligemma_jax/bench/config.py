@@ -54,9 +54,9 @@ class BenchConfig:
     train: Annotated[tuple[Literal["all", "lora", "qlora"], ...], EMPTY] = ()
     """Measure training steps instead of generation: of all weights, LoRA, or LoRA on nf4. With
     --repeats 0, only compile and report the memory."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass of --train recomputes to save memory: nothing, each layer, or each
-    layer except its matrix products."""
+    remat: Literal["none", "full", "outputs", "dots"] = "none"
+    """What the backward pass of --train recomputes to save memory: nothing, each layer (full), or
+    each layer except the outputs of attention and MLP, or its matrix products (dots)."""
 
     def __post_init__(self):
         if self.dtype not in (None, *DTYPES):

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
@@ -133,7 +134,9 @@ def _attention(scores: Scores, q: Array, k: Array, v: Array, bounds: Bounds | No
 
 
 def _forward_rule(scores, q, k, v, bounds):
-    out, lse = _on_platform(partial(_forward, scores), q, k, v, bounds)
+    results = _on_platform(partial(_forward, scores), q, k, v, bounds)
+    # Named, so that rematerialization can keep both and need not run the kernel again.
+    out, lse = (checkpoint_name(x, "attention") for x in results)
     return out, (q, k, v, bounds, out, lse)
 
 

@@ -14,6 +14,7 @@ from functools import wraps
 from typing import TypeVar
 
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import PyTree
 
 Sublayer = TypeVar("Sublayer", bound=Callable)
@@ -93,11 +94,16 @@ def over_all_tokens(sublayer: Sublayer) -> Sublayer:
     """Decorate a method (x, ...) -> y or (y, ...) that needs complete sequences: its input is
     gathered, its output scattered again, so that norms and residuals run on each device's own
     tokens (sequence parallelism, arXiv:2205.05198).
+
+    The output is named for rematerialization (`stack.py`).
     """
+
+    def scatter(y: Array) -> Array:
+        return checkpoint_name(scatter_tokens(y), "sublayer")
 
     @wraps(sublayer)
     def wrapped(self, x: Array, *rest):
         y = sublayer(self, gather_tokens(x), *rest)
-        return (scatter_tokens(y[0]), *y[1:]) if isinstance(y, tuple) else scatter_tokens(y)
+        return (scatter(y[0]), *y[1:]) if isinstance(y, tuple) else scatter(y)
 
     return wrapped  # type: ignore[return-value]

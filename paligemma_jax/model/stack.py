@@ -17,9 +17,14 @@ from paligemma_jax.model.constrain import constrain
 from paligemma_jax.model.stages import collecting, scope, stage
 from paligemma_jax.model.tree import Model, copy_tree
 
+policies = jax.checkpoint_policies
+# The result of fused attention, and what attention and MLP return: little memory, and otherwise the
+# backward pass repeats the kernel and the last product of each.
+OUTPUTS = policies.save_only_these_names("attention", "sublayer")
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": policies.nothing_saveable,
+    "outputs": OUTPUTS,
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, OUTPUTS),
 }
 _policy: ContextVar[Callable[..., bool] | None] = ContextVar("remat_policy", default=None)
 
@@ -65,7 +70,8 @@ def scan_layers(
 @contextmanager
 def remat(policy: str) -> Iterator[None]:
     """Set the rematerialization policy of `scan_layers` while tracing inside: what the backward
-    pass recomputes. "none", "full" (everything), or "dots" (all but products with weights)."""
+    pass recomputes. "none", "full" (everything), "outputs" (all but the outputs of attention and
+    MLP), or "dots" (all but products with weights)."""
     token = _policy.set(REMAT_POLICIES.get(policy))
     try:
         yield

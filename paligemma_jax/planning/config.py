@@ -50,9 +50,9 @@ class PlanConfig:
     quantize: str | None = None
     """Quantize weights or cache: int8, w8a8, int4, nf4, or a list such as
     nf4-32,embedding=int8."""
-    remat: Literal["none", "full", "dots"] = "full"
-    """What the backward pass recomputes to save memory: nothing, each layer, or each layer except
-    its matrix products."""
+    remat: Literal["none", "full", "outputs", "dots"] = "full"
+    """What the backward pass recomputes to save memory: nothing, each layer (full), or each
+    layer except the outputs of attention and MLP, or its matrix products (dots)."""
     accumulate: int = 1
     """Number of parts that each batch is split into, to save memory (gradient accumulation)."""
     optimizer: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"

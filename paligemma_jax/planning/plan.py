@@ -114,7 +114,7 @@ def search(config: PlanConfig, batches: Sequence[int] = ()) -> Iterator[PlanResu
     count = Slice.parse(config.on).count
     sizes = [n for n in range(1, count + 1) if count % n == 0]
     meshes = [(d, f, count // (d * f)) for d in sizes for f in sizes if count % (d * f) == 0]
-    policies = ("none", "dots", "full") if config.training else (config.remat,)
+    policies = ("none", "dots", "outputs", "full") if config.training else (config.remat,)
     for (data, fsdp, tensor), remat in product(meshes, policies):
         mesh = f"data={data},fsdp={fsdp},tensor={tensor}"
         for batch in sorted(batches) or [config.batch]:

@@ -160,9 +160,9 @@ class FinetuneConfig:
     numerics: str | None = None
     """Follow transformers or big_vision where their numerics differ. By default, follow the
     checkpoint."""
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "outputs", "dots"] = "none"
     """Activations to recompute in the backward pass to save memory: none, all (full), or all but
-    the results of products with weights (dots)."""
+    the outputs of attention and MLP (outputs) or the results of products with weights (dots)."""
     attention: Literal["plain", "fused"] | None = None
     """Form of attention: fused keeps scores on the chip, on TPUs and GPUs; plain runs everywhere.
     By default the fastest."""

@@ -123,7 +123,7 @@ def test_search():
         check=True,
     )
     *lines, last = process.stdout.splitlines()
-    assert len(lines) == 3 * (6 + 3)
+    assert len(lines) == 4 * (6 + 3)
     assert last.startswith("fastest: tiny LoRA 2 on h200x4") and last[9:] in lines
 
 
