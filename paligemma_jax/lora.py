@@ -92,8 +92,8 @@ class LoRALinear(nnx.Module):
         axes, contracted = self.base.axes, self.base.contracted
         a = gather_weight("R" + axes[-contracted:], self.lora_a[...].astype(x.dtype))
         b = gather_weight(axes[:-contracted] + "R", self.lora_b[...].astype(x.dtype))
-        plain = isinstance(self.base, Linear) and self.lora_magnitude is None
-        if plain and self.base.bias is None and dropped is x:
+        is_float = isinstance(self.base, Linear) and self.base.bias is None
+        if is_float and self.lora_magnitude is None and dropped is x:
             return self._one_product(x, a, b)
         y = self.base(x)
         update = self.scale * product(product(dropped, a, contracted), b, 1)

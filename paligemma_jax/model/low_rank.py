@@ -8,6 +8,7 @@ same, since copying the weight costs more there.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -32,7 +33,7 @@ def adapted_product(
     """
     if wide == "outputs":
         return widen(x, _times(x, a), weight, b, scale)
-    y, low = narrow(x, weight.T, a.T, 1.0)
+    y, low = narrow(x, weight.T, a.T, 1.0)  # type: ignore[misc]
     return y + scale * _times(low, b)
 
 
@@ -45,6 +46,8 @@ def widen(
     scale: float,
 ) -> Float[Array, "... F"]:
     """Compute x @ weight.T + scale * low @ b.T."""
+    if math.prod(x.shape[:-1]) <= x.shape[-1]:  # decoding: the weight is larger than the result
+        return apart(x, low, weight, b, scale)
     forms = {"cpu": apart, "default": together}
     forms = {platform: partial(form, scale=scale) for platform, form in forms.items()}
     return jax.lax.platform_dependent(x, low, weight, b, **forms)
@@ -73,7 +76,8 @@ def _widen_forward(x, low, weight, b, scale):
 
 def _widen_backward(scale, residuals, g):
     x, low, weight, b = residuals
-    return *narrow(g, weight, b, scale), _outer(g, x), _outer(scale * g, low)
+    dx, dlow = narrow(g, weight, b, scale)  # type: ignore[misc]
+    return dx, dlow, _outer(g, x), _outer(scale * g, low)
 
 
 def _narrow_forward(y, weight, b, scale):

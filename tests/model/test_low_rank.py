@@ -21,12 +21,12 @@ def plain(x, weight, a, b):
 def test_values_and_gradients(wide, form, monkeypatch):
     """Of all arguments: besides LoRA, the weight itself may be trained."""
     monkeypatch.setattr(low_rank, "apart", form)  # the form that a CPU uses
-    shapes = [(2, 5, I), (O, I), (R, I), (O, R)]
+    shapes = [(2, 15, I), (O, I), (R, I), (O, R)]
     keys = jax.random.split(jax.random.key(0), len(shapes))
     arguments = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
-    def adapted(*arguments):
-        return low_rank.adapted_product(*arguments, SCALE, wide)
+    def adapted(x, weight, a, b):
+        return low_rank.adapted_product(x, weight, a, b, SCALE, wide)
 
     def value_and_gradients(function):
         def loss(*arguments):
