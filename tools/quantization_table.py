@@ -1,6 +1,7 @@
 """The tables of docs/quantization.md. Run from the root of the repository:
 
     python -m tools.quantization_table --scenes 300
+    python -m tools.quantization_table --scenes 300 --calibrate 128 --quantize int4-64
     python -m tools.quantization_table --layer 3b-224
 
 For speed, see `paligemma-jax bench --quantize none int8 nf4`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 
 import jax
@@ -25,7 +27,10 @@ from paligemma_jax.model.codes import decode, encode
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.precision import Quantization, WeightFormat
 from paligemma_jax.processing.image import ImageSource
-from paligemma_jax.tiny.questions import heldout_examples, score_answers
+from paligemma_jax.quantization.quantize import quantize_model
+from paligemma_jax.tiny.digits import glyphs
+from paligemma_jax.tiny.questions import ask, choose_digit, heldout_examples, score_answers
+from paligemma_jax.tiny.scenes import compose
 
 FORMATS = ("int8", "int4-32", "int4-64", "nf4-32", "nf4-64", "nf4-64-double", "nf4-128")
 QUANTIZATIONS = (
@@ -46,10 +51,11 @@ def accuracy_rows(
     quantizations: Sequence[str] = QUANTIZATIONS,
     model: str = "tiny",
     dtype: str | None = None,
+    calibrate: int = 0,
 ) -> Iterator[Row]:
     """Yield a row for the dense model and for each quantization: bytes of the model, fraction of
     exact answers, of boxes found and of spurious boxes, and the relative error of
-    `decoded_logits`."""
+    `decoded_logits`. With `calibrate`, the decoder is quantized for this many training rows."""
     if scenes < 1:
         raise ValueError(f"--scenes must be at least 1, got {scenes}")
     for quantization in quantizations:
@@ -59,7 +65,13 @@ def accuracy_rows(
     }
     dense = None
     for quantization in ("none", *(name for name in quantizations if name != "none")):
-        predictor = load(model, quantize=quantization, dtype=dtype)
+        if calibrate and quantization != "none":
+            predictor = load(model, dtype=dtype)
+            batches = [predictor.processor(*training_examples(calibrate))]
+            quantized = quantize_model(predictor.model, quantization, batches)
+            predictor = replace(predictor, model=quantized)
+        else:
+            predictor = load(model, quantize=quantization, dtype=dtype)
         logits = decoded_logits(predictor, *(column[:16] for column in examples["ocr"]))
         dense = logits if dense is None else dense
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.model))
@@ -72,6 +84,17 @@ def accuracy_rows(
             row |= {f"{task} {name}": value for name, value in scores.items()}
         error = np.linalg.norm(logits - dense) / np.linalg.norm(dense)
         yield row | {"logits": float(error)}
+
+
+def training_examples(rows: int, seed: int = 1) -> tuple[list[ImageSource], list[str], list[str]]:
+    """Images, prompts and answers about digits that training sees, of four tasks by turns."""
+    rng = np.random.default_rng(seed)
+    scenes = compose(rng, glyphs(held_out=False), rows)
+    tasks = [("caption", *TASKS)[i % 4] for i in range(rows)]
+    digits = [choose_digit(rng, scenes.digits(i)) for i in range(rows)]
+    pairs = [ask(scenes, i, task, digits[i]) for i, task in enumerate(tasks)]
+    prompts, answers = map(list, zip(*pairs, strict=True))
+    return list(scenes.images), prompts, answers
 
 
 def decoded_logits(
@@ -179,6 +202,7 @@ def print_table(
     quantize: tuple[str, ...] = QUANTIZATIONS,
     model: str = "tiny",
     dtype: str | None = None,
+    calibrate: int = 0,
     layer: str | None = None,
 ) -> None:
     """Print a table of what quantization costs: accuracy on held-out digits, or, with --layer, the
@@ -189,9 +213,10 @@ def print_table(
         quantize: Quantizations to compare with the dense model.
         model: Checkpoint.
         dtype: Dtype of the dense parameters; by default float32 on a CPU, else the checkpoint's.
+        calibrate: Quantize the decoder for this many rows about training digits; 0 rounds.
         layer: Measure a decoder layer of this preset, such as 3b-224.
     """
-    rows = layer_rows(layer) if layer else accuracy_rows(scenes, quantize, model, dtype)
+    rows = layer_rows(layer) if layer else accuracy_rows(scenes, quantize, model, dtype, calibrate)
     for number, row in enumerate(progress_bar(rows, "formats", unit="format")):
         if number == 0:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from convert.adapter import replace_parameters
+from convert.checkpoint import Checkpoint
 from convert.quantized import quantize_checkpoint
 from convert.tensor import Tensor
 from paligemma_jax import lora
@@ -25,7 +26,7 @@ from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.precision import Quantization, WeightFormat
 from paligemma_jax.model.tree import parameters, with_parameters
-from paligemma_jax.quantization.quantize import quantize_modules
+from paligemma_jax.quantization.modules import quantize_modules
 from paligemma_jax.sharding.arrays import distribute
 from paligemma_jax.sharding.devices import choose_attention
 from paligemma_jax.sharding.mesh import resolve_mesh
@@ -105,19 +106,29 @@ def load_model(
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else checkpoint.config.dtype
     config = replace(checkpoint.config, dtype=dtype, cache=quantization.cache, attention=form)
-    model = abstract_model(config, checkpoint.formats)
     mesh = resolve_mesh(mesh, config)
-    placement = shardings(parameters(model), mesh) if mesh else {}
-    codes, arrays = checkpoint.parts, {}
-    for path, tensor in checkpoint.tensors.items():
-        if path not in codes:
-            tensor = tensor.cast("float32" if keep_float32(path) else dtype)
-        arrays[path] = _put(tensor, placement.get(path))
-    model = with_parameters(model, arrays.pop)
+    model = read_model(checkpoint, config, mesh, keep_float32)
     if adapter is None:
         return model
     model = lora.attach_lora(model, adapter.factors)
     return distribute(model if checkpoint.formats else lora.merge_lora(model), mesh)
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    config: PaliGemmaConfig,
+    mesh: Mesh | None = None,
+    keep_float32: Callable[[str], bool] = lambda path: False,
+) -> PaliGemma:
+    """Read the tensors of an open checkpoint into a model with this config, in its dtype."""
+    model = abstract_model(config, checkpoint.formats)
+    placement = shardings(parameters(model), mesh) if mesh else {}
+    codes, arrays = checkpoint.parts, {}
+    for path, tensor in checkpoint.tensors.items():
+        if path not in codes:
+            tensor = tensor.cast("float32" if keep_float32(path) else config.dtype)
+        arrays[path] = _put(tensor, placement.get(path))
+    return with_parameters(model, arrays.pop)
 
 
 def _put(tensor: Tensor, sharding: NamedSharding | None) -> jax.Array:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from convert.files import user_path
-from paligemma_jax.commands.options import dumps, flag
+from paligemma_jax.commands.options import File, dumps, flag
 
 if TYPE_CHECKING:
     from convert import Checkpoint
     from convert.tensor import Progress
+    from paligemma_jax.checkpoints.source import CheckpointSource
 
 Source = Annotated[str, tyro.conf.Positional, flag("SRC")]
 Destination = Annotated[str, tyro.conf.Positional, flag("DST")]
@@ -51,6 +52,8 @@ def convert(
     resolution: Pixels = None,
     numerics: Numerics = None,
     quantize: Format = None,
+    calibrate: File = None,
+    calibration_rows: int = 128,
     config: Config = None,
     base: Base = None,
     max_shard_size: Size = None,
@@ -72,6 +75,9 @@ def convert(
         numerics: Numerics profile to record.
         quantize: Quantize to 8 or 4 bits: int8, w8a8, int4, nf4, or a list by part, such as
             nf4-32-double,embedding=int8,vision=int8.
+        calibrate: JSONL of rows with image, prefix and suffix, as for `finetune`: choose the 4-bit
+            codes of the decoder for these rows (GPTQ). The format stays the same.
+        calibration_rows: Number of rows to read from it.
         config: A config.json to use for SRC, or a Hugging Face directory, whose tokenizer is then
             copied too.
         base: Base checkpoint of an adapter.
@@ -88,6 +94,14 @@ def convert(
 
     opened = _open_run(source, base)
     base_directory = _base_directory(source, base) if isinstance(opened, str) else None
+    if calibrate is not None:
+        from paligemma_jax.inference.calibration import calibrate_checkpoint
+
+        checkpoint = formats.read(opened, config, base_directory)
+        checkpoint = formats.change(checkpoint, to, dtype, resolution, numerics)
+        tokenizer = _tokenizer_source(source, base, config)
+        opened = calibrate_checkpoint(checkpoint, tokenizer, quantize, calibrate, calibration_rows)
+        dtype = resolution = numerics = None
     if dry_run:
         checkpoint = formats.read(opened, config, base_directory)
         checkpoint = formats.change(checkpoint, to, dtype, resolution, numerics, quantize)
@@ -166,6 +180,15 @@ def _open_run(source: str, base: str | None = None) -> str | Checkpoint:
     if found.note:
         print(f"paligemma-jax: {found.note}", file=sys.stderr)
     return found.merged
+
+
+def _tokenizer_source(source: str, base: str | None, config: str | None) -> CheckpointSource:
+    """The checkpoint whose tokenizer and image settings the converted one has."""
+    from paligemma_jax.checkpoints.source import resolve
+
+    if config is not None and user_path(config).is_dir():
+        return resolve(config)
+    return resolve(source, base=base)
 
 
 def _print_tensors(checkpoint: Checkpoint, to: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,20 +44,21 @@ class Example:
 
 
 def read_examples(
-    file: str | Path, check: Callable[[Example], object] | None = None
+    file: str | Path, check: Callable[[Example], object] | None = None, limit: int | None = None
 ) -> list[Example]:
-    """Read all rows of a JSONL file and decode every image once, to report all errors at once.
+    """Read the rows of a JSONL file and decode every image once, to report all errors at once.
 
     Args:
         file: Image paths are relative to it. Rows may have more fields.
         check: Raises a ValueError for an example that the model cannot process.
+        limit: Read only this many rows.
 
     Raises:
         ValueError: There is no such file, it has no rows, or rows cannot be used.
     """
     examples: list[Example] = []
     errors: dict[int, str] = {}
-    for number, line in read_lines(file):
+    for number, line in islice(read_lines(file), limit):
         try:
             examples.append(make_example(decode(line), number, Path(file).parent))
             if check:

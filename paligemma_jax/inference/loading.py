@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.image_settings import read_image_settings
 from paligemma_jax.processing.processor import Processor
@@ -72,11 +73,15 @@ def load(
     return Predictor(model, processor, checkpoint.codec_file)
 
 
-def make_processor(source: CheckpointSource) -> Processor:
-    """Make the processor of a checkpoint. ValueError if its tokenizer and config disagree."""
+def make_processor(source: CheckpointSource, config: PaliGemmaConfig | None = None) -> Processor:
+    """Make the processor of a checkpoint, or of one with another config.
+
+    Raises:
+        ValueError: Its tokenizer and config disagree.
+    """
     if source.weights.is_file():  # an .npz, whose arrays all have to be read for its config
         find_tokenizer(source.tokenizer_dir)
-    config = source.config
+    config = config or source.config
     tokenizer = Tokenizer(source.tokenizer_dir, config.image_token_id)
     ids, rows = tokenizer.vocab_size, config.decoder.vocab_size
     if tokenizer.image_id == ids - 1:  # as the last id, <image> needs no row of the table

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,12 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from paligemma_jax.model.codes import decode, multiply, scales
+from paligemma_jax.model.codes import decode, encode, multiply, scales
 from paligemma_jax.model.constrain import constrain
 from paligemma_jax.model.decoder import Embedder
-from paligemma_jax.model.layers import add_bias, product
+from paligemma_jax.model.layers import Linear, add_bias, product
 from paligemma_jax.model.precision import WeightFormat
+from paligemma_jax.model.tree import Model, replace_modules
 from paligemma_jax.quantization.w8a8 import multiply_rounded
 
 
@@ -105,3 +107,38 @@ class QuantizedEmbedder(QuantizedLinear, Embedder):
         if parts > 1:
             codes, scale = (a.reshape(-1, parts, *a.shape[1:])[:, part] for a in (codes, scale))
         return jax.checkpoint(self.multiply)(x, codes, scale)
+
+
+def quantize_modules(
+    model: Model,
+    formats: Mapping[str, WeightFormat],
+    parts: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
+) -> Model:
+    """The model with the modules at the paths of `formats` quantized. Works on stacked layers, and
+    on shapes inside `jax.eval_shape`.
+
+    Args:
+        parts: The parts of matrices that are quantized already, by path. Others are rounded.
+    """
+
+    def make(path: str, module: nnx.Module) -> nnx.Module | None:
+        format = formats.get(path)
+        if format is None:
+            return None
+        if isinstance(module, Embedder):
+            encoded = encode(format, module.table[...], 1)
+            return QuantizedEmbedder(format, module.axes, module.shape, 1, encoded)
+        assert isinstance(module, Linear)
+
+        def encode_kernel(kernel: Array) -> dict[str, Array]:
+            return encode(format, kernel, module.contracted)
+
+        encoded = parts.get(path)
+        if encoded is None:
+            encode_all = jax.vmap(encode_kernel) if module.lead else encode_kernel
+            encoded = encode_all(module.kernel[...])
+        return QuantizedLinear(
+            format, module.axes, module.shape, module.contracted, encoded, module.bias
+        )
+
+    return replace_modules(model, make)

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
-import jax
-from flax import nnx
-from jax import Array
 from jaxtyping import PyTree
 
 from convert.quantized import indivisible_note
-from paligemma_jax.model.codes import encode
 from paligemma_jax.model.decoder import Embedder
 from paligemma_jax.model.layers import Linear
 from paligemma_jax.model.precision import Quantization, WeightFormat
-from paligemma_jax.model.tree import Model, modules, replace_modules
-from paligemma_jax.quantization.modules import QuantizedEmbedder, QuantizedLinear
+from paligemma_jax.model.tree import Model, modules
+from paligemma_jax.quantization.calibrate import CalibrationInputs, Progress, calibrate
+from paligemma_jax.quantization.modules import QuantizedLinear, quantize_modules
 
 
-def quantize_modules(model: Model, formats: Mapping[str, WeightFormat]) -> Model:
-    """The model with the modules at the paths of `formats` quantized. Works on stacked layers, and
-    on shapes inside `jax.eval_shape`."""
-
-    def make(path: str, module: nnx.Module) -> nnx.Module | None:
-        format = formats.get(path)
-        if format is None:
-            return None
-        if isinstance(module, Embedder):
-            parts = encode(format, module.table[...], 1)
-            return QuantizedEmbedder(format, module.axes, module.shape, 1, parts)
-        assert isinstance(module, Linear)
-
-        def encode_kernel(kernel: Array) -> dict[str, Array]:
-            return encode(format, kernel, module.contracted)
-
-        parts = (jax.vmap(encode_kernel) if module.lead else encode_kernel)(module.kernel[...])
-        return QuantizedLinear(
-            format, module.axes, module.shape, module.contracted, parts, module.bias
-        )
-
-    return replace_modules(model, make)
-
-
-def quantize_model(model: Model, quantization: str | Quantization) -> Model:
+def quantize_model(
+    model: Model,
+    quantization: str | Quantization,
+    calibration: Iterable[CalibrationInputs] | None = None,
+    progress: Progress = iter,
+) -> Model:
     """Quantize every part that `quantization` names, the cache included.
 
     Parts that are already quantized do not change. Neither does a matrix whose size is not a
     multiple of the block; a warning names it.
+
+    Args:
+        model: The model; with `calibration`, a PaliGemma with its layers as a list.
+        calibration: Batches of complete rows, such as `processor(images, prompts, suffixes)`. The
+            4-bit codes of the decoder's projections are then chosen by GPTQ for these inputs
+            (`calibrate`) instead of by rounding; the format of the result is the same.
+        progress: Wraps the sequence of layers that are calibrated.
+
+    Raises:
+        ValueError: There is nothing to calibrate, or nothing to calibrate with.
     """
     if isinstance(quantization, str):
         quantization = Quantization.parse(quantization)
@@ -63,7 +51,15 @@ def quantize_model(model: Model, quantization: str | Quantization) -> Model:
             indivisible.append((path, module.shape))
     if indivisible:
         warnings.warn(indivisible_note(indivisible), stacklevel=2)
-    model = quantize_modules(model, formats)
+    parts = {}
+    if calibration is not None:
+        if quantization.decoder is None or not quantization.decoder.has_blocks:
+            raise ValueError(
+                "calibration requires a 4-bit format of the decoder, such as int4, got "
+                f"{quantization.decoder or 'none'}"
+            )
+        parts = calibrate(model, formats, calibration, progress)  # type: ignore[arg-type]
+    model = quantize_modules(model, formats, parts)
     cache = quantization.cache or model.config.cache  # type: ignore[attr-defined]
     model.config = replace(model.config, cache=cache)  # type: ignore[attr-defined]
     return model
