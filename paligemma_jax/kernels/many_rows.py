@@ -19,8 +19,8 @@ from paligemma_jax.kernels.code_reader import COLUMNS, LANES, SUBLANES, CodeRead
 from paligemma_jax.kernels.tiles import cost, dot, output_block, pad_to, round_up
 
 STRIP = 512  # at most, rows of x per product
-OPERAND_BYTES = 24 * 2**20  # at most, of x, or of results and their sums, in vector memory
-MARGIN = 6 * 2**20  # of vector memory, for spilled registers and the next weights
+OPERAND_BYTES = 10 * 2**20  # at most, of x, or of results and their sums, in vector memory
+MARGIN = 3 * 2**20  # of vector memory, for spilled registers and the next weights
 
 
 @partial(jax.jit, static_argnums=(0, 4, 5, 6))  # layers of the same shape are traced once
