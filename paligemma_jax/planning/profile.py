@@ -12,7 +12,9 @@ from paligemma_jax.planning.traffic import hbm_bytes
 from paligemma_jax.planning.work import kernel_estimate
 
 # Building blocks of the model: for an operation of theirs, the line that calls them says more.
-HELPERS = r"(model/(layers|constrain|stages|stack|codes)|lora)\.py|quantization/|sharding/"
+HELPERS = re.compile(
+    r"paligemma_jax/((model/(layers|constrain|stages|stack|codes)|lora)\.py|quantization/|sharding/)"
+)
 # Parts of an operation's name that jax adds: the transformations and loops around it.
 JAX_SCOPES = r"jit\([^)]*\)|while|body|cond|branch_\d+_fun|closed_call|eval_jaxpr|checkpoint"
 JAX_SCOPES += r"|rematted_computation|custom_[jv][jv]p_call"
@@ -119,23 +121,19 @@ def source_lines(text: str) -> dict[str, str]:
     locations = _rows(text, "FileLocations", r"(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
     places = {key: f"{files[file]}:{line}" for key, file, line in locations}
     stack = _rows(text, "StackFrames", r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
-    # Parents are one too large: 1 stands for none.
-    frames = {key: (places[place], str(int(parent) - 1)) for key, place, parent in stack}
-    return {key: _model_line(key, frames) for key in frames}
+    lines: dict[str, str] = {}
+    for frame, place, caller in stack:  # callers come first, with ids that are one too large
+        lines[frame] = _model_line(places[place], lines.get(str(int(caller) - 1), ""))
+    return lines
+
+
+def _model_line(place: str, caller: str) -> str:
+    """A place in the project, or the line that calls it if the place is a helper or elsewhere."""
+    _, found, line = place.rpartition("/paligemma_jax/")
+    own = f"paligemma_jax/{line}" if found else ""
+    return next((line for line in (own, caller) if line and not HELPERS.match(line)), own or caller)
 
 
 def _rows(text: str, title: str, pattern: str) -> list[tuple[str, ...]]:
     table = re.search(rf"^{title}\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     return re.findall(rf"^{pattern}", table[1], re.MULTILINE) if table else []
-
-
-def _model_line(frame: str, frames: dict[str, tuple[str, str]]) -> str:
-    """The innermost line of the project, of a helper only if there is no other."""
-    helper = ""
-    while frame in frames:
-        place, frame = frames[frame]
-        _, found, line = place.rpartition("/paligemma_jax/")
-        if found and not re.match(HELPERS, line):
-            return f"paligemma_jax/{line}"
-        helper = helper or (f"paligemma_jax/{line}" if found else "")
-    return helper
