@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from support import hf_models
+from support.on_devices import device_flags
 from support.paths import GOLDEN, ROOT, TESTS
 
 from convert import convert
@@ -94,7 +95,7 @@ VISION = {"num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size":
 def run_on_devices(count, code, *arguments):
     """Run code in a process with this many CPU devices, and return its stdout."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+        "XLA_FLAGS": device_flags(count),
         "JAX_PLATFORMS": "cpu",
         "PYTHONWARNINGS": "ignore",
     }

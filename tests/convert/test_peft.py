@@ -21,8 +21,6 @@ from paligemma_jax.checkpoints.load import load_model
 
 peft = pytest.importorskip("peft", reason="the reference is peft: install the extra test")
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def save(reference, base, directory, **options):
     """An adapter of random numbers that peft saved, of the checkpoint `base`."""

@@ -52,7 +52,6 @@ def test_it_runs(file, tmp_path, monkeypatch):
     if file.stem in NEED_TORCH and importlib.util.find_spec("torch") is None:
         pytest.skip("comparing with transformers needs torch")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = nbformat.read(file, as_version=4)
     saved = count_images(notebook)
     resources = {"metadata": {"path": str(tmp_path)}}

@@ -33,8 +33,6 @@ from paligemma_jax.training.prepare import prepare_model
 from paligemma_jax.training.runs import Run
 from paligemma_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 RANKS = {"decoder": 2, "vision": 3}
 
 

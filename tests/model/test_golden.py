@@ -4,6 +4,7 @@ tests/golden by tests/support/make_golden.py."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -118,8 +119,14 @@ sys.exit(pytest.main([sys.argv[1], "-q", "-p", "no:cacheprovider", "-k", tests])
 
 
 def test_without_torch():
-    """The core of this file passes in a process without torch and transformers."""
+    """The core of this file passes in a process without torch and transformers, with programs that
+    are optimized as those of users."""
+    optimized = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, __file__], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", WITHOUT, __file__],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | optimized,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

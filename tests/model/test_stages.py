@@ -28,11 +28,6 @@ LAYER = "decoder/layers/1"
 WEIGHTS = f"{LAYER}/attention/weights"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(quick_to_compile):
-    pass
-
-
 @pytest.fixture(scope="module")
 def predictor():
     """Three layers in the decoder, two in the image encoder."""

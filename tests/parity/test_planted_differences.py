@@ -22,7 +22,6 @@ from paligemma_jax.parity.run import ParityConfig, run
 from paligemma_jax.processing import processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
 FIRST_WEIGHTS = "decoder/layers/0/attention/weights"
 LAST_MLP = "decoder/layers/3/mlp/output"
 

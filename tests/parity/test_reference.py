@@ -22,8 +22,6 @@ from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.parity import torch_loading
 from paligemma_jax.parity.end_to_end import GreedyTokens
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def converted(directory) -> Path:

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 from support.finetuning import data, losses, weights  # noqa: F401
+from support.on_devices import device_flags
 from support.paths import DIGITS, ROOT
 
 from paligemma_jax.evaluation.cases import collect
@@ -25,11 +26,7 @@ from paligemma_jax.training.finetune import finetune
 
 MODEL = ROOT / "tests" / "golden" / "pg2"
 OPTIONS = dict(batch_size=4, learning_rate=1e-3, save_every=2, length=64)
-ENVIRONMENT = {
-    "PYTHONPATH": str(ROOT),
-    "PYTHONWARNINGS": "ignore",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-}
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
 def start(arguments, **environment):
@@ -48,11 +45,7 @@ def start_run(count, rows, output, *options, devices=1):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        "PALIGEMMA_JAX_CACHE": "off",
-    }
+    environment = {"XLA_FLAGS": device_flags(devices), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     command = ["finetune", "--model", MODEL, "--data", rows, "--output", output, *options]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
     addresses = [["--hosts", f"localhost:{port},{count},{i}"] for i in range(count)]

@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from paligemma_jax.training.batches import Batch
 
 
+def device_flags(count: int) -> str:
+    """Return XLA_FLAGS for a process with that many CPU devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+
+
 def call(devices: int, function: str, *arguments: object, **options: object) -> Any:  # any JSON
     """Return the result of a function below, run in a process with that many CPU devices."""
     flags = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": device_flags(devices),
         "JAX_PLATFORMS": "cpu",
-        "PALIGEMMA_JAX_CACHE": "off",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, __file__, function, json.dumps([arguments, options])]
@@ -348,7 +352,5 @@ if __name__ == "__main__":
     import jax
 
     jax.config.update("jax_default_matmul_precision", "highest")
-    # XLA's and LLVM's optimizations would take most of the time.
-    jax.config.update("jax_disable_most_optimizations", True)
     arguments, options = json.loads(sys.argv[2])
     print(json.dumps(globals()[sys.argv[1]](*arguments, **options)))

@@ -42,8 +42,6 @@ from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.prepare import load_trainable
 from paligemma_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def steps_of(folder):
     """The steps whose checkpoints are kept."""

@@ -17,8 +17,6 @@ from paligemma_jax.training.finetune import finetune
 from paligemma_jax.training.runs import Run, RunContent, check_run_folder
 from paligemma_jax.training.validation import Validation
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):

@@ -30,8 +30,6 @@ from paligemma_jax.training.optimizers import make_optimizer, make_schedule
 from paligemma_jax.training.prepare import prepare_model, trainer_shapes
 from paligemma_jax.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_to_compile")
-
 
 def load_form(form):
     model = load_model(TINY)
