@@ -17,7 +17,7 @@ from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
 from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
 from paligemma_jax.model.constrain import constrain, over_all_tokens
 from paligemma_jax.model.decode_attention import attend_cached
-from paligemma_jax.model.layers import Linear, RMSNorm, identity, rope
+from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, rope
 from paligemma_jax.model.masks import TokenSpan
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
@@ -140,8 +140,7 @@ class Embedder(nnx.Module):
         """
         table = self.table[...]
         table = table if parts == 1 else table.reshape(-1, parts, table.shape[1])[:, part]
-        table = table.astype(x.dtype)
-        return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+        return matrix_product(x, table.astype(x.dtype), jnp.float32)
 
     def decode_at(self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]) -> Float32[Array, "*B"]:
         """Compute the logit of one token for each x."""
