@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import jax
@@ -12,24 +13,48 @@ from jaxtyping import Float, Float32, Int, Int8
 from paligemma_jax.model.constrain import constrain
 from paligemma_jax.model.masks import TokenSpan
 
+TILE = 32  # 8-bit numbers that share a tile of a TPU along the last axis but one
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int8Array:
     """Keys or values in 8 bits, with one scale per head and slot that maps its maximum to 127."""
 
-    codes: Int8[Array, "*slots H"]
-    scale: Float32[Array, "*slots 1"]
+    codes: Int8[Array, "*L B S X"]
+    scale: Float32[Array, "*L B K S"]
 
     @classmethod
-    def quantize(cls, x: Float[Array, "*slots H"]) -> Int8Array:
+    def quantize(cls, x: Float[Array, "*L B S K H"]) -> Int8Array:
         x = x.astype(jnp.float32)
         scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
-        return cls(jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8), scale)
+        codes = jnp.round(x / jnp.maximum(scale, 1e-30)).astype(jnp.int8)
+        return cls(join_heads(codes), jnp.swapaxes(scale[..., 0], -1, -2))
+
+    def write(self, new: Int8Array, slot: Int[Array, ""]) -> Int8Array:
+        """Replace one slot.
+
+        TPUs tile 32 slots of codes, and would copy all of them to other tiles and back to update
+        one; so the tile that contains the slot is rewritten, and the few scales all together.
+        """
+        axis, S = self.codes.ndim - 2, self.codes.shape[-2]
+        size = math.gcd(TILE, S)
+        start = slot // size * size
+        tile = jax.lax.dynamic_slice_in_dim(self.codes, start, size, axis)
+        tile = jnp.where((start + jnp.arange(size) == slot)[:, None], new.codes, tile)
+        codes = jax.lax.dynamic_update_slice_in_dim(self.codes, tile, start, axis)
+        return Int8Array(codes, jnp.where(jnp.arange(S) == slot, new.scale, self.scale))
 
 
-CachedArray = Array | Int8Array  # [B, S, K, H]
-CachedLayers = list[CachedArray] | CachedArray  # a list over layers, or [L, B, S, K, H] if stacked
+# Heads are joined, so that slots are next to the last axis: TPUs tile the last two axes, and would
+# copy an array [B, S, K, H] into another layout before the first token and back after the last.
+CachedArray = Array | Int8Array  # [B, S, X]
+CachedLayers = list[CachedArray] | CachedArray  # a list over layers, or [L, B, S, X] if stacked
+
+
+def join_heads(x: Array) -> Array:
+    """[..., K, H] -> [..., K*H]."""
+    return x.reshape(*x.shape[:-2], -1)
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +82,6 @@ class KVCache:
             slots: At least T.
             dtype: "int8", or None to keep the arrays' own.
         """
-        if dtype == "int8":
-            k, v = jax.tree.map(Int8Array.quantize, (k, v))
         used = span.valid.shape[1]
         if slots < used:
             raise ValueError(f"the cache must have at least {used} slots, got {slots}")
@@ -66,15 +89,16 @@ class KVCache:
         def pad(a: Array, axis: int) -> Array:
             return jnp.pad(a, [(0, slots - used if i == axis else 0) for i in range(a.ndim)])
 
-        def allocate(a: Array) -> Array:
-            return constrain("L B S K" if a.ndim == 5 else "B S K", pad(a, a.ndim - 3))
+        def allocate(a: Array) -> CachedArray:
+            a = constrain("L B S K" if a.ndim == 5 else "B S K", pad(a, a.ndim - 3))
+            return Int8Array.quantize(a) if dtype == "int8" else join_heads(a)
 
         k, v = jax.tree.map(allocate, (k, v))
         return cls(k, v, jax.tree.map(lambda a: pad(a, 1), span), jnp.int32(used))
 
     def take_rows(self, order: Int[Array, " rows"]) -> KVCache:
         """The cache of rows order[0], order[1], ...; rows may repeat or be left out."""
-        k, v = jax.tree.map(lambda a: jnp.take(a, order, axis=a.ndim - 4), (self.k, self.v))
+        k, v = jax.tree.map(lambda a: jnp.take(a, order, axis=a.ndim - 3), (self.k, self.v))
         return replace(self, k=k, v=v, span=jax.tree.map(lambda a: a[order], self.span))
 
     def extend(self, position: Int[Array, " B"]) -> KVCache:
@@ -94,12 +118,16 @@ class KVCache:
         that the write waits for the reads; otherwise XLA on a CPU copies the cache to do both at
         once.
         """
-        if jax.tree.structure(k) != jax.tree.structure(self.k):
-            k, v = jax.tree.map(Int8Array.quantize, (k, v))
         wait, slot = 0 * after[:, :, :1, None], self.length - 1
 
-        def put(slots: Array, new: Array) -> Array:
+        def put(slots: CachedArray, new: Array) -> CachedArray:
             new = new + wait.astype(new.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=slots.ndim - 3)
+            if isinstance(slots, Int8Array):
+                return slots.write(Int8Array.quantize(new), slot)
+            new = join_heads(new)
+            return jax.lax.dynamic_update_slice_in_dim(slots, new, slot, axis=slots.ndim - 2)
 
-        return replace(self, k=jax.tree.map(put, self.k, k), v=jax.tree.map(put, self.v, v))
+        k, v = jax.tree.map(
+            put, (self.k, self.v), (k, v), is_leaf=lambda a: isinstance(a, Int8Array)
+        )
+        return replace(self, k=k, v=v)

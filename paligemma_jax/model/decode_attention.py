@@ -23,7 +23,7 @@ def attend_cached(
     softcap: float | None,
     mask: MaskRule,
 ) -> Float[Array, "B 1 N H"]:
-    """`attend` for one query per row, over cached keys and values [B, S, K, H] and the token's own.
+    """`attend` for one query per row, over cached keys and values [B, S, X] and the token's own.
 
     Args:
         q: The queries.
@@ -36,18 +36,18 @@ def attend_cached(
 
     - The token's own key and value are added from `new`. If this product read what was just written
       to the cache, XLA would copy the cache.
-    - Keys and values are read in memory order, [B, S, K*H]. A product by heads would transpose
-      them. Instead each query head has zeros in place of the key heads that are not its own, and
-      takes its own part of the result.
+    - Keys and values are read in memory order, with the heads joined (X = K*H). A product by heads
+      would transpose them. Instead each query head has zeros in place of the key heads that are not
+      its own, and takes its own part of the result.
     """
     (k, k_scale), (v, v_scale) = (
         (a.codes, a.scale) if isinstance(a, Int8Array) else (a, None) for a in cached
     )
-    (B, S, K, H), G = k.shape, q.shape[2] // new[0].shape[2]
-    k, v = (a.reshape(B, S, K * H).astype(q.dtype) for a in (k, v))
+    (B, _, K, H), G = new[0].shape, q.shape[2] // new[0].shape[2]
+    k, v = k.astype(q.dtype), v.astype(q.dtype)
 
-    def by_head(scale: Array | None) -> Array | int:  # [B, S, K, 1] -> [B, N, S]
-        return 1 if scale is None else jnp.repeat(jnp.moveaxis(scale[..., 0], 2, 1), G, axis=1)
+    def by_head(scale: Array | None) -> Array | int:  # [B, K, S] -> [B, N, S]
+        return 1 if scale is None else jnp.repeat(scale, G, axis=1)
 
     q = q.reshape(B, K, G, H)
     wide = jnp.einsum("BKGH,KL->BKGLH", q, jnp.eye(K, dtype=q.dtype)).reshape(B, K * G, K * H)

@@ -19,12 +19,34 @@ from paligemma_jax.model.stack import stack_model
 from tools.quantization_table import decoded_logits
 
 
+def values(small: Int8Array) -> np.ndarray:
+    """[B, S, K, H], as `Int8Array.quantize` takes them."""
+    scale = np.swapaxes(np.asarray(small.scale), -1, -2)[..., None]
+    return np.asarray(small.codes).reshape(*scale.shape[:-1], -1) * scale
+
+
 def test_rounding():
     x = np.random.default_rng(0).normal(size=(2, 5, 3, 32)).astype(np.float32)
     small = Int8Array.quantize(jnp.asarray(x))
-    assert small.codes.dtype == np.int8 and small.scale.shape == (2, 5, 3, 1)
-    np.testing.assert_allclose(small.codes * small.scale, x, atol=np.abs(x).max() / 254 * 1.001)
+    assert small.codes.dtype == np.int8 and small.codes.shape == (2, 5, 3 * 32)
+    assert small.scale.shape == (2, 3, 5)
+    np.testing.assert_allclose(values(small), x, atol=np.abs(x).max() / 254 * 1.001)
     assert not np.asarray(Int8Array.quantize(jnp.zeros_like(x)).codes).any()
+
+
+@pytest.mark.parametrize("slots", [64, 40, 7])
+def test_write_replaces_one_slot(slots: int):
+    """Also where no tile of 32 slots divides the cache."""
+    x = np.random.default_rng(0).normal(size=(2, slots + 1, 3, 32)).astype(np.float32)
+    new, old = (
+        Int8Array.quantize(jnp.asarray(x[:, -1:])),
+        Int8Array.quantize(jnp.asarray(x[:, :-1])),
+    )
+    write = jax.jit(Int8Array.write)
+    for slot in {0, 5, 31, 32, slots - 1} & set(range(slots)):
+        expected = values(old).copy()
+        expected[:, slot] = values(new)[:, 0]
+        np.testing.assert_array_equal(values(write(old, new, jnp.int32(slot))), expected)
 
 
 @pytest.mark.parametrize("form", ["list", "stack"])
@@ -51,8 +73,8 @@ def test_decoding_from_an_int8_cache(form):
         assert 0 < np.abs(quantized - first).max() < 0.05 * spread
     dense = np.asarray(cache.k[0])
     int8 = jax.tree.map(lambda a: a[0], int8_cache.k) if form == "stack" else int8_cache.k[0]
-    values = np.asarray(int8.codes) * np.asarray(int8.scale)
-    np.testing.assert_allclose(values, dense, atol=np.abs(dense).max() / 254 * 1.001)
+    dense = dense.reshape(values(int8).shape)
+    np.testing.assert_allclose(values(int8), dense, atol=np.abs(dense).max() / 254 * 1.001)
 
 
 def test_tiny_reads_digits_with_an_int8_cache():
