@@ -31,6 +31,7 @@ class Group:
     batches: tuple[int, ...] = (1, 8)
     layers: Literal["list", "stack"] = "stack"  # compiles in a fraction of the time of a list
     quantize: str | None = None
+    attention: str | None = None  # by default the fastest
     against: tuple[Literal["transformers", "transformers-compile"], ...] = ()
     train: tuple[Literal["lora"], ...] = ()
 
@@ -42,12 +43,24 @@ GROUPS = (
     Group("3b-224", quantize="int8"),
     Group("3b-224", quantize="nf4"),
     Group("3b-224", layers="list"),
+    Group("3b-448", (8,), attention="plain"),
+    Group("3b-224", (8,), quantize="w8a8"),
     Group("3b-224", (1,), "list", against=("transformers", "transformers-compile")),
     Group("3b-224", (8,), train=("lora",)),
     Group("3b-224", (8,), "list", against=("transformers", "transformers-compile")),
 )
+CASE = ("model", "quantize", "layers", "attention", "batch")  # keys of the first columns
 HEADER = (
-    *("model", "weights", "layers", "rows", "by", "first token or step, ms", "TFLOP/s"),
+    *(
+        "model",
+        "weights",
+        "layers",
+        "attention",
+        "rows",
+        "by",
+        "first token or step, ms",
+        "TFLOP/s",
+    ),
     *("decode tokens/s", "GB/s", "GiB", "compile s"),
 )
 
@@ -102,10 +115,16 @@ def _measure(
     from paligemma_jax.bench.contender import transformers_model
     from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
     from paligemma_jax.model.stack import stack_model
+    from paligemma_jax.sharding.devices import choose_attention
 
     model = torch_model = None
+    attention = choose_attention(group.attention)
     for batch in group.batches:
-        case: Record = {"quantize": group.quantize or "none", "batch": batch}
+        case: Record = {
+            "quantize": group.quantize or "none",
+            "attention": attention,
+            "batch": batch,
+        }
         if time.perf_counter() > deadline:
             yield case | {"error": "not measured, the time is over"}
             continue
@@ -116,7 +135,9 @@ def _measure(
                     yield case | row
                 continue
             if model is None:
-                model = model_by_name(group.model, machine["dtype"], config.depth, group.quantize)
+                model = model_by_name(
+                    group.model, machine["dtype"], config.depth, group.quantize, attention
+                )
                 torch_model = transformers_model(model) if group.against else None
                 model = stack_model(model) if group.layers == "stack" else model
             inputs = synthetic_inputs(model.config, batch, config.prompt[0])
@@ -127,7 +148,7 @@ def _measure(
 
 
 def _cells(row: Record) -> tuple[str, ...]:
-    case = tuple(str(row[name]) for name in ("model", "quantize", "layers", "batch"))
+    case = tuple(str(row[name]) for name in CASE)
     if "error" in row:
         return (*case, row["error"])
     first = row["step_s" if "train" in row else "first_token_s"]["median"]

@@ -5,7 +5,8 @@ itself:
 
     for model in 3b-224 10b-224 28b-224; do
         paligemma-jax bench --model $model --dtype bfloat16 --batch 1 8 --layers list stack \
-            --against transformers transformers-compile --cached 300 4400 --json > $model.json
+            --attention fused plain --against transformers transformers-compile \
+            --cached 300 4400 --json > $model.json
     done
 """
 
@@ -27,7 +28,7 @@ from paligemma_jax.bench import clock
 from paligemma_jax.bench.cached import fixed_length_request, measure_cached, step_bytes
 from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
-from paligemma_jax.bench.roofs import ROOFS, add_shares, roofs
+from paligemma_jax.bench.roofs import ROOFS, add_shares, product_dtype, roofs
 from paligemma_jax.checkpoints.synthetic import model_by_name, synthetic_inputs
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference import generate
@@ -37,7 +38,7 @@ from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.compiled import mesh_jit
-from paligemma_jax.sharding.devices import peak_resident_bytes, program_bytes
+from paligemma_jax.sharding.devices import choose_attention, peak_resident_bytes, program_bytes
 
 if TYPE_CHECKING:
     from transformers import PaliGemmaForConditionalGeneration
@@ -51,11 +52,12 @@ def run(config: BenchConfig) -> Record:
     """
     machine = clock.describe_machine(config.dtype or clock.default_dtype())
     report: Record = {"machine": machine, "rows": [], "cached": []}
-    models = list(product(config.model, config.quantize or (None,)))
+    forms = [choose_attention(form) for form in config.attention or (None,)]
+    models = list(product(config.model, config.quantize or (None,), forms))
     cases = len(config.layers) * len(config.batch) * (len(config.prompt) + len(config.cached))
     with progress_bar(desc="bench", total=len(models) * cases, unit="case") as bar:
-        for name, quantization in models:
-            for key, row in _measure_model(name, quantization, machine, config):
+        for model in models:
+            for key, row in _measure_model(*model, machine, config):
                 report[key].append(row)
                 bar.update(row["by"] == OURS)
             gc.collect()
@@ -65,10 +67,10 @@ def run(config: BenchConfig) -> Record:
 
 
 def _measure_model(
-    name: str, quantization: str | None, machine: Record, config: BenchConfig
+    name: str, quantization: str | None, form: str, machine: Record, config: BenchConfig
 ) -> Iterator[tuple[str, Record]]:
     start, dtype = time.perf_counter(), machine["dtype"]
-    model = jax.block_until_ready(model_by_name(name, dtype, config.depth, quantization))
+    model = jax.block_until_ready(model_by_name(name, dtype, config.depth, quantization, form))
     load_seconds = time.perf_counter() - start
     torch_model = None
     if config.against:
@@ -81,6 +83,7 @@ def _measure_model(
             "model": name,
             "quantize": quantization or "none",
             "layers": layers,
+            "attention": form,
             "device": machine["device"],
             "dtype": dtype,
             "load_s": load_seconds,
@@ -111,7 +114,8 @@ def measure_case(
     (rows, tokens), steps = inputs.tokens.shape, config.new - 1
     flops = rows * prefill_flops(model.config, tokens)
     nbytes = step_bytes(model, tokens + config.new // 2, rows)
-    contenders = {OURS: run, ROOFS: roofs(model.config.dtype, nbytes)}
+    products = product_dtype(model)
+    contenders = {OURS: run, ROOFS: roofs(products, nbytes)}
     if torch_model is not None:
         from paligemma_jax.bench.contender import GENERATORS
 
@@ -128,6 +132,7 @@ def measure_case(
             "first_token_s": spread(prefill),
             "prefill_tokens_s": spread(rows * tokens / prefill),
             "flops_s": flops / median(prefill),
+            "matrix_dtype": products,
             "matrix_flops_s": 1 / flop_seconds.min(),
             "decode_tokens_s": spread(rows * steps / decode),
             "step_bytes": nbytes,

@@ -83,7 +83,7 @@ def _cells(row: Record) -> tuple[str, ...]:
 def _cached_cells(row: Record, rows: list[Record]) -> tuple[str, ...]:
     """Return the cells of a row, with time and bytes relative to the first row of the same model,
     layers and batch."""
-    case = ("model", "quantize", "layers", "batch")
+    case = ("model", "quantize", "attention", "layers", "batch")
     first = next(other for other in rows if all(other[key] == row[key] for key in case))
     time = row["step_s"]["median"] / first["step_s"]["median"]
     return (
@@ -108,7 +108,8 @@ def _training_cells(row: Record) -> tuple[str, ...]:
         share = _share(row, "matrix_share", "matrix_flops_s", 1e12)
         timed = (seconds, tokens + speedup, share)
     return (
-        *(str(row[key]) for key in ("model", "train", "remat", "batch", "tokens", "by")),
+        _name(row),
+        *(str(row[key]) for key in ("train", "remat", "batch", "tokens", "by")),
         f"{row['compile_s']:.1f}" if "compile_s" in row else "",
         *timed,
         *(f"{row[name] / 2**30:.2f}" if name in row else "" for name in MEMORY),
@@ -116,7 +117,9 @@ def _training_cells(row: Record) -> tuple[str, ...]:
 
 
 def _name(row: Record) -> str:
-    return row["model"] if row["quantize"] == "none" else f"{row['model']} {row['quantize']}"
+    """Return the model with what is not the default everywhere: `3b-224 int8 fused`."""
+    parts = (row["model"], row.get("quantize", "none"), row["attention"])
+    return " ".join(part for part in parts if part not in ("none", "plain"))
 
 
 def _share(row: Record, share: str, roof: str, unit: float) -> str:

@@ -31,7 +31,7 @@ from paligemma_jax.checkpoints.synthetic import (
 from paligemma_jax.model.flops import training_flops
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
-from paligemma_jax.sharding.devices import program_bytes
+from paligemma_jax.sharding.devices import choose_attention, program_bytes
 from paligemma_jax.training.batches import Batch, max_targets
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import prepare_model, trainer_shapes
@@ -48,16 +48,17 @@ def run(config: BenchConfig) -> Record:
     """
     dtype = config.dtype or clock.default_dtype()
     machine = clock.describe_machine(dtype)
-    cases = product(config.model, config.train, config.batch, config.prompt)
+    forms = [choose_attention(form) for form in config.attention or (None,)]
+    cases = product(config.model, config.train, forms, config.batch, config.prompt)
     rows = [row for case in cases for row in _measure_case(*case, machine, config)]
     add_shares(rows)
     return {"machine": machine, "training": rows}
 
 
 def _measure_case(
-    name: str, train: str, batch: int, prompt: int, machine: Record, config: BenchConfig
+    name: str, train: str, form: str, batch: int, prompt: int, machine: Record, config: BenchConfig
 ) -> Iterator[Record]:
-    dtype = machine["dtype"]
+    dtype, attention = machine["dtype"], choose_attention(form)
     finetune = FinetuneConfig(
         data="",
         output="",
@@ -67,14 +68,16 @@ def _measure_case(
         learning_rate=1e-4,
         remat=config.remat,
         dtype=dtype,
+        attention=attention,
     )
     make_model = model_by_name if config.repeats else abstract_model_by_name
-    model = make_model(name, dtype, config.depth)
+    model = make_model(name, dtype, config.depth, attention=attention)
     inputs = synthetic_inputs(model.config, batch, prompt + config.new)
     data = Batch(with_targets(inputs, config.new), np.ones(batch, np.float32))
     common = {
         "model": name,
         "train": train,
+        "attention": attention,
         "device": machine["device"],
         "dtype": dtype,
         "remat": config.remat,
@@ -108,7 +111,7 @@ def _measure_step(
     if step is None:
         yield {"by": OURS, "flops": flops} | compiled
         return
-    contenders = {OURS: step, ROOFS: roofs(finetune.dtype)} | contenders
+    contenders = {OURS: step, ROOFS: roofs(model.config.dtype)} | contenders
     times = alternate(contenders, config.repeats)
     flop_seconds, _ = times.pop(ROOFS)
     for name, (_, seconds) in times.items():
@@ -119,6 +122,7 @@ def _measure_step(
             "tokens_s": spread(tokens.size / seconds),
             "flops": flops,
             "flops_s": flops / median(seconds),
+            "matrix_dtype": model.config.dtype,
             "matrix_flops_s": 1 / flop_seconds.min(),
             **(compiled if name == OURS else slower),
         }

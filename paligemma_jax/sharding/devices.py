@@ -113,10 +113,14 @@ def program_bytes(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def matrix_rate(dtype: str) -> float:
-    """Measure the FLOP/s of a large square matrix product. Numbers are random: ones and zeros take
-    less power, so some accelerators multiply them faster."""
+    """Measure the FLOP/s of a large square matrix product, of int8 with int32 sums. Numbers are
+    random: ones and zeros take less power, so some accelerators multiply them faster."""
     side, steps = (1024, 1) if jax.default_backend() == "cpu" else (8192, 8)
-    x = jax.random.normal(jax.random.key(0), (side, side), dtype) * side**-0.5
+    key, shape = jax.random.key(0), (side, side)
+    if dtype == "int8":
+        x = jax.random.randint(key, shape, -127, 128, dtype)
+    else:
+        x = jax.random.normal(key, shape, dtype) * side**-0.5
     return steps * 2 * side**3 / _best_time(_multiply, x, steps)
 
 
@@ -141,8 +145,13 @@ def read_rate(nbytes: int) -> float:
 
 
 @partial(jax.jit, static_argnames="times")
-def _multiply(x: Float[Array, "N N"], times: int) -> Float[Array, "N N"]:
-    return jax.lax.fori_loop(0, times, lambda _, product: product @ x, x)
+def _multiply(x: Array, times: int) -> Array:
+    sums = jnp.int32 if x.dtype == jnp.int8 else None
+
+    def multiply(_: Array, y: Array) -> Array:
+        return jnp.matmul(y, x, preferred_element_type=sums).astype(x.dtype)
+
+    return jax.lax.fori_loop(0, times, multiply, x)
 
 
 @partial(jax.jit, static_argnames="times")

@@ -207,6 +207,7 @@ def test_command(command, quick_config):
         (("--batch", 0), "--batch must be at least 1, got 0"),
         (("--new", 1), "--new must be at least 2, got 1"),
         (("--model", "4b-224"), "no such checkpoint"),
+        (("--attention", "plain", "fused"), "attention must be plain on a CPU, got fused"),
     ],
 )
 def test_invalid_arguments(command, quick_config, arguments, message):
@@ -242,7 +243,7 @@ def test_a_disturbance_lowers_no_roof():
         {"step_bytes": size, "bytes_s": 5.0, "read_bytes_s": rate}
         for size, rate in zip(sizes, rates, strict=True)
     ]
-    rows.append({"flops_s": 1.0, "matrix_flops_s": 2.0})
+    rows.append({"flops_s": 1.0, "matrix_flops_s": 2.0, "matrix_dtype": "float32"})
     roofs.add_shares(rows)
     assert [row.get("read_bytes_s") for row in rows] == [10.0, 10.0, 7.0, None]
     assert rows[2]["bandwidth_share"] == 5 / 7 and rows[3]["matrix_share"] == 0.5
