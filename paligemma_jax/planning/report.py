@@ -9,6 +9,7 @@ from paligemma_jax.planning.plan import PlanResult
 from paligemma_jax.planning.programs import ProgramCost
 
 GIB = 2**30
+MAX_WIDTH = 100
 HEADER = (
     *("", "arguments", "temporaries", "results", "total GiB", "TFLOP", "moved GB", "sent GB"),
     *("min. ms", "est. ms"),
@@ -86,17 +87,20 @@ def _cells(name: str, cost: ProgramCost) -> tuple[str, ...]:
 
 def _profile(name: str, cost: ProgramCost) -> str:
     """A table of the costliest operations of a program."""
-    lines = [("ms", "moved GB", "cycles M")]
-    lines += [
-        (f"{1000 * row.seconds:.3g}", f"{row.bytes / 1e9:.3g}", f"{row.cycles / 1e6:.3g}")
+    numbers = [("ms", "moved GB", "cycles M")]
+    numbers += [
+        (f"{1000 * row.seconds:.2f}", f"{row.bytes / 1e9:.2f}", f"{row.cycles / 1e6:.2f}")
         for row in cost.costliest
     ]
-    texts = [f"operation of {name}", *(row.name for row in cost.costliest)]
     places = ["line of paligemma_jax/"]
     places += [row.line.removeprefix("paligemma_jax/") for row in cost.costliest]
-    width = max(map(len, texts))
-    rows = zip(_aligned(lines), texts, places, strict=True)
-    return "\n".join(["", *(f"{cells}  {text:{width}}  {place}" for cells, text, place in rows)])
+    cells = _aligned(numbers)
+    limit = MAX_WIDTH - len(cells[0]) - max(map(len, places)) - 4
+    names = [f"operation of {name}"]
+    names += [row.name if len(row.name) <= limit else row.name[-limit:] for row in cost.costliest]
+    width = max(map(len, names))
+    rows = zip(cells, names, places, strict=True)
+    return "\n".join(["", *(f"{left}  {name:{width}}  {place}" for left, name, place in rows)])
 
 
 def fastest(results: Sequence[PlanResult]) -> PlanResult | None:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 
 from paligemma_jax.planning.chips import CHIPS
+from paligemma_jax.planning.config import PlanConfig
+from paligemma_jax.planning.cost import ProgramCost
 from paligemma_jax.planning.hlo import Program
+from paligemma_jax.planning.plan import PlanResult
 from paligemma_jax.planning.profile import OperationCost, operation_costs, source_lines
+from paligemma_jax.planning.report import describe
 
 TABLES = """HloModule jit_step, is_scheduled=true
 
@@ -105,3 +109,19 @@ def test_operations_without_an_estimate():
     """The compiler writes the largest integer, for example for a gather on another core."""
     unknown = LAYER.replace("9000", str(2**63 - 1)).format(n=0, scope="decoder", frame=3)
     assert sum(operation.cycles for operation in costs(unknown)) == 4000
+
+
+def test_the_table_of_a_profile():
+    """Numbers, operations and lines in columns, at most 100 wide."""
+    slow = OperationCost("layers/" * 20 + "softmax", "paligemma_jax/model/a.py:7", 2e9, 3e6, 4e-3)
+    fast = OperationCost("pad", "", 1e7, 0.0, 1e-5)
+    cost = ProgramCost(0, 0, 0, 0, 1e12, 2e9, {}, 3e6, 1.0, 2e-3, 4e-3, [slow, fast])
+    config = PlanConfig(profile=True, batch=8)
+    result = PlanResult(config, {}, False, 16 * 2**30, True, 2**30, programs={"decode": cost})
+    *_, header, first, second = describe(result).splitlines()
+    assert " ".join(header.split()) == (
+        "ms moved GB cycles M operation of decode line of paligemma_jax/"
+    )
+    assert first.split()[:3] == ["4.00", "2.00", "3.00"] and first.endswith("softmax  model/a.py:7")
+    assert second.split() == ["0.01", "0.01", "0.00", "pad"]
+    assert max(len(header), len(first)) <= 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -30,8 +31,8 @@ def layers_and_cache(x, weights, cache, step):
     """Layers in a loop, each a kernel, and an update of a cache that stays in HBM."""
 
     def multiply(left, right, out):
-        product = jnp.dot(left[...], right[...], preferred_element_type=jnp.float32)
-        out[...] = product.astype(out.dtype)
+        dot = partial(jnp.dot, precision="default", preferred_element_type=jnp.float32)
+        out[...] = dot(left[...], right[...]).astype(out.dtype)
 
     def layer(x, weight):
         block = pl.BlockSpec((SIZE // 4, SIZE), lambda i: (i, 0))
