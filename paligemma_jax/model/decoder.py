@@ -131,21 +131,29 @@ class Embedder(nnx.Module):
         (in bfloat16 59.75 instead of 59.87)."""
         return self.rows(tokens, dtype) * jnp.asarray(self.shape[1] ** 0.5, dtype)
 
-    def decode(
-        self, x: Float[Array, "... D"], part: Array | int = 0, parts: int = 1
-    ) -> Float32[Array, "... _"]:
-        """Compute the logits of all tokens, or of tokens part, part + parts, part + 2*parts, ...
+    def decode(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Compute the logits of all tokens."""
+        return matrix_product(x, self.table[...].astype(x.dtype), jnp.float32)
 
-        Strided, so that each device with a slice of the table computes a share of every part.
-        """
-        table = self.table[...]
-        table = table if parts == 1 else table.reshape(-1, parts, table.shape[1])[:, part]
-        return matrix_product(x, table.astype(x.dtype), jnp.float32)
+    def split(self, parts: int, dtype: DTypeLike) -> Embedder:
+        """A stack of `parts` embedders, to `decode` one after the other (see `split_rows`)."""
+        return jax.tree.map(lambda table: split_rows(table.astype(dtype), parts), self)
 
     def decode_at(self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]) -> Float32[Array, "*B"]:
         """Compute the logit of one token for each x."""
         rows = self.rows(tokens, x.dtype)
         return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=jnp.float32)
+
+
+def split_rows(table: Float[Array, "V ..."], parts: int) -> Float[Array, "parts Z ..."]:
+    """Split the rows of a table. Part i has rows i, i + parts, i + 2 * parts, ..., so that each
+    device with a slice of the table has a share of every part.
+
+    On a mesh, devices that have the same rows of the table exchange them for all of D in fewer
+    rows, once, which is less than to gather each part.
+    """
+    table = table.reshape(-1, parts, *table.shape[1:])
+    return constrain("- Z D", jnp.moveaxis(table, 1, 0))
 
 
 class Decoder(nnx.Module):
@@ -217,15 +225,16 @@ class Decoder(nnx.Module):
         parts = next(n for n in range(1, V + 1) if V % n == 0 and n * chunk >= V)
 
         @jax.checkpoint
-        def accumulate(carry: tuple[Array, Array], part: Array):
+        def accumulate(carry: tuple[Array, Array], output: Embedder):
             total, summed = carry
-            logits = constrain("B - V", self.output.decode(x, part, parts))
+            logits = constrain("B - Z", output.decode(x))
             logits = self._cap(logits, capped)
             total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
             return (total, summed + logits.sum(axis=-1) if smoothing else summed), None
 
         zeros = jnp.zeros(tokens.shape, jnp.float32)
-        (total, summed), _ = jax.lax.scan(accumulate, (zeros - jnp.inf, zeros), jnp.arange(parts))
+        start = zeros - jnp.inf, zeros
+        (total, summed), _ = jax.lax.scan(accumulate, start, self.output.split(parts, x.dtype))
         chosen = self._cap(self.output.decode_at(x, tokens), capped)
         return (1 - smoothing) * chosen + smoothing / V * summed - total
 

@@ -19,6 +19,7 @@ from paligemma_jax.model.constrain import gather_weight
 #   B batch   T query tokens   S key tokens (cache slots)   D decoder width    V vocabulary
 #   N heads   K key/value heads   G = N/K   H head size     F MLP width        L layers
 #   M images  P patches        U = patch*patch*3 pixels     W vision width   X = K*H
+#   Z part of the vocabulary, in the loss
 
 
 class Linear(nnx.Module):

@@ -18,10 +18,10 @@ from jax.typing import DTypeLike
 
 from paligemma_jax.model.codes import decode, encode, multiply, scales
 from paligemma_jax.model.constrain import constrain
-from paligemma_jax.model.decoder import Embedder
+from paligemma_jax.model.decoder import Embedder, split_rows
 from paligemma_jax.model.layers import Linear, add_bias, product
 from paligemma_jax.model.precision import WeightFormat
-from paligemma_jax.model.tree import Model, replace_modules
+from paligemma_jax.model.tree import Model, copy_tree, replace_modules
 from paligemma_jax.quantization.w8a8 import multiply_rounded
 
 
@@ -102,11 +102,15 @@ class QuantizedEmbedder(QuantizedLinear, Embedder):
         parts = {"codes": self.codes[...][tokens], "scale": scales(self.parts)[tokens]}
         return decode(self.format, parts, (*tokens.shape, self.shape[1])).astype(dtype)
 
-    def decode(self, x: Array, part: Array | int = 0, parts: int = 1) -> Array:
-        codes, scale = self.codes[...], scales(self.parts)
-        if parts > 1:
-            codes, scale = (a.reshape(-1, parts, *a.shape[1:])[:, part] for a in (codes, scale))
-        return jax.checkpoint(self.multiply)(x, codes, scale)
+    def decode(self, x: Array) -> Array:
+        return jax.checkpoint(self.multiply)(x, self.codes[...], scales(self.parts))
+
+    def split(self, parts: int, dtype: DTypeLike) -> QuantizedEmbedder:
+        part = copy_tree(self)
+        part.axes, part.nested = "ZD", None
+        part.codes = nnx.Param(split_rows(self.codes[...], parts))
+        part.scale = nnx.Param(split_rows(scales(self.parts), parts))
+        return part
 
 
 def quantize_modules(

@@ -19,11 +19,13 @@ MESH_AXES = ("data", "fsdp", "tensor")
 # The mesh axes that split each axis letter. Tensor parallelism splits heads, MLP and vocabulary;
 # fully sharded data parallelism splits the other axis of each matrix. Both kinds of data
 # parallelism split the rows of a batch and its images. Between blocks, the devices that share rows
-# split the tokens (sequence parallelism, arXiv:2205.05198).
+# split the tokens (sequence parallelism, arXiv:2205.05198). In the loss, all devices but those of
+# `data` split the vocabulary.
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys("VNKFT", ("tensor",)),
     **dict.fromkeys("DW", ("fsdp",)),
     "B": ("data", "fsdp"),
+    "Z": ("tensor", "fsdp"),
 }
 
 # The axis letters (model/layers.py) of each parameter. Paths have no layer number; stacked

@@ -119,9 +119,11 @@ def test_collectives_of_a_training_step():
 
     gathered = shapes_of("all-gather")
     reduced = shapes_of("all-reduce") + shapes_of("reduce-scatter")
-    # FSDP gathers each kernel when it is used, over D only; heads, F and vocabulary stay split.
-    kernels = ([48, 64], [64, 48], [4, 8, 64], [64, 4, 8], [2, 8, 64], [16384, 64])
+    # FSDP gathers each kernel when it is used, over D only; heads and F stay split.
+    kernels = ([48, 64], [64, 48], [4, 8, 64], [64, 4, 8], [2, 8, 64])
     assert all(kernel in gathered for kernel in kernels)
+    # In the loss all devices split the vocabulary, and no part of the table is gathered.
+    assert [16384, 64] not in gathered
     assert not any(kernel in gathered for kernel in ([96, 64], [64, 96], [64, 64]))
 
     # It never gathers the kernels of several layers, nor the logits of all positions.

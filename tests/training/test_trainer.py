@@ -227,6 +227,7 @@ def test_stacking_and_remat_do_not_change_a_step():
     for form, remat in (
         ("list", "none"),
         ("stack", "none"),
+        ("stack", "full"),
         ("stack", "outputs"),
         ("list", "dots"),
     ):
