@@ -30,7 +30,8 @@ class Attention(nnx.Module):
     def __init__(
         self, config: DecoderConfig, numerics: Numerics, form: AttentionForm, rngs: nnx.Rngs
     ):
-        self.config, self.numerics, self.form = config, numerics, form
+        self.config, self.numerics = config, numerics
+        self.form: AttentionForm = form
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q = Linear("NHD", (N, H, D), rngs=rngs)

@@ -19,7 +19,8 @@ from paligemma_jax.model.stages import branch, scope, stage
 class Attention(nnx.Module):
     def __init__(self, config: VisionConfig, form: AttentionForm, rngs: nnx.Rngs):
         W, N, H = config.hidden_size, config.num_attention_heads, config.head_dim
-        self.scale, self.form = H**-0.5, form
+        self.scale = H**-0.5
+        self.form: AttentionForm = form
         self.q = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
         self.k = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
         self.v = Linear("NHW", (N, H, W), bias=True, rngs=rngs)
