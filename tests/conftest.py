@@ -85,6 +85,15 @@ def forget_compiled():
     jax.clear_caches()
 
 
+@pytest.fixture
+def optimized():
+    """Compile as users do: for tests whose tolerance is that of optimized programs."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
     """(kind, seed, **changes) -> (transformers model, directory in released layout, our model).

@@ -265,7 +265,7 @@ def test_invalid_options_are_refused(tiny, message, options):
         tiny.generate(PHOTO, "ocr", **options)
 
 
-def test_scores_are_batched(tiny, photos):
+def test_scores_are_batched(tiny, photos, optimized):
     """Scores equal those of single prompts, in order. A new length in a bucket compiles nothing, an
     image that occurs twice is encoded once, and an unreadable one raises."""
     suffixes = ["4 3 2 3", "4", "four digits", "3 " * 10, "", "4 3 2 8"]
