@@ -26,6 +26,9 @@ class Placement:
     def constrain(self, axes: str, x: Array) -> Array:
         return x
 
+    def ways(self, letter: str, size: int) -> int:
+        return 1
+
     def over_shards(
         self, function: Callable[..., Array], axes: Sequence[str], arrays: Sequence[PyTree]
     ) -> Array:
@@ -43,6 +46,11 @@ def constrain(axes: str, x: Array) -> Array:
     tower (M and P).
     """
     return _placement.get().constrain(axes, x)
+
+
+def ways(letter: str, size: int) -> int:
+    """Return the number of slices that an axis of this letter and size is split into."""
+    return _placement.get().ways(letter, size)
 
 
 def over_shards(

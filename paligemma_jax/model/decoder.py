@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
 from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
-from paligemma_jax.model.constrain import constrain, over_all_tokens
+from paligemma_jax.model.constrain import constrain, over_all_tokens, ways
 from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, rope
 from paligemma_jax.model.masks import TokenSpan
@@ -147,14 +147,17 @@ class Embedder(nnx.Module):
 
 
 def split_rows(table: Float[Array, "V ..."], parts: int) -> Float[Array, "parts Z ..."]:
-    """Split the rows of a table. Part i has rows i, i + parts, i + 2 * parts, ..., so that each
-    device with a slice of the table has a share of every part.
+    """Split the rows of a table. On one device, parts are views of it.
 
-    On a mesh, devices that have the same rows of the table exchange them for all of D in fewer
-    rows, once, which is less than to gather each part.
+    On a mesh, each part has rows of every slice of the table, so that all devices have a share.
+    Devices that have the same rows exchange them for all of D in fewer rows, once, which is less
+    than to gather each part.
     """
-    table = table.reshape(-1, parts, *table.shape[1:])
-    return constrain("- Z D", jnp.moveaxis(table, 1, 0))
+    V, *rest = table.shape
+    slices = ways("V", V)
+    slices = slices if V % (slices * parts) == 0 else 1
+    table = jnp.moveaxis(table.reshape(slices, parts, -1, *rest), 1, 0)
+    return constrain("- Z D", table.reshape(parts, -1, *rest))
 
 
 class Decoder(nnx.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,6 +38,12 @@ class MeshPlacement(Placement):
 
     def constrain(self, axes: str, x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, _spec(axes, x))
+
+    def ways(self, letter: str, size: int) -> int:
+        mesh = jax.sharding.get_abstract_mesh()
+        (names,) = partition_spec([letter], [size], mesh)
+        names = (names,) if isinstance(names, str) else names or ()
+        return math.prod(mesh.shape[name] for name in names)
 
     def over_shards(
         self, function: Callable[..., Array], axes: Sequence[str], arrays: Sequence[PyTree]

@@ -1,10 +1,15 @@
 """`token_loss` against transformers, and its gradient."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.training.losses import token_loss
 
 
@@ -50,3 +55,18 @@ def test_half_precision_logits_are_summed_in_float32(batch):
     assert token_loss(logits, *batch[1:]).dtype == jnp.float32
     expected = token_loss(logits.astype(jnp.float32), *batch[1:])
     assert float(token_loss(logits, *batch[1:])) == float(expected)
+
+
+def test_log_probabilities_do_not_copy_the_vocabulary(optimized):
+    """The table is read in chunks; a copy of it would be 2 GiB for 3b."""
+    config = PaliGemmaConfig.preset("tiny")
+    config = replace(config, decoder=replace(config.decoder, vocab_size=2**16))
+    model = nnx.eval_shape(lambda: PaliGemma(config, nnx.Rngs(0)))
+    x, tokens = jax.ShapeDtypeStruct((8, 160), jnp.float32), jax.ShapeDtypeStruct((8,), jnp.int32)
+
+    def scores(decoder, x, tokens):
+        return decoder.log_probabilities(x, tokens, capped=True, chunk=2**12)
+
+    memory = jax.jit(scores).lower(model.decoder, x, tokens).compile().memory_analysis()
+    table = 2**16 * 160 * 4
+    assert memory.temp_size_in_bytes < table / 4
