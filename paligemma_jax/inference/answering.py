@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int
 
+from paligemma_jax.inference.allowed import compile_allowed
 from paligemma_jax.inference.answer import Answer, Detokenizer
 from paligemma_jax.inference.batching import pad_batch, run_batches
 from paligemma_jax.inference.generate import decode_chunks, generate
@@ -98,7 +99,8 @@ def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " 
 def _check_options(
     model: PaliGemma, processor: Processor, prompts: list[EncodedPrompt], options: DecodingOptions
 ) -> DecodingOptions:
-    """Check the options against the prompts. Returns options that allow text tokens only."""
+    """Check the options against the prompts. Returns options that allow text only, and
+    whose grammars are compiled."""
     tokens = processor.padded_length(prompts)
     most = processor.context - tokens
     if options.max_new_tokens > most:
@@ -106,17 +108,7 @@ def _check_options(
             f"max_new_tokens must be from 1 to {most} with a prompt of {tokens} tokens, "
             f"got {options.max_new_tokens}"
         )
-    config, allowed = model.config, options.allowed
-    ids = np.arange(config.decoder.vocab_size)
-    is_text = (ids < processor.tokenizer.vocab_size) & (ids != config.image_token_id)
-    if allowed is None:
-        return replace(options, allowed=is_text)
-    allowed = np.asarray(allowed)
-    if allowed.dtype != bool or allowed.shape not in (ids.shape, (len(prompts), len(ids))):
-        raise ValueError(
-            f"allowed must be bool[{len(ids)}] or bool[{len(prompts)}, {len(ids)}], "
-            f"got {allowed.dtype}{list(allowed.shape)}"
-        )
-    if not (allowed & is_text).any(axis=-1).all():
-        raise ValueError("allowed must permit at least one token of text")
-    return replace(options, allowed=allowed & is_text)
+    allowed = compile_allowed(
+        options.allowed, model.config, processor.tokenizer, len(prompts), options.max_new_tokens
+    )
+    return replace(options, allowed=allowed)

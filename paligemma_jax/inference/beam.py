@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32, PyTree
 
 from paligemma_jax.inference.request import Generated, Request
 from paligemma_jax.inference.sampling import Beam
@@ -59,6 +59,7 @@ class BeamState:
     open: Bool[Array, " B"]  # whether a running answer can still beat the finished ones
     logits: Float32[Array, "rows V"]  # [B * W, V]: for the next token of the running answers
     cache: KVCache
+    position: PyTree | None  # where the running answers are in their grammars, if they have any
 
 
 def search(
@@ -108,6 +109,7 @@ def _search(
         open=jnp.ones(B, bool),
         logits=logits[order],
         cache=cache.take_rows(order),
+        position=request.begin(),
     )
 
     def condition(state: BeamState) -> Array:
@@ -116,10 +118,11 @@ def _search(
 
     def step(state: BeamState) -> BeamState:
         state, token, parent = _advance(model, state, request, limit, beam)
-        rows = jnp.arange(B)[:, None] * W + parent
-        cache = state.cache.take_rows(rows.reshape(-1))
-        logits, cache = model.decode_step(token.reshape(-1), cache)
-        return replace(state, logits=logits, cache=cache)
+        rows = (jnp.arange(B)[:, None] * W + parent).reshape(-1)
+        position = jax.tree.map(lambda a: a[rows], state.position)
+        position = request.advance(position, token.reshape(-1))
+        logits, cache = model.decode_step(token.reshape(-1), state.cache.take_rows(rows))
+        return replace(state, logits=logits, cache=cache, position=position)
 
     return jax.lax.while_loop(condition, step, state).finished
 
@@ -160,7 +163,9 @@ def _advance(
     attainable = running.scores[:, 0] / longest.astype(jnp.float32) ** beam.length_penalty
     worst = jnp.where(filled, finished.scores.min(axis=1, keepdims=True), EMPTY)
     is_open = state.open & (attainable[:, None] > worst).any(axis=1)
-    state = BeamState(state.step + 1, running, finished, filled, is_open, state.logits, state.cache)
+    state = replace(
+        state, step=state.step + 1, running=running, finished=finished, filled=filled, open=is_open
+    )
     return state, token, parent
 
 
@@ -176,7 +181,7 @@ def _continuations(
     """
     B, W = state.running.scores.shape
     log_probabilities = jax.nn.log_softmax(state.logits)
-    masked = request.mask(log_probabilities, state.step, eos).reshape(B, W, -1)
+    masked = request.mask(log_probabilities, state.step, eos, state.position).reshape(B, W, -1)
     totals = masked + state.running.scores[..., None]
     count = max(2, 1 + len(eos)) * W
     scores, index = jax.lax.top_k(totals.reshape(B, -1), count)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int32
+from jaxtyping import Bool, Float, Float32, Int, Int32, PyTree
 
 from paligemma_jax.inference import beam
 from paligemma_jax.inference.memory import check_memory
@@ -41,6 +41,7 @@ class DecodeState:
         Bool[Array, "B V"] | None
     )  # ids that a row contains, `<image>` and bos included, if needed
     cache: KVCache
+    position: PyTree | None  # where the rows are in their grammars, if they have any
 
 
 def generate(
@@ -178,6 +179,7 @@ def prefill(
         done=jnp.zeros(rows, bool),
         seen=seen,
         cache=cache,
+        position=request.begin(),
     )
     return _choose(model, logits, state, request, sampler)
 
@@ -228,7 +230,7 @@ def _choose(
 ) -> DecodeState:
     """Choose the next token of every row; a row that is done gets a pad."""
     eos = jnp.array(model.config.eos_token_ids)
-    masked = request.mask(logits, state.step, eos)
+    masked = request.mask(logits, state.step, eos, state.position)
     token = sampler(masked, state.seen, request.keys(state.step))
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     log_probability = chosen - jax.nn.logsumexp(logits, axis=1)
@@ -243,6 +245,7 @@ def _choose(
         done=state.done | jnp.isin(token, eos),
         seen=seen,
         cache=state.cache,
+        position=request.advance(state.position, token),
     )
 
 

@@ -8,8 +8,8 @@ from math import log
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
 
+from paligemma_jax.inference.allowed import Allowed, describe, rows_of
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
 
 FLOAT32_MAX = 3.4028235e38
@@ -29,8 +29,9 @@ class DecodingOptions:
             of them; its tokens and score include the token that completes it, and BestOf ranks by
             that score. Beam ignores stop texts while it searches, and its answer is cut afterwards
             (transformers ends a beam there).
-        allowed: The ids that may be generated: bool[V], or bool[B, V] with one mask per prompt.
-            None allows all.
+        allowed: What may be generated: a grammar (`Choices`, `Boxes`, `Masks`, `Json`, `Regex`),
+            or a list with one per prompt; or the ids, as bool[V], or bool[B, V] with one mask per
+            prompt. None allows all.
 
     Raises:
         ValueError: A value is invalid.
@@ -40,7 +41,7 @@ class DecodingOptions:
     sampler: Strategy = field(default_factory=Greedy)
     min_new_tokens: int = 0
     stop: Texts | None = ()
-    allowed: Bool[np.ndarray, "*B V"] | None = None
+    allowed: Allowed | None = None
 
     def __post_init__(self):
         new, least = self.max_new_tokens, self.min_new_tokens
@@ -100,11 +101,11 @@ class DecodingOptions:
             sampler=repr(self.sampler),
             min_new_tokens=self.min_new_tokens,
             stop=list(self.stops),
-            allowed=None if self.allowed is None else np.packbits(self.allowed).tobytes().hex(),
+            allowed=describe(self.allowed),
         )
 
     def for_rows(self, rows: np.ndarray) -> DecodingOptions:
         """The options for the prompts at the indices `rows`."""
-        if self.allowed is None or self.allowed.ndim == 1:
+        if self.allowed is None:
             return self
-        return replace(self, allowed=self.allowed[rows])
+        return replace(self, allowed=rows_of(self.allowed, rows))

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32, Key
+from jaxtyping import Bool, Float32, Int, Int32, Key, PyTree
 
+from paligemma_jax.grammars.constraint import Constraint
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import AnyArray
@@ -40,14 +41,35 @@ class Request:
     copies: Int[AnyArray, " B"]  # number of the answer among those to its prompt
     allowed: Bool[AnyArray, "*rows V"]  # [V] or [B, V]
     min_new_tokens: Int[AnyArray, ""]  # no eos before this many tokens
+    max_new_tokens: Int[AnyArray, ""]
+    grammar: Constraint | None  # of each row
 
     def mask(
-        self, logits: Float32[Array, "B V"], step: Int[Array, ""] | int, eos: Int[Array, " E"]
+        self,
+        logits: Float32[Array, "B V"],
+        step: Int[Array, ""] | int,
+        eos: Int[Array, " E"],
+        position: PyTree | None,
     ) -> Float32[Array, "B V"]:
-        """Set the logits of tokens that are not allowed at `step` to -inf."""
+        """Set the logits of tokens that are not allowed at `step` to -inf.
+
+        Args:
+            position: Where the rows are in their grammars.
+        """
         is_eos = jnp.isin(jnp.arange(logits.shape[1]), eos)
         too_early = is_eos & (step < self.min_new_tokens)
-        return jnp.where(self.allowed & ~too_early, logits, -jnp.inf)
+        allowed = self.allowed & ~too_early
+        if self.grammar is not None:
+            allowed &= self.grammar.permitted(position, jnp.asarray(self.max_new_tokens - step))
+        return jnp.where(allowed, logits, -jnp.inf)
+
+    def begin(self) -> PyTree | None:
+        """Where the rows are in their grammars before the first token; None without grammars."""
+        return None if self.grammar is None else self.grammar.begin()
+
+    def advance(self, position: PyTree | None, token: Int[Array, " B"]) -> PyTree | None:
+        """Where the rows are in their grammars after a token."""
+        return None if self.grammar is None else self.grammar.advance(position, token)
 
     def keys(self, step: Int[Array, ""] | int) -> Key[Array, " B"]:
         """One random key per row for the token at `step`."""
@@ -77,9 +99,21 @@ def make_request(
         ValueError: No token is allowed.
     """
     seeds = np.asarray(np.arange(prompts) if seeds is None else seeds, np.int32)
-    allowed = options.allowed
+    allowed, grammar = options.allowed, None
+    if isinstance(allowed, Constraint):
+        allowed, grammar = None, allowed
+    if options.min_new_tokens and grammar is not None:
+        raise ValueError(
+            f"min_new_tokens must be 0 with a grammar, got {options.min_new_tokens}: "
+            "the grammar decides where an answer may end"
+        )
     if allowed is None:
         allowed = np.ones(model.config.decoder.vocab_size, bool)
+    if not isinstance(allowed, np.ndarray):
+        raise ValueError(
+            "allowed must be compiled to follow it without a processor, "
+            f"got {allowed!r}: see inference.allowed.compile_allowed"
+        )
     if not allowed.any(axis=-1).all():
         raise ValueError("allowed must permit at least one token")
     eos_ids = list(model.config.eos_token_ids)
@@ -91,4 +125,6 @@ def make_request(
         copies=np.tile(np.arange(copies, dtype=np.int32), prompts),
         allowed=allowed if allowed.ndim == 1 else np.repeat(allowed, copies, axis=0),
         min_new_tokens=np.asarray(options.min_new_tokens, np.int32),
+        max_new_tokens=np.asarray(options.max_new_tokens, np.int32),
+        grammar=grammar and grammar.for_rows(np.repeat(np.arange(prompts), copies)),
     )

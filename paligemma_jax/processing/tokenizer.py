@@ -80,6 +80,10 @@ class Tokenizer:
             )
         return self._engine.encode(text, add_special_tokens=False).ids
 
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json of the `tokenizers` library."""
+        return self._engine.to_str()
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, as transformers' `decode(ids, skip_special_tokens=True)`.
 

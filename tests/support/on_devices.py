@@ -348,6 +348,16 @@ def predict_batch_sizes(arguments: list[str]) -> list[int]:
     return sizes
 
 
+def constrained_answers(image: str) -> list[str]:
+    """Answers that follow a grammar, on a mesh of all devices."""
+    import paligemma_jax as pg
+    from paligemma_jax.grammars.grammar import Boxes
+
+    predictor = pg.load("tiny", mesh="data=2,tensor=2")
+    options: dict = dict(allowed=Boxes(["4", "3"], 1), max_new_tokens=20)
+    return predictor.generate([image] * 4, ["detect 4 ; 3"] * 4, **options)
+
+
 if __name__ == "__main__":
     import jax
 

@@ -1,0 +1,1 @@
+"""Grammars that generated answers follow, compiled to automata over tokens."""
