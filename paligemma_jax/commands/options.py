@@ -37,6 +37,7 @@ Number = Annotated[float | None, flag("X", "off")]
 Count = Annotated[int | None, flag("N", "off")]
 Stops = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]", "none")]
 File = Annotated[str | None, flag("FILE", "none")]
+Grammar = Annotated[str | None, flag("GRAMMAR", "none")]
 Depth = Annotated[int | None, flag("N", "all")]
 Base = Annotated[str | None, flag("NAME", "as recorded")]
 Hosts = Annotated[str | None, flag("HOSTS", "a single process")]
@@ -136,13 +137,21 @@ class DecodingFlags:
     """Minimum length of an answer in tokens."""
     stop: Stops = ()
     """End an answer before the first of these texts."""
+    grammar: Grammar = None
+    """What an answer may be: boxes:LABELS or masks:LABELS, choices:TEXTS (comma-separated),
+    json, json:SCHEMA.json or regex:PATTERN."""
 
     def options(self) -> DecodingOptions:
         """Return the options without the seed. Raises ValueError for invalid flags."""
+        from paligemma_jax.grammars.parse import parse_grammar
         from paligemma_jax.inference.options import DecodingOptions
 
         return DecodingOptions(
-            self.max_new_tokens, self._strategy(), self.min_new_tokens, self.stop
+            self.max_new_tokens,
+            self._strategy(),
+            self.min_new_tokens,
+            self.stop,
+            allowed=None if self.grammar is None else parse_grammar(self.grammar),
         )
 
     def _strategy(self) -> Strategy:

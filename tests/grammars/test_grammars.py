@@ -270,3 +270,20 @@ def test_without_llguidance_the_error_names_the_extra(predictor, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"pip install 'paligemma-jax\[grammars\]'"):
         predictor.generate(str(DIGITS), "ocr", allowed=Regex("[0-7]+"))
+
+
+def test_the_command_line_takes_a_grammar(command, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    arguments = ("generate", "--image", DIGITS, "--prompt", "ocr", "--grammar")
+    assert command(*arguments, "choices:no digits, none")[1] in ("no digits\n", "none\n")
+    code, out, _ = command(*arguments, f"json:{schema}", "--max-new-tokens", 40)
+    assert code == 0 and out.startswith("{")
+    for grammar, message in {
+        "boxes": "a grammar must be boxes:LABELS, masks:LABELS",
+        "box:cat": "got 'box:cat'",
+        "boxes:a,,b": "Boxes must have a list of non-empty texts",
+        "json:missing.json": "no such file",
+    }.items():
+        code, out, err = command(*arguments, grammar)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
