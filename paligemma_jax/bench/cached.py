@@ -15,7 +15,7 @@ from paligemma_jax.bench.clock import OURS, Record, Run, alternate, spread
 from paligemma_jax.bench.config import BenchConfig
 from paligemma_jax.bench.roofs import ROOFS, roofs
 from paligemma_jax.inference import generate
-from paligemma_jax.inference.generate import DecodeState
+from paligemma_jax.inference.decoding import DecodeState
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.request import Request, make_request
 from paligemma_jax.inference.sampling import Greedy

@@ -1,23 +1,20 @@
-"""Token ids in, token ids out: the compiled programs for images, prefill and decoding."""
+"""Token ids in, token ids out: the host's part of generation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jaxtyping import Bool, Float, Float32, Int, Int32, PyTree
+from jaxtyping import Float, Float32, Int, Int32
 
 from paligemma_jax.inference import beam
+from paligemma_jax.inference.decoding import decode, prefill
 from paligemma_jax.inference.memory import check_memory
 from paligemma_jax.inference.options import DecodingOptions
-from paligemma_jax.inference.request import AnswerLengths, Generated, Request, make_request
-from paligemma_jax.inference.sampling import Beam, BestOf, Sampler
-from paligemma_jax.model.cache import KVCache
+from paligemma_jax.inference.request import AnswerLengths, Generated, make_request
+from paligemma_jax.inference.sampling import Beam, BestOf
 from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.processing.processor import AnyArray, Inputs, round_up
 from paligemma_jax.sharding.arrays import to_host
@@ -26,22 +23,6 @@ from paligemma_jax.sharding.compiled import mesh_jit
 CHUNK = 16  # tokens per dispatch, where the host checks in between whether answers have ended
 
 Chunk = tuple[Int32[np.ndarray, "B N"], Float32[np.ndarray, "B N"]]  # tokens, log-probabilities
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """The state of decoding between two tokens."""
-
-    step: Int[Array, ""]  # number of tokens chosen so far
-    token: Int[Array, " B"]  # the last token, not in the cache yet
-    log_probability: Float32[Array, " B"]  # of the last token
-    done: Bool[Array, " B"]  # whether a row has produced eos
-    seen: (
-        Bool[Array, "B V"] | None
-    )  # ids that a row contains, `<image>` and bos included, if needed
-    cache: KVCache
-    position: PyTree | None  # where the rows are in their grammars, if they have any
 
 
 def generate(
@@ -149,108 +130,3 @@ def encode_inputs(model: PaliGemma, inputs: Inputs) -> Features | None:
 def encode_images(model: PaliGemma, images: Float[AnyArray, "*images S S 3"]) -> Features:
     """Encode and project images."""
     return model.encode_images(images)
-
-
-@partial(mesh_jit, static_argnames=("slots", "sampler", "copies"))
-def prefill(
-    model: PaliGemma,
-    inputs: Inputs,
-    features: Features | None,
-    request: Request,
-    slots: int,
-    sampler: Sampler,
-    copies: int = 1,
-) -> DecodeState:
-    """The state after the first token of every row.
-
-    With `copies`, every prompt has that many consecutive rows.
-    """
-    logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
-    seen = seen_ids(model, inputs) if sampler.needs_seen else None
-    if copies > 1:
-        order = jnp.repeat(jnp.arange(len(logits)), copies)
-        logits, cache = logits[order], cache.take_rows(order)
-        seen = None if seen is None else seen[order]
-    rows = len(logits)
-    state = DecodeState(
-        step=jnp.int32(0),
-        token=jnp.zeros(rows, jnp.int32),
-        log_probability=jnp.zeros(rows),
-        done=jnp.zeros(rows, bool),
-        seen=seen,
-        cache=cache,
-        position=request.begin(),
-    )
-    return _choose(model, logits, state, request, sampler)
-
-
-@partial(mesh_jit, static_argnames=("size", "sampler"), donate_argnames="state")
-def decode(
-    model: PaliGemma,
-    state: DecodeState,
-    request: Request,
-    limit: Int[Array, ""],
-    size: int,
-    sampler: Sampler,
-) -> tuple[Int32[Array, "B N"], Float32[Array, "B N"], DecodeState]:
-    """Decode up to `size` more tokens, until all rows are done or have `limit` tokens.
-
-    Returns:
-        Tokens, padded to `size`, their log-probabilities, and the new state. The state is donated
-        and returned because XLA updates a cache in place only if it is both input and output.
-    """
-    start, rows = state.step, len(state.token)
-    tokens = jnp.full((rows, size), model.config.pad_token_id, jnp.int32)
-    log_probabilities = jnp.zeros(tokens.shape)
-
-    def condition(carry: tuple[DecodeState, Array, Array]) -> Array:
-        state = carry[0]
-        return (state.step < jnp.minimum(limit, start + size)) & ~state.done.all()
-
-    def step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
-        state, tokens, log_probabilities = carry
-        logits, cache = model.decode_step(state.token, state.cache)
-        state = _choose(model, logits, replace(state, cache=cache), request, sampler)
-        place = (0, state.step - 1 - start)
-        put = partial(jax.lax.dynamic_update_slice, start_indices=place)
-        tokens = put(tokens, state.token[:, None])
-        return state, tokens, put(log_probabilities, state.log_probability[:, None])
-
-    carry = (state, tokens, log_probabilities)
-    state, tokens, log_probabilities = jax.lax.while_loop(condition, step, carry)
-    return tokens, log_probabilities, state
-
-
-def _choose(
-    model: PaliGemma,
-    logits: Float32[Array, "B V"],
-    state: DecodeState,
-    request: Request,
-    sampler: Sampler,
-) -> DecodeState:
-    """Choose the next token of every row; a row that is done gets a pad."""
-    eos = jnp.array(model.config.eos_token_ids)
-    masked = request.mask(logits, state.step, eos, state.position)
-    token = sampler(masked, state.seen, request.keys(state.step))
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    log_probability = chosen - jax.nn.logsumexp(logits, axis=1)
-    token = jnp.where(state.done, model.config.pad_token_id, token)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
-    return DecodeState(
-        step=state.step + 1,
-        token=token,
-        log_probability=jnp.where(state.done, 0, log_probability),
-        done=state.done | jnp.isin(token, eos),
-        seen=seen,
-        cache=state.cache,
-        position=request.advance(state.position, token),
-    )
-
-
-def seen_ids(model: PaliGemma, inputs: Inputs) -> Bool[Array, "B V"]:
-    """Return which ids occur among the valid tokens of each row."""
-    rows = len(inputs.tokens)
-    nothing = jnp.zeros((rows, model.config.decoder.vocab_size), bool)
-    return nothing.at[jnp.arange(rows)[:, None], inputs.tokens].max(inputs.valid)
