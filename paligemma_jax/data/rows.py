@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +41,7 @@ class Example:
     suffix: str
     weight: float
     line: int  # line number in the file, or index in the source
+    row: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)  # all fields
 
 
 def read_examples(
@@ -106,7 +107,7 @@ def make_example(
     valid = 0 < len(images) == len(sources)
     _require(valid, row, "image", "a path, an image, or a list of them")
     suffix = row["suffix"] if requires_suffix else ""
-    return Example(tuple(sources), row["prefix"], suffix, _weight(row), line)
+    return Example(tuple(sources), row["prefix"], suffix, _weight(row), line, row)
 
 
 def _image_source(image: Any, folder: Path) -> ImageSource | None:
