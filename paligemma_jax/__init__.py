@@ -13,6 +13,7 @@ _MODULES = {
     "convert": "convert.formats",
     "draw": "paligemma_jax.processing.locations",
     "parse_detections": "paligemma_jax.processing.locations",
+    "Sampler": "paligemma_jax.inference.sampler",
     "Greedy": "paligemma_jax.inference.sampling",
     "Sample": "paligemma_jax.inference.sampling",
     "Beam": "paligemma_jax.inference.sampling",

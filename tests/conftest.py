@@ -35,7 +35,7 @@ from support.typecheck import check
 
 # Check the annotated shapes and dtypes of every call while testing; users pay nothing for them.
 # Modules that check the types of their arguments themselves are left out.
-INFERENCE = ["answer", "beam", "generate", "request", "sampling", "scoring"]
+INFERENCE = ["answer", "beam", "decoding", "generate", "request", "sampler", "sampling", "scoring"]
 TYPED = ["paligemma_jax.model", "paligemma_jax.sharding"]
 TYPED += [f"paligemma_jax.inference.{name}" for name in INFERENCE]
 install_import_hook(TYPED, f"{check.__module__}.{check.__name__}")

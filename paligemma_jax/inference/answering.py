@@ -14,7 +14,7 @@ from paligemma_jax.inference.answer import Answer, Detokenizer
 from paligemma_jax.inference.batching import pad_batch, run_batches
 from paligemma_jax.inference.generate import decode_chunks, generate
 from paligemma_jax.inference.options import DecodingOptions
-from paligemma_jax.inference.sampling import Sampler, is_integer
+from paligemma_jax.inference.sampling import Beam, BestOf, is_integer
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor
 
@@ -65,9 +65,9 @@ def stream_answer(
     seed: int = 0,
 ) -> Iterator[str]:
     """Answer one prompt piece by piece, each as soon as no later token can change it."""
-    if not isinstance(options.sampler, Sampler):
+    if isinstance(options.sampler, Beam | BestOf):
         raise ValueError(
-            "sampler must be Greedy() or Sample(...) for streaming, because text that was "
+            "sampler must not be Beam(...) or BestOf(...) for streaming, because text that was "
             f"streamed cannot change, got {options.sampler!r}"
         )
     options = _check_options(model, processor, [prompt], options)

@@ -11,7 +11,8 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int, Int32, PyTree
 
 from paligemma_jax.inference.request import Request
-from paligemma_jax.inference.sampling import Sampler
+from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, choose, init_state
+from paligemma_jax.inference.sampling import Greedy, Sample
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.processing.processor import Inputs
@@ -27,9 +28,8 @@ class DecodeState:
     token: Int[Array, " B"]  # the last token, not in the cache yet
     log_probability: Float32[Array, " B"]  # of the last token
     done: Bool[Array, " B"]  # whether a row has produced eos
-    seen: (
-        Bool[Array, "B V"] | None
-    )  # ids that a row contains, `<image>` and bos included, if needed
+    history: History | None  # None if the sampler does not read it
+    sampler: PyTree  # the state of the sampler
     cache: KVCache
     position: PyTree | None  # where the rows are in their grammars, if they have any
 
@@ -49,18 +49,20 @@ def prefill(
     With `copies`, every prompt has that many consecutive rows.
     """
     logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
-    seen = seen_ids(model, inputs) if sampler.needs_seen else None
+    tokens, valid = jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid)
     if copies > 1:
         order = jnp.repeat(jnp.arange(len(logits)), copies)
         logits, cache = logits[order], cache.take_rows(order)
-        seen = None if seen is None else seen[order]
+        tokens, valid = tokens[order], valid[order]
     rows = len(logits)
+    history = History.of_prompts(tokens, valid, slots)
     state = DecodeState(
         step=jnp.int32(0),
         token=jnp.zeros(rows, jnp.int32),
         log_probability=jnp.zeros(rows),
         done=jnp.zeros(rows, bool),
-        seen=seen,
+        history=None if type(sampler) in (Greedy, Sample) else history,
+        sampler=init_state(sampler, history, logits.shape[1]),
         cache=cache,
         position=request.begin(),
     )
@@ -114,26 +116,19 @@ def _choose(
     """Choose the next token of every row; a row that is done gets a pad."""
     eos = jnp.array(model.config.eos_token_ids)
     masked = request.mask(logits, state.step, eos, state.position)
-    token = sampler(masked, state.seen, request.keys(state.step))
+    history = state.history or History.empty(len(logits))
+    context = SamplerContext(state.step, request.keys(state.step), history)
+    token, sampler_state = choose(sampler, masked, context, state.sampler)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     log_probability = chosen - jax.nn.logsumexp(logits, axis=1)
     token = jnp.where(state.done, model.config.pad_token_id, token)
-    seen = state.seen
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
     return DecodeState(
         step=state.step + 1,
         token=token,
         log_probability=jnp.where(state.done, 0, log_probability),
         done=state.done | jnp.isin(token, eos),
-        seen=seen,
+        history=state.history and state.history.append(token),
+        sampler=sampler_state,
         cache=state.cache,
         position=request.advance(state.position, token),
     )
-
-
-def seen_ids(model: PaliGemma, inputs: Inputs) -> Bool[Array, "B V"]:
-    """Return which ids occur among the valid tokens of each row."""
-    rows = len(inputs.tokens)
-    nothing = jnp.zeros((rows, model.config.decoder.vocab_size), bool)
-    return nothing.at[jnp.arange(rows)[:, None], inputs.tokens].max(inputs.valid)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import isfunction
 from math import log
 from typing import Any
 
 import numpy as np
 
 from paligemma_jax.inference.allowed import Allowed, describe, rows_of
+from paligemma_jax.inference.sampler import is_sampler
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
 
 FLOAT32_MAX = 3.4028235e38
@@ -23,7 +26,7 @@ class DecodingOptions:
 
     Args:
         max_new_tokens: Maximum length of an answer in tokens, including the end token.
-        sampler: `Greedy`, `Sample`, `Beam` or `BestOf`.
+        sampler: `Greedy`, `Sample`, `Beam`, `BestOf` or a `Sampler` of your own.
         min_new_tokens: Minimum number of tokens before eos.
         stop: A text or texts that end an answer. The text of the answer is what precedes the first
             of them; its tokens and score include the token that completes it, and BestOf ranks by
@@ -51,9 +54,14 @@ class DecodingOptions:
             raise ValueError(
                 f"min_new_tokens must be an integer from 0 to max_new_tokens ({new}), got {least!r}"
             )
-        if not isinstance(self.sampler, Strategy):
+        if not (is_sampler(self.sampler) or isinstance(self.sampler, Beam | BestOf)):
             raise ValueError(
-                "sampler must be Greedy(), Sample(...), Beam(...) or BestOf(...), "
+                "sampler must be Greedy(), Sample(...), Beam(...), BestOf(...) or an object with "
+                f"init and __call__ as in pg.Sampler, got {self.sampler!r}"
+            )
+        if not _is_hashable(self.sampler):
+            raise ValueError(
+                "sampler must be hashable, a frozen dataclass of numbers, texts and tuples, "
                 f"got {self.sampler!r}"
             )
         if isinstance(self.sampler, Beam):
@@ -98,7 +106,7 @@ class DecodingOptions:
         """The options as JSON values, to compare two runs."""
         return dict(
             max_new_tokens=self.max_new_tokens,
-            sampler=repr(self.sampler),
+            sampler=_identify(self.sampler),
             min_new_tokens=self.min_new_tokens,
             stop=list(self.stops),
             allowed=describe(self.allowed),
@@ -109,3 +117,18 @@ class DecodingOptions:
         if self.allowed is None:
             return self
         return replace(self, allowed=rows_of(self.allowed, rows))
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _identify(value: object) -> str:
+    """A text that is the same for the same sampler or function in another process."""
+    if isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

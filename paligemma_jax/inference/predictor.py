@@ -16,7 +16,8 @@ from paligemma_jax.inference import scoring
 from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.answering import answer_batches, stream_answer
 from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
-from paligemma_jax.inference.sampling import Sampler, Strategy
+from paligemma_jax.inference.sampler import Sampler
+from paligemma_jax.inference.sampling import Strategy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stages import Fed
@@ -97,7 +98,7 @@ class Predictor:
             images: Images (`load_image`): one, or a list of them, per prompt.
             prompts: One text or several.
             max_new_tokens: Maximum length of an answer in tokens; by default 128.
-            sampler: `Greedy` (the default), `Sample`, `Beam` or `BestOf`.
+            sampler: `Greedy` (the default), `Sample`, `Beam`, `BestOf` or a `Sampler` of your own.
             seeds: One integer per prompt, which together with the prompt determines what `Sample`
                 draws; by default 0, 1, 2, ...
             batch_size: Maximum number of prompts in a batch.
@@ -147,7 +148,7 @@ class Predictor:
 
         Args:
             image: One image, or the list of images of this prompt.
-            sampler: `Greedy` (the default) or `Sample`.
+            sampler: `Greedy` (the default), `Sample` or a `Sampler` of your own.
         """
         decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
         is_group = isinstance(image, list | tuple) and "<image>" not in prompt

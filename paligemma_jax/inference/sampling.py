@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int32, Key
+from jaxtyping import Bool, Float32, Int32
+
+from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, is_sampler
 
 
 def is_integer(value: object) -> bool:
@@ -34,17 +36,17 @@ def _require(condition: bool | np.bool_, owner: object, field: str, requirement:
 class Greedy:
     """The most likely token; ties go to the lowest id, as in transformers."""
 
+    def init(self, history: History, vocabulary: int) -> None:
+        """There is no state."""
+
     def __call__(
-        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: Key[Array, " B"]
-    ) -> Int32[Array, " B"]:
-        """Choose one token per row; `seen` and `keys` are not used."""
+        self, logits: Float32[Array, "B V"], context: SamplerContext, state: None
+    ) -> tuple[Int32[Array, " B"], None]:
+        """Choose one token per row; context and state are not used."""
         ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
         is_best = logits == logits.max(axis=-1, keepdims=True)
-        return jnp.where(is_best, ids, ids[-1]).min(axis=-1)  # argmax is 10 times slower on a CPU
-
-    @property
-    def needs_seen(self) -> bool:
-        return False
+        best = jnp.where(is_best, ids, ids[-1]).min(axis=-1)  # argmax is 10 times slower on a CPU
+        return best, None
 
 
 @dataclass(frozen=True)
@@ -85,31 +87,39 @@ class Sample:
         penalty_valid = _is_number(penalty) and 0 < penalty < np.inf
         _require(penalty_valid, self, "repetition_penalty", "a positive finite number")
 
-    @property
-    def needs_seen(self) -> bool:
-        """Whether choosing a token requires the set of tokens that a row already contains."""
-        return self.repetition_penalty != 1.0
+    def init(self, history: History, vocabulary: int) -> Bool[Array, "B V"] | None:
+        """Return which ids a row contains, `<image>` and bos included; None without a penalty."""
+        if self.repetition_penalty == 1.0:
+            return None
+        nothing = jnp.zeros((len(history.tokens), vocabulary), bool)
+        rows = jnp.arange(len(nothing))[:, None]
+        return nothing.at[rows, history.tokens].max(history.valid)
 
     def __call__(
-        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None, keys: Key[Array, " B"]
-    ) -> Int32[Array, " B"]:
-        """Draw one token per row.
-
-        Args:
-            logits: Logits for the next token.
-            seen: Whether a row already contains a token; None unless `needs_seen`.
-            keys: One random key per row.
-        """
-        return jax.vmap(jax.random.categorical)(keys, self.filter(logits, seen)).astype(jnp.int32)
+        self,
+        logits: Float32[Array, "B V"],
+        context: SamplerContext,
+        state: Bool[Array, "B V"] | None,
+    ) -> tuple[Int32[Array, " B"], Bool[Array, "B V"] | None]:
+        """Draw one token per row."""
+        filtered = self.filter(logits, state)
+        tokens = jax.vmap(jax.random.categorical)(context.keys, filtered).astype(jnp.int32)
+        if state is not None:
+            state = state.at[jnp.arange(len(tokens)), tokens].set(True)
+        return tokens, state
 
     def filter(
         self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None
     ) -> Float32[Array, "B V"]:
-        """Scale the logits, and set those of excluded tokens to -inf."""
-        if self.needs_seen:
+        """Scale the logits, and set those of excluded tokens to -inf.
+
+        Args:
+            seen: Whether a row already contains a token; None without a penalty.
+        """
+        if seen is not None:
             penalty = self.repetition_penalty
             penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
-            logits = jnp.where(jnp.asarray(seen), penalized, logits)
+            logits = jnp.where(seen, penalized, logits)
         logits = logits / self.temperature
         if self.top_k is not None:  # keeps all tokens that tie for the k-th place
             best = jax.lax.top_k(logits, min(self.top_k, logits.shape[-1]))[0]
@@ -158,13 +168,13 @@ class BestOf:
     """The sample with the highest log-probability under the model, out of `width` samples."""
 
     width: int
-    sampler: Sample = Sample()
+    sampler: Sampler = Sample()
 
     def __post_init__(self):
         width_valid = is_integer(self.width) and self.width >= 1
         _require(width_valid, self, "width", "a positive integer")
-        _require(isinstance(self.sampler, Sample), self, "sampler", "a Sample(...)")
+        draws = is_sampler(self.sampler) and not isinstance(self.sampler, Greedy)
+        _require(draws, self, "sampler", "Sample(...) or a sampler of your own")
 
 
-Sampler = Greedy | Sample
 Strategy = Sampler | Beam | BestOf

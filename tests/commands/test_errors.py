@@ -199,7 +199,7 @@ SAMPLERS = [
         lambda: pg.Beam(length_penalty=float("nan")),
         "Beam.length_penalty must be a finite number, got nan",
     ),
-    (lambda: pg.BestOf(3, pg.Greedy()), r"BestOf.sampler must be a Sample\(...\), got Greedy"),
+    (lambda: pg.BestOf(3, pg.Greedy()), r"BestOf.sampler must be Sample\(...\) or .*, got Greedy"),
     (lambda: pg.BestOf("3"), "BestOf.width must be a positive integer, got '3'"),
     (
         lambda: predictor().generate(IMAGE, "caption en", 4, "greedy"),

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.decoding import tokens_of
+from support.decoding import seen_ids, tokens_of
 from support.hf_models import hf_inputs, random_inputs
 from support.rows import replace_config
 from transformers import GenerationConfig
 
-from paligemma_jax.inference import decoding, generate, scoring
+from paligemma_jax.inference import generate, scoring
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 
@@ -197,7 +197,7 @@ def test_filters_equal_the_logits_processors_of_transformers(random_checkpoint):
         processors = reference._get_logits_processor(config, input_ids_seq_length=length)
         ids = torch.tensor(inputs.tokens).long()
         expected = processors(ids, torch.tensor(logits)).numpy()
-        seen = decoding.seen_ids(model, inputs)
+        seen = seen_ids(model, inputs)
         filtered = np.asarray(Sample(**settings).filter(jnp.asarray(logits), seen))
         np.testing.assert_array_equal(np.isinf(filtered), np.isinf(expected), err_msg=str(settings))
         np.testing.assert_allclose(filtered, expected, rtol=1e-5, err_msg=str(settings))

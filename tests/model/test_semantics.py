@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support.decoding import prefill, tokens_of
+from support.decoding import prefill, seen_ids, tokens_of
 from support.hf_models import (
     IMAGE,
     hf_inputs,
@@ -25,7 +25,7 @@ from support.rows import one_row, replace_config
 from transformers import GenerationConfig, PaliGemmaForConditionalGeneration
 
 from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.inference import decoding, scoring
+from paligemma_jax.inference import scoring
 from paligemma_jax.inference.sampling import Sample
 from paligemma_jax.model.masks import prefix_lm_mask, token_span
 
@@ -369,7 +369,7 @@ def test_sampling_filters(random_checkpoint, settings):
         ids = torch.tensor(inputs.tokens[row : row + 1][:, inputs.valid[row]]).long()
         expected = processors(ids, torch.tensor(logits[row : row + 1])).numpy()
         actual = Sample(**settings).filter(
-            jnp.asarray(logits[row : row + 1]), decoding.seen_ids(model, inputs)[row : row + 1]
+            jnp.asarray(logits[row : row + 1]), seen_ids(model, inputs)[row : row + 1]
         )
         if (
             "top_p" in settings
