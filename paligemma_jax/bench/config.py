@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.model.precision import Quantization
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,9 +38,7 @@ class BenchConfig:
     """Tokens to generate; with --train, tokens of the answer."""
     layers: tuple[Literal["list", "stack"], ...] = ("list",)
     """Compile every layer (list), or one layer that a loop runs (stack)."""
-    attention: Annotated[
-        tuple[Literal["plain", "fused"], ...], _arg("FORM [FORM ...]", "fastest")
-    ] = ()
+    attention: Annotated[tuple[AttentionForm, ...], _arg("FORM [FORM ...]", "fastest")] = ()
     """Forms of attention to compare: fused (scores stay on the chip; on TPUs and GPUs) or plain."""
     cached: Annotated[tuple[int, ...], _arg("N [N ...]", "none")] = ()
     """Also time decoding with this many tokens in the cache."""

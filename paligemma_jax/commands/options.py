@@ -6,9 +6,11 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from paligemma_jax.model.config import AttentionForm
 
 if TYPE_CHECKING:
     from paligemma_jax.checkpoints.source import CheckpointSource
@@ -30,7 +32,7 @@ Numerics = Annotated[str | None, flag("NAME", "the checkpoint's")]
 Dtype = Annotated[str | None, flag("NAME", "the checkpoint's; float32 on a CPU")]
 Quantize = Annotated[str | None, flag("FORMAT", "the checkpoint's")]
 Attention = Annotated[
-    Literal["plain", "fused"] | None, tyro.conf.arg(help_behavior_hint="(default: the fastest)")
+    AttentionForm | None, tyro.conf.arg(help_behavior_hint="(default: the fastest)")
 ]
 Mesh = Annotated[str | None, flag("SIZES", "one device")]
 Number = Annotated[float | None, flag("X", "off")]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.config import AttentionForm, PaliGemmaConfig
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.image_settings import read_image_settings
 from paligemma_jax.processing.processor import Processor
@@ -30,7 +30,7 @@ def load(
     numerics: str | None = None,
     mesh: Mesh | str | None = None,
     quantize: str | None = None,
-    attention: Literal["plain", "fused"] | None = None,
+    attention: AttentionForm | None = None,
     layers: Literal["list", "stack"] = "list",
     base: str | Path | None = None,
     revision: str | None = None,

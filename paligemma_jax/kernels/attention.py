@@ -125,7 +125,9 @@ def fused_attention(
 
 def _cudnn_supports(q: Array) -> bool:
     """Whether cuDNN, three times as fast as our kernel on an H200, is there for such heads."""
-    return jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0
+    return (
+        jax.default_backend() == "gpu" and q.dtype.itemsize == 2 and q.shape[-1] in range(8, 129, 8)
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import Precision
 from jax.typing import DTypeLike
 
 from paligemma_jax.kernels.code_reader import COLUMNS, LANES, SUBLANES, CodeReader, log2
@@ -72,7 +73,8 @@ def _kernel(
             tile = slice(n * LANES, (n + 1) * LANES)
             total = sums[:, tile]
             for half, weights in enumerate(reader.tile(codes, tile, c, jnp.bfloat16)):
-                blocks = jax.lax.split(dot(halves[half], weights, 1), [rows] * repeats)
+                product = dot(halves[half], weights, 1, 1, Precision.HIGHEST)
+                blocks = jax.lax.split(product, [rows] * repeats)
                 for b, block in enumerate(blocks):
                     total += block * scales[half * repeats + b][:, tile]
             sums[:, tile] = total

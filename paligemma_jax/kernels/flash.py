@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from paligemma_jax.kernels.tiles import dot
+
 MASKED = -(2.0**30)  # finite: differences of masked scores are numbers
 TINY = 2.0**-100  # less than any sum of exponentials, so that a query without keys has 0
 LOG2E = math.log2(math.e)
@@ -52,15 +54,6 @@ class Scores:
             tanh = jnp.tanh(products * (self.scale / self.softcap))
             scores = tanh * (self.softcap * LOG2E)
         return scores if allowed is None else jnp.where(allowed, scores, MASKED), tanh
-
-
-def dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    contracted = (((a_axis,), (b_axis,)), ((), ()))
-    # 16-bit numbers have no more than one pass, whatever `jax_default_matmul_precision` is.
-    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        a, b, contracted, precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 def allowed_pairs(keys, queries, key_rows: Rows = ALL, query_rows: Rows = ALL) -> Array | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.lax import Precision
 from jax.typing import DTypeLike
 
 from paligemma_jax.kernels.code_reader import COLUMNS, LANES, SUBLANES, CodeReader, gather, log2
@@ -99,7 +100,7 @@ def _kernel(
             at = pl.ds(pl.multiple_of(s * strip, strip), strip)
             place = (at, columns if transposed else slice(None))
             operand = x[at, :] if transposed else x[at, columns]
-            total = dot(operand, weights[c & 1], 0 if transposed else 1)
+            total = dot(operand, weights[c & 1], 1, 0 if transposed else 1, Precision.HIGHEST)
             for i in range(pl.cdiv(tiles, strips)):
                 n = s * pl.cdiv(tiles, strips) + i
                 widen(jnp.minimum(c + 1, steps - 1), jnp.minimum(n, tiles - 1))

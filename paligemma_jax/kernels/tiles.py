@@ -1,4 +1,4 @@
-"""Sizes of what kernels of coded products read at a time, and the product of two tiles."""
+"""Sizes of what kernels read at a time, and the product of two tiles."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def pad_to(x: Array, rows: int, columns: int) -> Array:
     return jnp.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))
 
 
-def dot(x: Array, y: Array, axis: int) -> Array:
-    """float32: x contracted along its last axis with this axis of y, at the highest precision."""
-    exact = x.dtype == jnp.float32  # bfloat16 needs one pass, whatever the default precision
+def dot(
+    a: Array, b: Array, a_axis: int, b_axis: int, precision: jax.lax.Precision | None = None
+) -> Array:
+    """float32: axes of two matrices contracted. float32 operands take `precision`, by default
+    `jax_default_matmul_precision`; 16-bit operands need one pass, whatever these are."""
     return jax.lax.dot_general(
-        x,
-        y,
-        (((1,), (axis,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        a,
+        b,
+        (((a_axis,), (b_axis,)), ((), ())),
+        precision=precision if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
 

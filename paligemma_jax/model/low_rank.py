@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from paligemma_jax.model.layers import matrix_product
+
 
 def adapted_product(
     x: Float[Array, "... I"],
@@ -32,9 +34,9 @@ def adapted_product(
             the wide result.
     """
     if wide == "outputs":
-        return widen(x, _times(x, a), weight, b, scale)
+        return widen(x, matrix_product(x, a), weight, b, scale)
     y, low = narrow(x, weight.T, a.T, 1.0)  # type: ignore[misc]
-    return y + scale * _times(low, b)
+    return y + scale * matrix_product(low, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -55,11 +57,11 @@ def widen(
 
 def together(x: Array, low: Array, weight: Array, b: Array, scale: float) -> Array:
     weights = jnp.concatenate([weight, scale * b], axis=1)
-    return _times(jnp.concatenate([x, low], axis=-1), weights)
+    return matrix_product(jnp.concatenate([x, low], axis=-1), weights)
 
 
 def apart(x: Array, low: Array, weight: Array, b: Array, scale: float) -> Array:
-    return _times(x, weight) + scale * _times(low, b)
+    return matrix_product(x, weight) + scale * matrix_product(low, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -92,10 +94,6 @@ def _narrow_backward(scale, residuals, gradients):
 
 widen.defvjp(_widen_forward, _widen_backward)
 narrow.defvjp(_narrow_forward, _narrow_backward)
-
-
-def _times(x: Array, weight: Array) -> Array:
-    return jnp.einsum("...i,oi->...o", x, weight)
 
 
 def _outer(y: Array, x: Array) -> Array:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.planning.chips import Slice
 
 BatchSize = Annotated[
@@ -18,7 +19,7 @@ Layers = Annotated[
 ]
 
 Attention = Annotated[
-    Literal["plain", "fused"] | None,
+    AttentionForm | None,
     tyro.conf.arg(help_behavior_hint="(default: fused; plain for an estimate)"),
 ]
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from paligemma_jax.model.codes import encode, multiply
+from paligemma_jax.model.layers import matrix_product
 from paligemma_jax.model.precision import WeightFormat
 
 INT8 = WeightFormat("int8")
@@ -37,8 +38,7 @@ def multiply_rounded(x: Array, codes: Array, scale: Array) -> Array:
 
 def _product(left: Array, right: Array) -> Array:
     """int8[..., I] times int8[O, I], summed in int32 -> float32[..., O]."""
-    y = jnp.einsum("...i,oi->...o", left, right, preferred_element_type=jnp.int32)
-    return y.astype(jnp.float32)
+    return matrix_product(left, right, jnp.int32).astype(jnp.float32)
 
 
 def _forward(x: Array, codes: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -64,10 +64,14 @@ def choose_attention(form: str | None = None) -> AttentionForm:
     forms = get_args(AttentionForm)
     if form not in (None, *forms):
         raise ValueError(f"attention must be one of {', '.join(forms)}, got {form!r}")
-    is_cpu = jax.default_backend() == "cpu"
-    if form == "fused" and is_cpu:
-        raise ValueError("attention must be plain on a CPU, got fused: it needs a TPU or a GPU")
-    return cast(AttentionForm, form or ("plain" if is_cpu else "fused"))
+    device = jax.local_devices()[0]
+    has_kernels = device.platform == "tpu" or "NVIDIA" in device.device_kind
+    if form == "fused" and not has_kernels:
+        name = "a CPU" if device.platform == "cpu" else device.device_kind
+        raise ValueError(
+            f"attention must be plain on {name}, got fused: it needs a TPU or an NVIDIA GPU"
+        )
+    return cast(AttentionForm, form or ("fused" if has_kernels else "plain"))
 
 
 def memory_bytes() -> int:

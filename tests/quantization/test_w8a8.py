@@ -25,7 +25,7 @@ def multiply(request, monkeypatch):
     """`multiply_rounded`, as a CPU or as an accelerator computes it."""
     if request.param == "accelerator":
         monkeypatch.setattr(
-            jax.lax, "platform_dependent", lambda *operands, cpu, default: default(*operands)
+            jax.lax, "platform_dependent", lambda *operands, default, **others: default(*operands)
         )
     return w8a8.multiply_rounded
 
