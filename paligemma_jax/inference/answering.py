@@ -15,6 +15,8 @@ from paligemma_jax.inference.batching import pad_batch, run_batches
 from paligemma_jax.inference.generate import decode_chunks, generate
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Beam, BestOf, is_integer
+from paligemma_jax.interpretability.names import check_edits
+from paligemma_jax.model.edits import Edits
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor
 
@@ -46,7 +48,9 @@ def answer_batches(
         )
         return generated.tokens, generated.log_probabilities
 
-    for batch in run_batches(model, processor, prompts, run, batch_size, progress):
+    for batch in run_batches(
+        model, processor, prompts, run, batch_size, progress, Edits.of(options.edit)
+    ):
         answers = {}
         for i, result in batch.items():
             if isinstance(result, ValueError):
@@ -101,6 +105,7 @@ def _check_options(
 ) -> DecodingOptions:
     """Check the options against the prompts. Returns options that allow text only, and
     whose grammars are compiled."""
+    check_edits(model, Edits.of(options.edit), any(prompt.images for prompt in prompts))
     tokens = processor.padded_length(prompts)
     most = processor.context - tokens
     if options.max_new_tokens > most:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.inference.generate import encode_images
 from paligemma_jax.inference.sampling import is_integer
+from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
@@ -41,6 +42,7 @@ def run_batches(
     run: RunBatch,
     batch_size: int,
     progress: bool | None,
+    edits: Edits = NO_EDITS,
 ) -> Iterator[dict[int, BatchResult]]:
     """Run all prompts, batch by batch.
 
@@ -48,6 +50,7 @@ def run_batches(
         run: Computes a batch. Batches are padded to a `padded_batch_size`.
         batch_size: Maximum number of prompts in a batch.
         progress: Whether to report progress; by default for several batches on a terminal.
+        edits: Changes of the image encoder's stages.
 
     Yields:
         The results of a batch by prompt number.
@@ -60,7 +63,7 @@ def run_batches(
     uses = Counter(_key(image) for prompt in prompts for image in prompt.images)
     bar = progress_bar(total=len(prompts), unit="prompt", show=progress)
     with ThreadPoolExecutor(4) as threads, bar:
-        images = ImageCache(model, processor, threads, uses)
+        images = ImageCache(model, processor, threads, uses, edits)
         for number, batch in enumerate(batches):
             for ahead in batches[number : number + 1 + AHEAD]:
                 images.open([image for i in ahead for image in prompts[i].images])
@@ -130,6 +133,7 @@ class ImageCache:
     processor: Processor
     threads: ThreadPoolExecutor
     uses: Counter[Hashable]  # number of remaining uses of each image
+    edits: Edits
     opened: dict[Hashable, Future[np.ndarray]] = field(default_factory=dict)
     encoded: dict[Hashable, Array | np.ndarray] = field(default_factory=dict)
 
@@ -155,7 +159,8 @@ class ImageCache:
             pixels = np.concatenate([self.opened[key].result() for key in new])
             missing = self.padded_batch_size(len(new)) - len(new)
             padding = np.zeros((missing, *pixels.shape[1:]), pixels.dtype)
-            features = encode_images(self.model, jnp.asarray(np.concatenate([pixels, padding])))
+            pixels = jnp.asarray(np.concatenate([pixels, padding]))
+            features = encode_images(self.model, pixels, self.edits)
             if not features.is_fully_addressable:  # parts on other processes cannot be sliced
                 features = to_host(features)
             self.encoded |= zip(new, features, strict=False)  # without the padding

@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float32, Int, Int32, PyTree
 from paligemma_jax.inference.request import Generated, Request
 from paligemma_jax.inference.sampling import Beam
 from paligemma_jax.model.cache import KVCache
+from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import Features, PaliGemma
+from paligemma_jax.model.stages import editing
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
@@ -70,10 +72,11 @@ def search(
     limit: int,
     slots: int,
     beam: Beam,
+    edits: Edits = NO_EDITS,
 ) -> Generated:
     """Find the best answer to every row, at most `limit` tokens long."""
     size = slots - inputs.tokens.shape[1]
-    best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam)
+    best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam, edits)
     tokens, log_probabilities, scores = (
         to_host(a)[:, 0] for a in (best.tokens, best.log_probabilities, best.scores)
     )
@@ -90,9 +93,11 @@ def _search(
     slots: int,
     size: int,
     beam: Beam,
+    edits: Edits,
 ) -> Beams:
     B, W = len(inputs.tokens), beam.width
-    logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
+    with editing(edits):
+        logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
     order = jnp.repeat(jnp.arange(B), W)
     empty = Beams(
         tokens=jnp.full((B, W, size), model.config.pad_token_id, jnp.int32),
@@ -121,7 +126,8 @@ def _search(
         rows = (jnp.arange(B)[:, None] * W + parent).reshape(-1)
         position = jax.tree.map(lambda a: a[rows], state.position)
         position = request.advance(position, token.reshape(-1))
-        logits, cache = model.decode_step(token.reshape(-1), state.cache.take_rows(rows))
+        with editing(edits):
+            logits, cache = model.decode_step(token.reshape(-1), state.cache.take_rows(rows))
         return replace(state, logits=logits, cache=cache, position=position)
 
     return jax.lax.while_loop(condition, step, state).finished

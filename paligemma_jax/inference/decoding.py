@@ -14,7 +14,9 @@ from paligemma_jax.inference.request import Request
 from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, choose, init_state
 from paligemma_jax.inference.sampling import Greedy, Sample
 from paligemma_jax.model.cache import KVCache
+from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import Features, PaliGemma
+from paligemma_jax.model.stages import editing
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.compiled import mesh_jit
 
@@ -43,12 +45,14 @@ def prefill(
     slots: int,
     sampler: Sampler,
     copies: int = 1,
+    edits: Edits = NO_EDITS,
 ) -> DecodeState:
     """The state after the first token of every row.
 
     With `copies`, every prompt has that many consecutive rows.
     """
-    logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
+    with editing(edits):
+        logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
     tokens, valid = jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid)
     if copies > 1:
         order = jnp.repeat(jnp.arange(len(logits)), copies)
@@ -77,6 +81,7 @@ def decode(
     limit: Int[Array, ""],
     size: int,
     sampler: Sampler,
+    edits: Edits = NO_EDITS,
 ) -> tuple[Int32[Array, "B N"], Float32[Array, "B N"], DecodeState]:
     """Decode up to `size` more tokens, until all rows are done or have `limit` tokens.
 
@@ -94,7 +99,8 @@ def decode(
 
     def step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
         state, tokens, log_probabilities = carry
-        logits, cache = model.decode_step(state.token, state.cache)
+        with editing(edits):
+            logits, cache = model.decode_step(state.token, state.cache)
         state = _choose(model, logits, replace(state, cache=cache), request, sampler)
         place = (0, state.step - 1 - start)
         put = partial(jax.lax.dynamic_update_slice, start_indices=place)

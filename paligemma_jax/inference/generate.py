@@ -15,7 +15,9 @@ from paligemma_jax.inference.memory import check_memory
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.request import AnswerLengths, Generated, make_request
 from paligemma_jax.inference.sampling import Beam, BestOf
+from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import Features, PaliGemma
+from paligemma_jax.model.stages import editing
 from paligemma_jax.processing.processor import AnyArray, Inputs, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
@@ -50,9 +52,10 @@ def generate(
     if isinstance(options.sampler, Beam):
         slots = _check_slots(model, inputs, options, slots)
         request = make_request(model, len(inputs.tokens), options, seeds)
-        features = encode_inputs(model, inputs) if features is None else features
+        edits = Edits.of(options.edit)
+        features = encode_inputs(model, inputs, edits) if features is None else features
         limit = options.max_new_tokens
-        return beam.search(model, inputs, features, request, limit, slots, options.sampler)
+        return beam.search(model, inputs, features, request, limit, slots, options.sampler, edits)
     chunk = CHUNK if answer_lengths else None
     chunks = decode_chunks(model, inputs, options, seeds, slots, features, answer_lengths, chunk)
     tokens, log_probabilities = _join(model, chunks, options.max_new_tokens)
@@ -83,10 +86,11 @@ def decode_chunks(
     """
     slots = _check_slots(model, inputs, options, slots)
     request = make_request(model, len(inputs.tokens), options, seeds)
-    features = encode_inputs(model, inputs) if features is None else features
+    edits = Edits.of(options.edit)
+    features = encode_inputs(model, inputs, edits) if features is None else features
     strategy, limit = options.sampler, options.max_new_tokens
     sampler = strategy.sampler if isinstance(strategy, BestOf) else strategy
-    state = prefill(model, inputs, features, request, slots, sampler, options.copies)
+    state = prefill(model, inputs, features, request, slots, sampler, options.copies, edits)
     chunk = chunk or slots - inputs.tokens.shape[1]
     so_far = to_host(state.token)[:, None]
     yield so_far, to_host(state.log_probability)[:, None]
@@ -96,7 +100,7 @@ def decode_chunks(
             state = replace(state, done=state.done | (answer_lengths(so_far) <= count))
         if to_host(state.done).all():
             return
-        *new, state = decode(model, state, request, jnp.int32(limit), chunk, sampler)
+        *new, state = decode(model, state, request, jnp.int32(limit), chunk, sampler, edits)
         tokens, log_probabilities = (to_host(a)[:, : limit - count] for a in new)
         so_far = np.concatenate([so_far, tokens], axis=1)
         yield tokens, log_probabilities
@@ -121,12 +125,15 @@ def _join(model: PaliGemma, chunks: Iterator[Chunk], length: int) -> Chunk:
     return tokens, np.pad(log_probabilities, padding)
 
 
-def encode_inputs(model: PaliGemma, inputs: Inputs) -> Features | None:
+def encode_inputs(model: PaliGemma, inputs: Inputs, edits: Edits = NO_EDITS) -> Features | None:
     """Encode the images of a batch, if there are any."""
-    return None if inputs.images is None else encode_images(model, inputs.images)
+    return None if inputs.images is None else encode_images(model, inputs.images, edits)
 
 
 @mesh_jit
-def encode_images(model: PaliGemma, images: Float[AnyArray, "*images S S 3"]) -> Features:
+def encode_images(
+    model: PaliGemma, images: Float[AnyArray, "*images S S 3"], edits: Edits = NO_EDITS
+) -> Features:
     """Encode and project images."""
-    return model.encode_images(images)
+    with editing(edits):
+        return model.encode_images(images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import isfunction
 from math import log
@@ -14,6 +14,7 @@ import numpy as np
 from paligemma_jax.inference.allowed import Allowed, describe, rows_of
 from paligemma_jax.inference.sampler import is_sampler
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
+from paligemma_jax.model.edits import Change, Edits
 
 FLOAT32_MAX = 3.4028235e38
 Texts = str | Sequence[str]
@@ -35,6 +36,9 @@ class DecodingOptions:
         allowed: What may be generated: a grammar (`Choices`, `Boxes`, `Masks`, `Json`, `Regex`),
             or a list with one per prompt; or the ids, as bool[V], or bool[B, V] with one mask per
             prompt. None allows all.
+        edit: Changes of intermediate results by stage name, as in
+            {"decoder/layers/3/mlp/output": Scale(0)} (`paligemma_jax.model.edits`). A function sees
+            the padded prompt, [B, T, ...], and then each token, [B, 1, ...].
 
     Raises:
         ValueError: A value is invalid.
@@ -45,6 +49,7 @@ class DecodingOptions:
     min_new_tokens: int = 0
     stop: Texts | None = ()
     allowed: Allowed | None = None
+    edit: Mapping[str, Change] | Edits | None = None
 
     def __post_init__(self):
         new, least = self.max_new_tokens, self.min_new_tokens
@@ -110,6 +115,7 @@ class DecodingOptions:
             min_new_tokens=self.min_new_tokens,
             stop=list(self.stops),
             allowed=describe(self.allowed),
+            **({"edit": repr(self.edit)} if self.edit else {}),
         )
 
     def for_rows(self, rows: np.ndarray) -> DecodingOptions:

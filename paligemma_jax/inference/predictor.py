@@ -6,21 +6,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float32
 
 from paligemma_jax.inference import scoring
 from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.answering import answer_batches, stream_answer
+from paligemma_jax.inference.inspector import Edit, Inspector
 from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
 from paligemma_jax.inference.sampler import Sampler
 from paligemma_jax.inference.sampling import Strategy
+from paligemma_jax.interpretability.names import check_edits
 from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.edits import Edits
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.model.stages import Fed
 from paligemma_jax.processing.image import ImageSource, load_image
 from paligemma_jax.processing.locations import Detections, join_labels, parse_detections, with_masks
 from paligemma_jax.processing.mask_codec import NO_CODEC, MaskCodec, load_codec
@@ -28,7 +29,7 @@ from paligemma_jax.processing.processor import EncodedPrompt, ImageInputs, Input
 
 
 @dataclass(frozen=True)
-class Predictor:
+class Predictor(Inspector):
     """A loaded PaliGemma. `images`, `prompts` and `suffixes` are those of `Processor`.
 
     Methods that generate take the fields of `DecodingOptions` as keywords, or all of them as
@@ -192,66 +193,36 @@ class Predictor:
         self,
         images: ImageInputs,
         prompts: Texts,
-        suffixes: Texts,
+        suffixes: Texts | None = None,
         *,
         batch_size: int = 16,
         progress: bool | None = None,
+        edit: Edit = None,
     ) -> Float32[np.ndarray, " B"]:
         """Compute the log-probability of every suffix and its eos, batched as in `answers`."""
         if suffixes is None:
             raise ValueError("no suffixes: pass the text to score, one per prompt")
         encoded = self.processor.encode(images, prompts, suffixes)
-        return scoring.score_prompts(self.model, self.processor, encoded, batch_size, progress)
+        edits = Edits.of(edit)
+        has_images = any(prompt.images for prompt in encoded)
+        check_edits(self.model, edits, has_images, computes_logits=False)
+        return scoring.score_prompts(
+            self.model, self.processor, encoded, batch_size, progress, edits
+        )
 
     def logits(
         self,
         images: ImageInputs | Inputs,
         prompts: Texts | None = None,
         suffixes: Texts | None = None,
+        *,
+        edit: Edit = None,
     ) -> tuple[Float32[np.ndarray, "B T V"], Inputs]:
         """Compute teacher-forced logits; those at t predict the token at t + 1.
 
         Returns the logits and the inputs that they belong to. `Inputs` may be passed directly.
+        `edit` is that of `stages`.
         """
-        inputs = self._inputs(images, prompts, suffixes)
-        return np.asarray(scoring.forward(self.model, inputs)), inputs
-
-    def stages(
-        self,
-        images: ImageInputs | Inputs,
-        prompts: Texts | None = None,
-        suffixes: Texts | None = None,
-        attention: bool = False,
-        branches: bool = False,
-        fed: Fed = MappingProxyType({}),
-    ) -> dict[str, Float[np.ndarray, "..."]]:
-        """Compute every stage of a teacher-forced pass, by name and in order of computation.
-
-        Names are vision/patches, vision/embeddings, vision/layers/0, ..., vision/output, projector,
-        decoder/embeddings, decoder/layers/0, ..., decoder/norm, logits.
-
-        Args:
-            attention: Also collect attention weights: vision/layers/0/attention/weights
-                [M, N, P, P], ..., decoder/layers/0/attention/weights [B, N, T, T], ... This takes
-                much memory at 896 pixels, because queries are not processed in chunks.
-            branches: Also collect what each attention and MLP adds to the residual stream:
-                decoder/layers/0/attention/output, decoder/layers/0/mlp/output, ...
-            fed: Values by stage name, attention weights and branches included, with which the model
-                continues in place of its own. The model's own value is still returned.
-
-        Raises:
-            ValueError: A fed name is not a stage, or a fed value has another shape than its stage.
-        """
-        inputs = self._inputs(images, prompts, suffixes)
-        stages = scoring.forward_stages(self.model, inputs, attention, branches, dict(fed))
-        return {name: np.asarray(value) for name, value in stages.items()}
-
-    def _inputs(
-        self, images: ImageInputs | Inputs, prompts: Texts | None, suffixes: Texts | None
-    ) -> Inputs:
-        if isinstance(images, Inputs):
-            scoring.check_inputs(self.config, images)
-            return images
-        if prompts is None:
-            raise ValueError("no prompts: pass images and prompts, or Inputs")
-        return self.processor(images, prompts, suffixes)
+        inputs, edits = self._inputs(images, prompts, suffixes), Edits.of(edit)
+        check_edits(self.model, edits, inputs.images is not None, by_row=True)
+        return np.asarray(scoring.forward(self.model, inputs, edits)), inputs

@@ -13,38 +13,42 @@ from jaxtyping import Float, Float32, Int32
 from paligemma_jax.inference.batching import run_batches
 from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import Features, PaliGemma
-from paligemma_jax.model.stages import Fed, collect_stages
+from paligemma_jax.model.stages import Fed, collect_stages, editing
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
 
 
 @mesh_jit
-def forward(model: PaliGemma, inputs: Inputs) -> Float32[Array, "B T V"]:
+def forward(model: PaliGemma, inputs: Inputs, edits: Edits = NO_EDITS) -> Float32[Array, "B T V"]:
     """Compute teacher-forced logits; those at t predict the token at t + 1."""
-    return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
+    with editing(edits):
+        return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
 
 
-@partial(mesh_jit, static_argnames=("attention", "branches"))
+@partial(mesh_jit, static_argnames=("attention", "branches", "only"))
 def forward_stages(
     model: PaliGemma,
     inputs: Inputs,
     attention: bool = False,
     branches: bool = False,
     fed: Fed | None = None,
+    only: tuple[str, ...] | None = None,
+    edits: Edits = NO_EDITS,
 ) -> dict[str, Float[Array, "..."]]:
     """Compute every stage of a teacher-forced pass, in order of computation.
 
-    `attention`, `branches` and `fed` are those of `collect_stages`.
+    Other arguments are those of `collect_stages`.
     """
-    with collect_stages(attention, branches, fed or {}) as stages:
+    with collect_stages(attention, branches, fed or {}, only, edits) as stages:
         model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
     return stages
 
 
 def score(
-    model: PaliGemma, inputs: Inputs, features: Features | None = None
+    model: PaliGemma, inputs: Inputs, features: Features | None = None, edits: Edits = NO_EDITS
 ) -> Float32[np.ndarray, " B"]:
     """Compute the log-probability of each row's targets (suffix and eos).
 
@@ -53,8 +57,8 @@ def score(
     Args:
         features: Features of the images, if they are encoded already.
     """
-    features = encode_inputs(model, inputs) if features is None else features
-    return to_host(_score(model, inputs, features, _max_targets(inputs)))
+    features = encode_inputs(model, inputs, edits) if features is None else features
+    return to_host(_score(model, inputs, features, _max_targets(inputs), edits))
 
 
 def score_prompts(
@@ -63,6 +67,7 @@ def score_prompts(
     prompts: list[EncodedPrompt],
     batch_size: int,
     progress: bool | None,
+    edits: Edits = NO_EDITS,
 ) -> Float32[np.ndarray, " N"]:
     """Compute the `score` of any number of encoded prompts with suffixes, in batches.
 
@@ -72,9 +77,9 @@ def score_prompts(
     processor.padded_length(prompts)
 
     def run(inputs: Inputs, features: Array, _: np.ndarray) -> tuple[np.ndarray]:
-        return (score(model, inputs, features)[:, None],)
+        return (score(model, inputs, features, edits)[:, None],)
 
-    batches = run_batches(model, processor, prompts, run, batch_size, progress)
+    batches = run_batches(model, processor, prompts, run, batch_size, progress, edits)
     results = {i: result for batch in batches for i, result in batch.items()}
     scores = np.zeros(len(prompts), np.float32)
     for i, result in sorted(results.items()):
@@ -86,9 +91,14 @@ def score_prompts(
 
 @partial(mesh_jit, static_argnames="max_targets")
 def _score(
-    model: PaliGemma, inputs: Inputs, features: Features | None, max_targets: int
+    model: PaliGemma,
+    inputs: Inputs,
+    features: Features | None,
+    max_targets: int,
+    edits: Edits = NO_EDITS,
 ) -> Float32[Array, " B"]:
-    x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=features)
+    with editing(edits):
+        x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=features)
     places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :max_targets]
     x = jnp.take_along_axis(x, (places - 1)[..., None], axis=1)
     tokens = jnp.take_along_axis(jnp.asarray(inputs.tokens), places, axis=1)

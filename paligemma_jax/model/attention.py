@@ -11,7 +11,7 @@ from paligemma_jax.kernels.attention import fused_attention, position_bounds
 from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.model.constrain import over_shards
 from paligemma_jax.model.masks import TokenSpan, prefix_lm_mask
-from paligemma_jax.model.stages import collecting_attention, stage
+from paligemma_jax.model.stages import collecting_scores, stage
 
 CHUNK = 512  # queries at a time, so that memory grows with T and not with T squared
 MASKED = -2.3819763e38  # finite: a row that attends to nothing (a pad) gets a mean, not NaN
@@ -35,13 +35,13 @@ def attend(
         scale: Factor of the scores.
         softcap: Scores become tanh(scores / softcap) * softcap, before the mask.
         mask: Arguments of `prefix_lm_mask`; without it every query attends to every key.
-        form: "fused" writes no scores to memory. Where stages collect attention weights, it is
+        form: "fused" writes no scores to memory. Where stages collect or change scores, it is
             "plain" all the same.
     """
-    if form == "fused" and not collecting_attention():
+    if form == "fused" and not collecting_scores():
         return _attend_fused(q, k, v, scale, softcap, mask)
     T = q.shape[1]
-    if T <= CHUNK or collecting_attention():
+    if T <= CHUNK or collecting_scores():
         return _attend(q, k, v, scale, softcap, mask)
     chunks = -(-T // CHUNK)
 
@@ -82,16 +82,18 @@ def _attend(q, k, v, scale, softcap, mask):
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    allowed = None if mask is None else prefix_lm_mask(*mask)[:, None, None]
-    weights = softcapped_softmax(scores, softcap, allowed)
-    weights = stage("weights", weights.reshape(B, N, T, -1), attention=True).reshape(weights.shape)
+    allowed = None if mask is None else prefix_lm_mask(*mask)[:, None]
+    weights = attention_weights(scores.reshape(B, N, T, -1), softcap, allowed)
+    weights = weights.reshape(scores.shape)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
-def softcapped_softmax(
-    scores: Float[Array, "*heads S"], softcap: float | None, mask: Bool[Array, "..."] | None
-) -> Float[Array, "*heads S"]:
+def attention_weights(
+    scores: Float[Array, "B N T S"], softcap: float | None, mask: Bool[Array, "B 1 T S"] | None
+) -> Float[Array, "B N T S"]:
     """Softmax over the last axis, after the softcap and then the mask."""
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
-    return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, MASKED), axis=-1)
+    scores = stage("scores", scores, "detail")
+    scores = scores if mask is None else jnp.where(mask, scores, MASKED)
+    return stage("weights", jax.nn.softmax(scores, axis=-1), "attention")

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from paligemma_jax.model.attention import MaskRule, softcapped_softmax
+from paligemma_jax.model.attention import MaskRule, attention_weights
 from paligemma_jax.model.cache import CachedArray, Int8Array
 from paligemma_jax.model.masks import prefix_lm_mask
-from paligemma_jax.model.stages import stage
 
 
 def attend_cached(
@@ -56,8 +55,8 @@ def attend_cached(
     own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32)
     own = own.reshape(B, K * G, 1)
     scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
-    weights = softcapped_softmax(scores, softcap, prefix_lm_mask(*mask))
-    weights = stage("weights", weights[:, :, None], attention=True)[:, :, 0].astype(v.dtype)
+    weights = attention_weights(scores[:, :, None], softcap, prefix_lm_mask(*mask)[:, None])
+    weights = weights[:, :, 0].astype(v.dtype)
     own = jax.lax.dynamic_slice_in_dim(weights, slot, 1, axis=2)
     weights = jax.lax.dynamic_update_slice_in_dim(weights, jnp.zeros_like(own), slot, axis=2)
     weights = (weights * by_head(v_scale)).astype(v.dtype)

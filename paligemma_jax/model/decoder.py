@@ -51,7 +51,8 @@ class Attention(nnx.Module):
         returns the keys and values of x."""
         scale = self.config.query_pre_attn_scalar**-0.5
         rotate = partial(rope, positions=queries.positions, theta=self.config.rope_theta)
-        q, k, v = rotate(self.q(x)), rotate(self.k(x)), self.v(x)
+        q, k, v = (stage(name, getattr(self, name)(x), "detail") for name in "qkv")
+        q, k = rotate(q), rotate(k)
         if self.numerics.scale_query:
             q, scale = q * scale, 1.0
         softcap = self.config.attn_logit_softcapping
@@ -62,7 +63,7 @@ class Attention(nnx.Module):
             keys, slot = cache[2:]
             mask = (queries, keys, window)
             out = attend_cached(q, (k, v), cache[:2], slot, scale=scale, softcap=softcap, mask=mask)
-        return self.o(out), (k, v)
+        return self.o(stage("heads", out, "detail")), (k, v)
 
 
 class MLP(nnx.Module):
@@ -74,7 +75,8 @@ class MLP(nnx.Module):
 
     @over_all_tokens
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+        gated = jax.nn.gelu(self.gate(x), approximate=True) * self.up(x)
+        return self.down(stage("activations", gated, "detail"))
 
 
 class Block(nnx.Module):

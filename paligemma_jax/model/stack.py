@@ -49,7 +49,8 @@ def scan_layers(
     policy = _policy.get()
     if policy is not None and not collecting():  # stages are outputs: nothing is left to recompute
         block = jax.checkpoint(block, policy=policy)
-    if not isinstance(layers, Sequence):
+    is_stack = not isinstance(layers, Sequence)
+    if is_stack:
         if not collecting():
 
             def step(x: Array, layer: tuple) -> tuple[Array, Any]:
@@ -64,7 +65,7 @@ def scan_layers(
             x, y = block(layer, x, *(values[i] for values in per_layer))
             x = stage("", constrain("B T", x))
         ys.append(y)
-    return x, ys
+    return x, stack_layers(ys) if is_stack else ys
 
 
 @contextmanager
@@ -79,7 +80,7 @@ def remat(policy: str) -> Iterator[None]:
         _policy.reset(token)
 
 
-def stack_layers(layers: nnx.List) -> PyTree:
+def stack_layers(layers: Sequence[PyTree]) -> PyTree:
     """One block whose arrays have a leading layer axis. Compile time no longer grows with depth."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
 

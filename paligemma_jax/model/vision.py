@@ -28,8 +28,9 @@ class Attention(nnx.Module):
 
     @over_all_tokens
     def __call__(self, x: Float[Array, "M P W"]) -> Float[Array, "M P W"]:
-        out = attend(self.q(x), self.k(x), self.v(x), scale=self.scale, form=self.form)
-        return self.o(out)
+        q, k, v = (stage(name, getattr(self, name)(x), "detail") for name in "qkv")
+        out = attend(q, k, v, scale=self.scale, form=self.form)
+        return self.o(stage("heads", out, "detail"))
 
 
 class MLP(nnx.Module):
@@ -40,7 +41,8 @@ class MLP(nnx.Module):
 
     @over_all_tokens
     def __call__(self, x: Float[Array, "M P W"]) -> Float[Array, "M P W"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        activated = jax.nn.gelu(self.up(x), approximate=True)
+        return self.down(stage("activations", activated, "detail"))
 
 
 class Block(nnx.Module):

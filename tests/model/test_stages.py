@@ -191,8 +191,8 @@ def toy(x):
         for i in range(3):
             with scope(f"layers/{i}"):
                 with scope("attention"):
-                    x = stage("weights", x + 1, attention=True)
-                    x = stage("output", x, branch=True)
+                    x = stage("weights", x + 1, "attention")
+                    x = stage("output", x, "branch")
                 x = stage("", x)
     return x.sum()
 

@@ -83,20 +83,20 @@ def quick_gelu(self, _, x):
 def norm_after_the_sum(self, _, x, queries, window, cache):
     with stages.scope("attention"):
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
-        x = self.post_attention_norm(x + stage("output", y, branch=True))
+        x = self.post_attention_norm(x + stage("output", y, "branch"))
     with stages.scope("mlp"):
         y = self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-        return x + stage("output", y, branch=True), kv
+        return x + stage("output", y, "branch"), kv
 
 
 def doubled_residual_stream(self, _, x, queries, window, cache):
     """The branches are correct, but their sum is not."""
     with stages.scope("attention"):
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
-        x = x + stage("output", self.post_attention_norm(y), branch=True)
+        x = x + stage("output", self.post_attention_norm(y), "branch")
     with stages.scope("mlp"):
         y = self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
-        return 2 * x + stage("output", y, branch=True), kv
+        return 2 * x + stage("output", y, "branch"), kv
 
 
 def w_for_1_w(self, call, x):

@@ -358,6 +358,15 @@ def constrained_answers(image: str) -> list[str]:
     return predictor.generate([image] * 4, ["detect 4 ; 3"] * 4, **options)
 
 
+def edited_results(mesh: str) -> list[float]:
+    """tests/interpretability/test_edits.py `edited_results` on a mesh."""
+    from interpretability.test_edits import edited_results
+
+    import paligemma_jax as pg
+
+    return edited_results(pg.load("tiny", mesh=mesh))
+
+
 if __name__ == "__main__":
     import jax
 
