@@ -6,13 +6,11 @@ Imports no jax, so that --help is quick.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf, log10
-from numbers import Integral, Real
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 from paligemma_jax.model.precision import Quantization
+from paligemma_jax.training.ranges import check_choices, check_ranges, flag
 
 # Names that --train accepts, and the paths of the parameters that each trains.
 TRAIN_PATTERNS = {
@@ -22,32 +20,6 @@ TRAIN_PATTERNS = {
     "projector": r"projector/.*",
     "lora": r".*/lora_\w+",
 }
-
-POSITIVE = "steps length batch_size accumulate save_every keep"
-COUNTS = "validate_every samples lora_rank lora_vision_rank"
-FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest normal number
-NEAR_ONE = 1 - 2**-24  # the largest float32 below 1
-
-# (requirement, check, names of the fields)
-RANGES: list[tuple[str, Callable[..., bool], str]] = [
-    ("at least 1", lambda x: x >= 1, POSITIVE),
-    ("at least 0", lambda x: x >= 0, f"{COUNTS} clip"),
-    ("an integer", lambda x: isinstance(x, Integral), f"{POSITIVE} {COUNTS} seed"),
-    ("below 2**31", lambda x: x < 2**31, f"{POSITIVE} {COUNTS}"),
-    ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, "seed"),
-    ("positive and finite", lambda x: 0 < x < inf, "learning_rate lora_alpha epochs"),
-    (
-        "from 1.2e-38 to 3.4e38, the range of float32",
-        lambda x: FLOAT32[0] <= x <= FLOAT32[1],
-        "learning_rate lora_alpha",
-    ),
-    ("from 0 to 3.4e38", lambda x: 0 <= x <= FLOAT32[1], "warmup weight_decay vision_rate"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema"),
-    ("at most 0.99999994, the largest float32 below 1", lambda x: x <= NEAR_ONE, "beta1 beta2"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "lora_dropout color"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "flip"),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "crop"),
-]
 
 
 @dataclass(frozen=True)
@@ -191,17 +163,8 @@ class FinetuneConfig:
     model/ only if a format is given."""
 
     def __post_init__(self):
-        for requirement, is_valid, names in RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                is_number = isinstance(value, Real) and not isinstance(value, bool)
-                if value is not None and not (is_number and is_valid(value)):
-                    raise ValueError(f"{_flag(name)} must be {requirement}, got {_short(value)}")
-        for name, choices in _choices().items():
-            value = getattr(self, name)
-            if value not in (*choices, getattr(FinetuneConfig, name)):
-                listed = ", ".join(choices)
-                raise ValueError(f"{_flag(name)} must be one of {listed}, got {value}")
+        check_ranges(self)
+        check_choices(self)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate must divide --batch-size {self.batch_size}, got {self.accumulate}"
@@ -214,11 +177,11 @@ class FinetuneConfig:
                 re.compile(value)
             except re.error as error:
                 raise ValueError(
-                    f"{_flag(name)} must be {choices}a regular expression, got {value!r}: {error}"
+                    f"{flag(name)} must be {choices}a regular expression, got {value!r}: {error}"
                 ) from None
         for name in ("dora", "modules_to_save"):
             if getattr(self, name) and not self.lora:
-                raise ValueError(f"{_flag(name)} requires --train lora, got --train {self.train}")
+                raise ValueError(f"{flag(name)} requires --train lora, got --train {self.train}")
         Quantization.parse(self.quantize)
         if self.features and self.augments:
             raise ValueError(
@@ -252,24 +215,3 @@ class FinetuneConfig:
     @property
     def augments(self) -> bool:
         return self.flip > 0 or self.crop < 1 or self.color > 0
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _short(value: object) -> str:
-    """A value in an error; a number of hundreds of digits by its order of magnitude."""
-    if isinstance(value, int) and value.bit_length() > 200:
-        return f"about 10**{round(value.bit_length() * log10(2))}"
-    return repr(value)
-
-
-def _choices() -> dict[str, tuple[str, ...]]:
-    """The allowed values of each field that is a `Literal`, optional or not."""
-    choices = {}
-    for name, hint in get_type_hints(FinetuneConfig).items():
-        for kind in (hint, *get_args(hint)):
-            if get_origin(kind) is Literal:
-                choices[name] = get_args(kind)
-    return choices

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -17,31 +12,24 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
-from paligemma_jax.data.progress import progress_bar
-from paligemma_jax.data.rows import RowSource, count_rows, error_prefix, example_at, read_examples
+from paligemma_jax.data.rows import RowSource, error_prefix
 from paligemma_jax.inference.loading import enable_compilation_cache, make_processor
-from paligemma_jax.model.flops import training_flops
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.sharding import devices, hosts
-from paligemma_jax.sharding.arrays import distribute, local_rows, shard_batch
+from paligemma_jax.sharding.arrays import distribute, local_rows
 from paligemma_jax.sharding.mesh import check_batch_size, resolve_mesh
-from paligemma_jax.training.batches import (
-    Batch,
-    Batcher,
-    encode_example,
-    max_targets,
-    prefetch,
-    training_batch,
-)
+from paligemma_jax.training.batches import Batcher, training_batch
 from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.digest import rows_digest
 from paligemma_jax.training.export import save_best, save_result
 from paligemma_jax.training.features import FeatureCache
+from paligemma_jax.training.loop import train
 from paligemma_jax.training.optimizers import make_schedule
 from paligemma_jax.training.prepare import load_trainable, prepare_model
+from paligemma_jax.training.rows import read_rows
 from paligemma_jax.training.runs import Run, RunContent, check_run_folder
-from paligemma_jax.training.trainer import Trainer, TrainState
+from paligemma_jax.training.trainer import Trainer
 from paligemma_jax.training.validation import Validation
 
 
@@ -81,7 +69,7 @@ def finetune(
         )
     processor = make_processor(source)
     _check_sizes(config, processor)
-    rows, validation_rows = _read_rows(config, processor, data, validation)
+    rows, validation_rows = read_rows(config, processor, data, validation)
     steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
     form = devices.choose_attention(config.attention)
@@ -107,7 +95,7 @@ def finetune(
     run.rewind(int(state.step))
     _warn_of_longer_schedule(config, steps_before, steps, int(state.step))
     validate = Validation(trainer, run, checkpoints, batcher, validation_rows)
-    state = _train(trainer, run, checkpoints, state, steps, make_batch, validate)
+    state = train(trainer, run, checkpoints, state, steps, make_batch, validate)
     checkpoints.finish()
     run.close()
     if int(state.step) < steps:
@@ -159,44 +147,6 @@ def _warn_of_longer_schedule(
     )
 
 
-def _read_rows(
-    config: FinetuneConfig,
-    processor: Processor,
-    data: RowSource | None,
-    validation: RowSource | None,
-) -> tuple[RowSource, RowSource]:
-    """Return the training rows and the validation rows, which may be empty."""
-    check = partial(encode_example, processor=processor, length=config.length)
-    if data is None:
-        data = read_examples(config.data, check)
-    if validation is None:
-        validation = read_examples(config.validation, check) if config.validation else []
-    for name, rows in (("data", data), ("validation", validation)):
-        count = count_rows(name, rows)
-        if count and not any(example_at(rows, i).weight for i in range(count)):
-            raise ValueError(f"{name} has no row with a weight above 0")
-        _warn_of_empty_suffixes(name, rows)
-    if not len(data):
-        raise ValueError("data has no rows")
-    if config.validate_every and not len(validation):
-        raise ValueError(f"--validate-every {config.validate_every} requires --validation")
-    return data, validation
-
-
-def _warn_of_empty_suffixes(name: str, rows: RowSource) -> None:
-    """Count the rows of a list whose suffix is empty. (Another source may open its images on every
-    access.)"""
-    if not isinstance(rows, list):
-        return
-    empty = sum(not example_at(rows, i).suffix for i in range(len(rows)))
-    if empty:
-        warnings.warn(
-            f"{name}: the suffix is empty in {empty} of {len(rows)} rows, which train the model to "
-            "answer with nothing",
-            stacklevel=3,
-        )
-
-
 def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | None:
     """The mesh of the run; in a multi-process run, of all processes."""
     several = jax.process_count() > 1
@@ -211,78 +161,3 @@ def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | No
             f"{jax.device_count()} devices"
         )
     return mesh
-
-
-def _train(
-    trainer: Trainer,
-    run: Run,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    steps: int,
-    make_batch: Callable[[int], Batch],
-    validate: Validation,
-) -> TrainState:
-    """Train until `steps`, or until a process of the run receives SIGTERM."""
-    config, first = trainer.config, int(state.step)
-    flops_rate = devices.matrix_rate(trainer.model.config.activation_dtype)
-    batches = prefetch(partial(make_batch, step) for step in range(first, steps))
-    size = config.batch_size
-    bar = progress_bar(desc="finetune", total=steps * size, initial=first * size)
-    with _received_sigterm() as received, bar:
-        start = time.perf_counter()
-        for step, batch in enumerate(batches, first + 1):
-            placed = shard_batch(batch, trainer.mesh)
-            state, report = trainer.step(
-                state, trainer.frozen, placed, max_targets=max_targets(batch)
-            )
-            line = {"step": step, **{name: float(value) for name, value in report.items()}}
-            line |= _speed(trainer, batch, time.perf_counter() - start, flops_rate)
-            if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
-                checkpoints.finish()
-                raise ValueError(run.save_bad_batch(line, batch, checkpoints.last_step()))
-            if validate.is_due(step, last=step == steps):
-                validate(state, line)
-            run.log(line)
-            loss, rate = f"{line['loss']:.4f}", f"{line['learning_rate']:.2e}"
-            bar.set_postfix(step=f"{step}/{steps}", loss=loss, learning_rate=rate, refresh=False)
-            bar.update(size)
-            stop = hosts.any_process(bool(received))
-            due = step == steps or step % config.save_every == 0
-            if due or stop or "validation_loss" in line:
-                checkpoints.save(step, state, line.get("validation_loss"))
-            if stop:
-                break
-            start = time.perf_counter()  # waiting for data counts, validating and saving do not
-    return state
-
-
-def _speed(
-    trainer: Trainer, batch: Batch, seconds: float, flops_rate: float
-) -> dict[str, float | int]:
-    """Tokens per second, model FLOPs utilization and peak memory of a step, for the log."""
-    flops = training_flops(
-        trainer.model.config,
-        np.asarray(batch.inputs.tokens),
-        np.asarray(batch.inputs.targets),
-        trainer.trainable,
-        encodes=batch.features is None,
-    )
-    return {
-        "tokens_s": float(batch.inputs.valid.sum() / seconds),
-        "mfu": flops / seconds / flops_rate,
-        "memory_bytes": devices.peak_bytes(),
-    }
-
-
-@contextmanager
-def _received_sigterm() -> Iterator[list[int]]:
-    """Yield a list to which SIGTERM is appended instead of ending the process."""
-    received: list[int] = []
-    previous = None
-    if threading.current_thread() is threading.main_thread():
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,97 @@
+"""The loop of a run: steps, log, validation and checkpoints, until the end or SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+from paligemma_jax.data.progress import progress_bar
+from paligemma_jax.model.flops import training_flops
+from paligemma_jax.sharding import devices, hosts
+from paligemma_jax.sharding.arrays import shard_batch
+from paligemma_jax.training.batches import Batch, max_targets, prefetch
+from paligemma_jax.training.checkpointing import Checkpoints
+from paligemma_jax.training.runs import Run
+from paligemma_jax.training.trainer import Trainer, TrainState
+from paligemma_jax.training.validation import Validation
+
+
+def train(
+    trainer: Trainer,
+    run: Run,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    steps: int,
+    make_batch: Callable[[int], Batch],
+    validate: Validation,
+) -> TrainState:
+    """Train until `steps`, or until a process of the run receives SIGTERM."""
+    config, first = trainer.config, int(state.step)
+    flops_rate = devices.matrix_rate(trainer.model.config.activation_dtype)
+    batches = prefetch(partial(make_batch, step) for step in range(first, steps))
+    size = config.batch_size
+    bar = progress_bar(desc="finetune", total=steps * size, initial=first * size)
+    with _received_sigterm() as received, bar:
+        start = time.perf_counter()
+        for step, batch in enumerate(batches, first + 1):
+            placed = shard_batch(batch, trainer.mesh)
+            state, report = trainer.step(
+                state, trainer.frozen, placed, max_targets=max_targets(batch)
+            )
+            line = {"step": step, **{name: float(value) for name, value in report.items()}}
+            line |= _speed(trainer, batch, time.perf_counter() - start, flops_rate)
+            if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
+                checkpoints.finish()
+                raise ValueError(run.save_bad_batch(line, batch, checkpoints.last_step()))
+            if validate.is_due(step, last=step == steps):
+                validate(state, line)
+            run.log(line)
+            loss, rate = f"{line['loss']:.4f}", f"{line['learning_rate']:.2e}"
+            bar.set_postfix(step=f"{step}/{steps}", loss=loss, learning_rate=rate, refresh=False)
+            bar.update(size)
+            stop = hosts.any_process(bool(received))
+            due = step == steps or step % config.save_every == 0
+            if due or stop or "validation_loss" in line:
+                checkpoints.save(step, state, line.get("validation_loss"))
+            if stop:
+                break
+            start = time.perf_counter()  # waiting for data counts, validating and saving do not
+    return state
+
+
+def _speed(
+    trainer: Trainer, batch: Batch, seconds: float, flops_rate: float
+) -> dict[str, float | int]:
+    """Tokens per second, model FLOPs utilization and peak memory of a step, for the log."""
+    flops = training_flops(
+        trainer.model.config,
+        np.asarray(batch.inputs.tokens),
+        np.asarray(batch.inputs.targets),
+        trainer.trainable,
+        encodes=batch.features is None,
+    )
+    return {
+        "tokens_s": float(batch.inputs.valid.sum() / seconds),
+        "mfu": flops / seconds / flops_rate,
+        "memory_bytes": devices.peak_bytes(),
+    }
+
+
+@contextmanager
+def _received_sigterm() -> Iterator[list[int]]:
+    """Yield a list to which SIGTERM is appended instead of ending the process."""
+    received: list[int] = []
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
