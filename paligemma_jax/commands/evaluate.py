@@ -17,9 +17,9 @@ from paligemma_jax.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from paligemma_jax.evaluation.cases import Case
     from paligemma_jax.evaluation.evaluate import Evaluation
     from paligemma_jax.inference.options import DecodingOptions
+    from paligemma_jax.metrics.cases import Case
 
 Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.data.progress import progress_bar
-from paligemma_jax.evaluation.cases import Case, check_same_rows
-from paligemma_jax.evaluation.comparison import score_cases
+from paligemma_jax.evaluation.cases import check_same_rows
 from paligemma_jax.metrics.bootstrap import Difference, Interval, difference, interval
+from paligemma_jax.metrics.cases import Case
+from paligemma_jax.metrics.comparison import score_cases
 from paligemma_jax.metrics.registry import METRICS, metric_names
 from paligemma_jax.processing.mask_codec import MaskCodec
 

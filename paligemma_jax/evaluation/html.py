@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paligemma_jax.evaluation.cases import Case
 from paligemma_jax.evaluation.evaluate import Evaluation
 from paligemma_jax.evaluation.report import (
     format_interval,
@@ -22,6 +21,7 @@ from paligemma_jax.evaluation.report import (
     reference_text,
     sections,
 )
+from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.processing.image import load_image
 from paligemma_jax.processing.locations import Detection, draw

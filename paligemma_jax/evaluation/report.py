@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from paligemma_jax.evaluation.cases import Case
 from paligemma_jax.evaluation.evaluate import Evaluation
 from paligemma_jax.metrics.bootstrap import Interval
+from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.processing.image import ImageSource
 

@@ -16,7 +16,7 @@ from paligemma_jax.data.datasets import CONVERTERS, convert
 from paligemma_jax.data.recipes import RECIPES
 from paligemma_jax.data.refcoco import rasterize, read_pickle
 from paligemma_jax.data.rows import read_examples
-from paligemma_jax.evaluation.cases import Case
+from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.training.config import FinetuneConfig
 

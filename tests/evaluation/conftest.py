@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from paligemma_jax.evaluation.cases import Case
+from paligemma_jax.metrics.cases import Case
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ from PIL import Image
 from support.mutations import mutations
 
 from paligemma_jax.checkpoints.source import resolve
-from paligemma_jax.evaluation.cases import Case, collect, load_answers
-from paligemma_jax.evaluation.comparison import score_cases
+from paligemma_jax.evaluation.cases import collect, load_answers
 from paligemma_jax.evaluation.evaluate import evaluate
 from paligemma_jax.evaluation.html import html
+from paligemma_jax.metrics.cases import Case
+from paligemma_jax.metrics.comparison import score_cases
 from paligemma_jax.metrics.registry import metric_names
 from paligemma_jax.processing.mask_codec import load_codec
 from paligemma_jax.tiny import dataset

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from paligemma_jax.evaluation.cases import Case
 from paligemma_jax.evaluation.evaluate import evaluate
 from paligemma_jax.evaluation.html import html
 from paligemma_jax.evaluation.report import markdown, sections
+from paligemma_jax.metrics.cases import Case
 
 KINDS = ["a"] * 5 + ["b"] * 5
 

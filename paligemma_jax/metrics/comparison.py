@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from paligemma_jax.evaluation.cases import Case
+from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.metrics.scores import Scores
 from paligemma_jax.processing.mask_codec import MaskCodec
