@@ -216,7 +216,20 @@ class Decoder(nnx.Module):
         chunk: int = 2**15,
         smoothing: float = 0.0,
     ) -> Float32[Array, "*B"]:
-        """Compute the log-probability of one token for each x.
+        """Compute the log-probability of one token for each x. Arguments are those of
+        `scores_and_normalizers`."""
+        scores, normalizers = self.scores_and_normalizers(x, tokens, capped, chunk, smoothing)
+        return scores - normalizers
+
+    def scores_and_normalizers(
+        self,
+        x: Float[Array, "*B D"],
+        tokens: Int[Array, "*B"],
+        capped: bool,
+        chunk: int = 2**15,
+        smoothing: float = 0.0,
+    ) -> tuple[Float32[Array, "*B"], Float32[Array, "*B"]]:
+        """Compute the logit of one token, and the log of the softmax's denominator, for each x.
 
         The vocabulary is processed in chunks, so that [..., V] never exists, forward or backward,
         and the table is read once.
@@ -242,7 +255,7 @@ class Decoder(nnx.Module):
         start = zeros - jnp.inf, zeros
         (total, summed), _ = jax.lax.scan(accumulate, start, self.output.split(parts, x.dtype))
         chosen = self._cap(self.output.decode_at(x, tokens), capped)
-        return (1 - smoothing) * chosen + smoothing / V * summed - total
+        return (1 - smoothing) * chosen + smoothing / V * summed, total
 
     def _cap(self, logits: Array, capped: bool) -> Array:
         cap = self.config.final_logit_softcapping

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paligemma_jax.inference import scoring
+from paligemma_jax.losses.tokens import cross_entropy
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.parity import torch_model
 from paligemma_jax.parity.case import ParityCase
@@ -23,7 +24,6 @@ from paligemma_jax.parity.compare import (
     without_padding,
 )
 from paligemma_jax.parity.reference import Reference, Stages
-from paligemma_jax.training.losses import token_loss
 
 
 def stage_errors(
@@ -72,7 +72,7 @@ def loss_error(
 
     def loss(logits: np.ndarray) -> np.ndarray:
         arrays = map(jnp.asarray, (logits, inputs.tokens, inputs.targets))
-        return np.asarray(token_loss(*arrays))[None]
+        return np.asarray(cross_entropy(*arrays))[None]
 
     exact = torch_model.compute_loss(reference.exact["logits"], inputs)
     theirs = torch_model.compute_loss(own, inputs)

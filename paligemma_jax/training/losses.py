@@ -4,31 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Inputs
-
-
-def token_loss(logits: Array, tokens: Array, targets: Array) -> Array:
-    """Mean cross entropy of the target tokens, as transformers' `ForCausalLMLoss`.
-
-    `answer_loss` computes the same by default, without the full logits. A batch without targets
-    gives 0 where transformers gives NaN, so that one such batch does not destroy a run.
-
-    Args:
-        logits: float[B, T, V]; those at t predict the token at t + 1.
-        tokens: int[B, T]
-        targets: bool[B, T]; a target in the first column is ignored, since nothing predicts it.
-
-    Returns:
-        float32[]
-    """
-    log_probabilities = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-    losses = -jnp.take_along_axis(log_probabilities, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.where(targets[:, 1:], losses, 0).sum() / jnp.maximum(targets[:, 1:].sum(), 1)
 
 
 def answer_loss(
@@ -39,6 +19,7 @@ def answer_loss(
     features: Array | None = None,
     reduction: Literal["tokens", "examples"] = "tokens",
     smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Array, Array]:
     """The sum of a batch's losses and its divisor, so that parts of a batch can be added up.
 
@@ -52,7 +33,7 @@ def answer_loss(
         reduction: "tokens" is the mean over all targets of the batch (transformers); "examples" is
             the mean over examples of each one's mean, 0 for an example without targets (big_vision
             `train.py`).
-        smoothing: Probability mass of each target that is spread over the vocabulary.
+        smoothing: As in `losses.tokens.cross_entropy`, and so is `z_loss`.
 
     Returns:
         float32[] and float32[]
@@ -66,8 +47,11 @@ def answer_loss(
     tokens = jnp.take_along_axis(inputs.tokens, indices, axis=1)
     targets = jnp.take_along_axis(targets, indices, axis=1)
     capped = model.config.profile.capped_prefill
-    log_probabilities = model.decoder.log_probabilities(x, tokens, capped, smoothing=smoothing)
-    losses = jnp.where(targets, -log_probabilities, 0).sum(axis=1)
+    scores, normalizers = model.decoder.scores_and_normalizers(
+        x, tokens, capped, smoothing=smoothing
+    )
+    losses = normalizers - scores + z_loss * normalizers**2
+    losses = jnp.where(targets, losses, 0).sum(axis=1)
     counts = targets.sum(axis=1)
     if reduction == "examples":
         return jnp.sum(weights * losses / jnp.maximum(counts, 1)), jnp.sum(weights)

@@ -18,12 +18,12 @@ from support.paths import GOLDEN
 from convert import formats
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.checkpoints.source import resolve
+from paligemma_jax.losses.tokens import cross_entropy
 from paligemma_jax.model import attention, decoder, masks, stages, vision
 from paligemma_jax.model.stages import stage
 from paligemma_jax.parity import jax_model, stage_errors, torch_model, torch_stages
 from paligemma_jax.parity.case import ParityCase
 from paligemma_jax.parity.reference import compute_reference
-from paligemma_jax.training.losses import token_loss
 
 GOLDEN = GOLDEN / "pg2"
 
@@ -222,9 +222,9 @@ def test_the_limit_of_a_small_loss_allows_for_rounding_only(compared, monkeypatc
     assert 1e-6 < row.limits[1] < 0.1 and not row.diverges
 
     def first_target_loss(logits, tokens, targets):
-        return token_loss(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1))
+        return cross_entropy(logits, tokens, targets & (jnp.cumsum(targets, axis=1) == 1))
 
-    monkeypatch.setattr(stage_errors, "token_loss", first_target_loss)
+    monkeypatch.setattr(stage_errors, "cross_entropy", first_target_loss)
     assert stage_errors.loss_error(case, logits, sharp, False).diverges
 
 

@@ -367,6 +367,17 @@ def edited_results(mesh: str) -> list[float]:
     return edited_results(pg.load("tiny", mesh=mesh))
 
 
+def late_interaction_of_rows() -> list[float]:
+    """tests/losses/test_losses.py: a loss and its gradient, one row on each device."""
+    import jax
+    import numpy as np
+    from losses.test_losses import eight_pairs, late_interaction_and_gradient
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    return late_interaction_and_gradient([jax.device_put(x, rows) for x in eight_pairs()])
+
+
 if __name__ == "__main__":
     import jax
 

@@ -1,4 +1,4 @@
-"""`token_loss` against transformers, and its gradient."""
+"""`cross_entropy` against transformers, and its gradient."""
 
 from dataclasses import replace
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from paligemma_jax.losses.tokens import cross_entropy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.training.losses import token_loss
 
 
 @pytest.fixture
@@ -29,14 +29,14 @@ def test_token_loss_equals_transformers(batch):
     logits, tokens, targets = batch
     labels = torch.tensor(np.where(targets, tokens, -100))
     expected = ForCausalLMLoss(torch.tensor(logits), labels, vocab_size=logits.shape[-1])
-    assert float(token_loss(*batch)) == pytest.approx(expected.item(), rel=1e-6)
+    assert float(cross_entropy(*batch)) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_without_targets_loss_and_gradient_are_zero(batch):
     logits, tokens, targets = batch
 
     def loss(logits):
-        return token_loss(logits, tokens, np.zeros_like(targets))
+        return cross_entropy(logits, tokens, np.zeros_like(targets))
 
     loss, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))
     assert float(loss) == 0 and not np.any(gradient)
@@ -44,7 +44,7 @@ def test_without_targets_loss_and_gradient_are_zero(batch):
 
 def test_only_positions_before_targets_have_a_gradient(batch):
     logits, tokens, targets = batch
-    gradient = jax.grad(token_loss)(jnp.asarray(logits), tokens, targets)
+    gradient = jax.grad(cross_entropy)(jnp.asarray(logits), tokens, targets)
     nonzero = np.abs(gradient).max(-1) > 0
     np.testing.assert_array_equal(nonzero[:, :-1], targets[:, 1:])
     assert not nonzero[:, -1].any()
@@ -52,9 +52,9 @@ def test_only_positions_before_targets_have_a_gradient(batch):
 
 def test_half_precision_logits_are_summed_in_float32(batch):
     logits = jnp.asarray(batch[0], jnp.bfloat16)
-    assert token_loss(logits, *batch[1:]).dtype == jnp.float32
-    expected = token_loss(logits.astype(jnp.float32), *batch[1:])
-    assert float(token_loss(logits, *batch[1:])) == float(expected)
+    assert cross_entropy(logits, *batch[1:]).dtype == jnp.float32
+    expected = cross_entropy(logits.astype(jnp.float32), *batch[1:])
+    assert float(cross_entropy(logits, *batch[1:])) == float(expected)
 
 
 def test_log_probabilities_do_not_copy_the_vocabulary(optimized):

@@ -20,12 +20,13 @@ from paligemma_jax.checkpoints.synthetic import (
     synthetic_inputs,
     with_depth,
 )
+from paligemma_jax.losses.tokens import cross_entropy
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.model.tree import parameters
 from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.losses import answer_loss, token_loss
+from paligemma_jax.training.losses import answer_loss
 from paligemma_jax.training.optimizers import make_optimizer, make_schedule
 from paligemma_jax.training.prepare import prepare_model, trainer_shapes
 from paligemma_jax.training.trainer import Trainer
@@ -152,7 +153,7 @@ def test_padding_changes_neither_loss_nor_gradient():
 
     plain = batch(model)
     logits, loss, gradient = run(model, plain)
-    expected = float(token_loss(logits, plain.tokens, plain.targets))
+    expected = float(cross_entropy(logits, plain.tokens, plain.targets))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     logits, gradient = np.asarray(logits)[plain.valid], parameters(gradient)
     for inputs in (

@@ -1,0 +1,1 @@
+"""Losses as functions: arrays in, a scalar out. The theory of each is in docs/losses.md."""
