@@ -33,11 +33,11 @@ def answer_batches(
     progress: bool | None = None,
 ) -> Iterator[dict[int, Answer]]:
     """Answer prompts in batches. Yields the answers of each batch by prompt number."""
-    options = _check_options(model, processor, prompts, options)
+    options = _check_prompts(model, processor, prompts, options)
     checked_seeds = check_seeds(seeds, len(prompts))
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
 
-    def run(inputs: Inputs, features: Array, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    def run(inputs: Inputs, features: Array | None, rows: np.ndarray) -> tuple[np.ndarray, ...]:
         generated = generate(
             model,
             inputs,
@@ -74,10 +74,9 @@ def stream_answer(
             "sampler must not be Beam(...) or BestOf(...) for streaming, because text that was "
             f"streamed cannot change, got {options.sampler!r}"
         )
-    options = _check_options(model, processor, [prompt], options)
+    options = _check_prompts(model, processor, [prompt], options)
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
-    images = processor.pixel_values(prompt.images)
-    inputs = replace(pad_batch(processor, [prompt]), images=images)
+    inputs = replace(pad_batch(processor, [prompt]), images=processor.prompt_images([prompt]))
     chunks = decode_chunks(model, inputs, options, seeds=check_seeds([seed], 1), chunk=STREAM)
     yield from detokenizer.stream(tokens[0].tolist() for tokens, _ in chunks)
 
@@ -100,13 +99,56 @@ def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " 
     return np.asarray(seeds)
 
 
-def _check_options(
+def answer_inputs(
+    model: PaliGemma,
+    processor: Processor,
+    inputs: Inputs,
+    options: DecodingOptions,
+    seeds: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Answer rows that are inputs of the model already, in one batch.
+
+    Raises:
+        ValueError: A row has targets.
+    """
+    if np.any(inputs.targets):
+        raise ValueError("Inputs to answer must have no targets: make them without suffixes")
+    rows, tokens = inputs.tokens.shape
+    options = _check_options(
+        model, processor, rows, tokens, inputs.images is not None, options, by_row=True
+    )
+    detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
+    generated = generate(
+        model,
+        inputs,
+        options,
+        seeds=check_seeds(seeds, rows),
+        answer_lengths=detokenizer.lengths if options.stops else None,
+    )
+    pairs = zip(generated.tokens, generated.log_probabilities, strict=True)
+    return [detokenizer.answer(*pair, options.sampler) for pair in pairs]
+
+
+def _check_prompts(
     model: PaliGemma, processor: Processor, prompts: list[EncodedPrompt], options: DecodingOptions
 ) -> DecodingOptions:
-    """Check the options against the prompts. Returns options that allow text only, and
-    whose grammars are compiled."""
-    check_edits(model, Edits.of(options.edit), any(prompt.images for prompt in prompts))
+    has_images = any(prompt.images for prompt in prompts)
     tokens = processor.padded_length(prompts)
+    return _check_options(model, processor, len(prompts), tokens, has_images, options)
+
+
+def _check_options(
+    model: PaliGemma,
+    processor: Processor,
+    rows: int,
+    tokens: int,
+    has_images: bool,
+    options: DecodingOptions,
+    by_row: bool = False,
+) -> DecodingOptions:
+    """Check the options against rows of so many tokens. Returns options that allow text only, and
+    whose grammars are compiled."""
+    check_edits(model, Edits.of(options.edit), has_images, by_row)
     most = processor.context - tokens
     if options.max_new_tokens > most:
         raise ValueError(
@@ -114,6 +156,6 @@ def _check_options(
             f"got {options.max_new_tokens}"
         )
     allowed = compile_allowed(
-        options.allowed, model.config, processor.tokenizer, len(prompts), options.max_new_tokens
+        options.allowed, model.config, processor.tokenizer, rows, options.max_new_tokens
     )
     return replace(options, allowed=allowed)

@@ -29,8 +29,8 @@ from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
 
 AHEAD = 2  # batches whose images are opened before their turn
 
-# (inputs without images, features [B, n, P, D], prompt numbers int[B]) -> arrays [B, ...]
-RunBatch = Callable[[Inputs, Array, np.ndarray], tuple[np.ndarray, ...]]
+# (inputs without images, features [B, n, P, D] if n > 0, prompt numbers int[B]) -> arrays [B, ...]
+RunBatch = Callable[[Inputs, Array | None, np.ndarray], tuple[np.ndarray, ...]]
 # The rows of one prompt in these arrays, or the error of its image.
 BatchResult = tuple[np.ndarray, ...] | ValueError
 
@@ -115,10 +115,12 @@ def _run_batch(
     missing = images.padded_batch_size(len(readable)) - len(readable)
     numbers = np.array(readable + [readable[0]] * missing)
     chosen = [prompts[i] for i in numbers]
-    features = images.features([image for prompt in chosen for image in prompt.images])
+    used = [image for prompt in chosen for image in prompt.images]
+    features = None
+    if used:  # all prompts of a batch have the same number of images
+        features = images.features(used)
+        features = features.reshape(len(chosen), -1, *features.shape[1:])
     images.release([image for i in batch for image in prompts[i].images])
-    # All prompts of a batch have the same number of images.
-    features = features.reshape(len(chosen), -1, *features.shape[1:])
     arrays = run(pad_batch(processor, chosen), features, numbers)
     # `arrays` also contains the padding rows.
     results.update(zip(readable, zip(*arrays, strict=True), strict=False))

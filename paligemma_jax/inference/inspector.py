@@ -208,11 +208,11 @@ class Inspector:
         self, images: ImageInputs | Inputs, prompts: Texts | None, suffixes: Texts | None
     ) -> Inputs:
         if isinstance(images, Inputs):
+            if prompts is not None:
+                raise ValueError("prompts must be left out with Inputs, which contain them")
             scoring.check_inputs(self.model.config, images)
             return images
-        if prompts is None:
-            raise ValueError("no prompts: pass images and prompts, or Inputs")
-        return self.processor(images, prompts, suffixes)
+        return self.processor(images, require_prompts(prompts), suffixes)
 
     def _answered(
         self,
@@ -244,9 +244,8 @@ class Inspector:
             replace(prompt, suffix=list(answer.tokens))
             for prompt, answer in zip(encoded, answers, strict=True)
         ]
-        images = [image for prompt in encoded for image in prompt.images]
-        pixels = self.processor.pixel_values(images) if images else None
-        return replace(pad_batch(self.processor, answered), images=pixels)
+        images = self.processor.prompt_images(encoded)
+        return replace(pad_batch(self.processor, answered), images=images)
 
     def _row_batches(self, inputs: Inputs, batch_size: int | None) -> Iterator[Inputs]:
         """Rows with their images, `batch_size` at a time."""
@@ -268,6 +267,13 @@ class Inspector:
             first, last = (ends[start - 1] if start else 0), ends[part][-1]
             images = None if inputs.images is None else inputs.images[first:last]
             yield Inputs(images=images, **text)
+
+
+def require_prompts(prompts: Texts | None) -> Texts:
+    """Return the prompts. ValueError if there are none."""
+    if prompts is None:
+        raise ValueError("no prompts: pass images and prompts, or Inputs")
+    return prompts
 
 
 @mesh_jit

@@ -13,8 +13,8 @@ from jaxtyping import Float32
 
 from paligemma_jax.inference import scoring
 from paligemma_jax.inference.answer import Answer
-from paligemma_jax.inference.answering import answer_batches, stream_answer
-from paligemma_jax.inference.inspector import Edit, Inspector
+from paligemma_jax.inference.answering import answer_batches, answer_inputs, stream_answer
+from paligemma_jax.inference.inspector import Edit, Inspector, require_prompts
 from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
 from paligemma_jax.inference.sampler import Sampler
 from paligemma_jax.inference.sampling import Strategy
@@ -58,8 +58,8 @@ class Predictor(Inspector):
 
     def generate(
         self,
-        images: ImageInputs,
-        prompts: Texts,
+        images: ImageInputs | Inputs,
+        prompts: Texts | None = None,
         max_new_tokens: int | None = None,
         sampler: Strategy | None = None,
         **options: Keyword,
@@ -79,8 +79,8 @@ class Predictor(Inspector):
 
     def answers(
         self,
-        images: ImageInputs,
-        prompts: Texts,
+        images: ImageInputs | Inputs,
+        prompts: Texts | None = None,
         max_new_tokens: int | None = None,
         sampler: Strategy | None = None,
         *,
@@ -96,7 +96,8 @@ class Predictor(Inspector):
         a prefix: image tokens attend to the prompt, so their keys and values differ.
 
         Args:
-            images: Images (`load_image`): one, or a list of them, per prompt.
+            images: Images (`load_image`): one for all prompts, or one, or a list of them, per
+                prompt; None for text alone; or `Inputs` without targets, which run in one batch.
             prompts: One text or several.
             max_new_tokens: Maximum length of an answer in tokens; by default 128.
             sampler: `Greedy` (the default), `Sample`, `Beam`, `BestOf` or a `Sampler` of your own.
@@ -111,7 +112,10 @@ class Predictor(Inspector):
                 context. An image that cannot be read is an error in its own `Answer` only.
         """
         decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
-        encoded = self.processor.encode(images, prompts)
+        if isinstance(images, Inputs):
+            inputs = self._inputs(images, prompts, None)
+            return answer_inputs(self.model, self.processor, inputs, decoding, seeds)
+        encoded = self.processor.encode(images, require_prompts(prompts))
         batches = answer_batches(
             self.model, self.processor, encoded, decoding, seeds, batch_size, progress
         )
@@ -134,7 +138,7 @@ class Predictor(Inspector):
 
     def stream(
         self,
-        image: ImageSource | Sequence[ImageSource],
+        image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         max_new_tokens: int | None = None,
         sampler: Sampler | None = None,
@@ -148,7 +152,7 @@ class Predictor(Inspector):
         dispatch. Other arguments are those of `answers`.
 
         Args:
-            image: One image, or the list of images of this prompt.
+            image: One image, the list of images of this prompt, or None for text alone.
             sampler: `Greedy` (the default), `Sample` or a `Sampler` of your own.
         """
         decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
@@ -191,19 +195,24 @@ class Predictor(Inspector):
 
     def score(
         self,
-        images: ImageInputs,
-        prompts: Texts,
+        images: ImageInputs | Inputs,
+        prompts: Texts | None = None,
         suffixes: Texts | None = None,
         *,
         batch_size: int = 16,
         progress: bool | None = None,
         edit: Edit = None,
     ) -> Float32[np.ndarray, " B"]:
-        """Compute the log-probability of every suffix and its eos, batched as in `answers`."""
+        """Compute the log-probability of every suffix and its eos, batched as in `answers`, or of
+        the targets of `Inputs`, in one batch."""
+        edits = Edits.of(edit)
+        if isinstance(images, Inputs):
+            inputs = self._inputs(images, prompts, suffixes)
+            check_edits(self.model, edits, inputs.images is not None, True, computes_logits=False)
+            return scoring.score(self.model, inputs, edits=edits)
         if suffixes is None:
             raise ValueError("no suffixes: pass the text to score, one per prompt")
-        encoded = self.processor.encode(images, prompts, suffixes)
-        edits = Edits.of(edit)
+        encoded = self.processor.encode(images, require_prompts(prompts), suffixes)
         has_images = any(prompt.images for prompt in encoded)
         check_edits(self.model, edits, has_images, computes_logits=False)
         return scoring.score_prompts(

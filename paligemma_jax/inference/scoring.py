@@ -76,7 +76,7 @@ def score_prompts(
     """
     processor.padded_length(prompts)
 
-    def run(inputs: Inputs, features: Array, _: np.ndarray) -> tuple[np.ndarray]:
+    def run(inputs: Inputs, features: Array | None, _: np.ndarray) -> tuple[np.ndarray]:
         return (score(model, inputs, features, edits)[:, None],)
 
     batches = run_batches(model, processor, prompts, run, batch_size, progress, edits)

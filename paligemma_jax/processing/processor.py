@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     AnyArray = Any  # either kind: a union would need a conversion wherever one of them is passed
 else:
     AnyArray = jax.Array | np.ndarray
-ImageInputs = ImageSource | Sequence[ImageSource | Sequence[ImageSource]]
+# One image for all prompts; or for each prompt one image, a list of images, or None for text alone.
+ImageInputs = ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None
 
 BUCKET = 32  # lengths are padded to multiples of this, so that few programs are compiled
 
@@ -82,9 +83,11 @@ class Processor:
         suffix and `<eos>` if there is a suffix.
 
         Args:
-            images: An image (`load_image`); or a list with one of them, or a list of them,
-                per prompt. If the prompts contain `<image>` where their images go, one flat list
-                for all prompts is accepted too; `<bos>` then follows the last `<image>`.
+            images: An image (`load_image`) for all prompts; a list with one of them, a list of
+                them, or None per prompt; or None for text alone, which transformers' processor
+                refuses (a row is then as in big_vision, without image tokens). If the prompts
+                contain `<image>` where their images go, one flat list for all prompts is accepted
+                too; `<bos>` then follows the last `<image>`.
             prompts: One text or several.
             suffixes: The answers to train on or to score, one per prompt.
             padding_side: "left" (for generation) or "right".
@@ -95,8 +98,14 @@ class Processor:
                 truncated, dropped or repeated.
         """
         encoded = self.encode(images, prompts, suffixes)
-        pixels = self.pixel_values([image for prompt in encoded for image in prompt.images])
-        return Inputs(images=pixels, **self.pad(encoded, padding_side, length))
+        return Inputs(images=self.prompt_images(encoded), **self.pad(encoded, padding_side, length))
+
+    def prompt_images(
+        self, prompts: Sequence[EncodedPrompt]
+    ) -> Float32[np.ndarray, "M S S 3"] | None:
+        """Open the images of prompts; None if there are none."""
+        images = [image for prompt in prompts for image in prompt.images]
+        return self.pixel_values(images) if images else None
 
     def pixel_values(self, images: Sequence[ImageSource]) -> Float32[np.ndarray, "M S S 3"]:
         """Turn images into pixels with the settings of the checkpoint (`image.pixel_values`)."""
@@ -208,15 +217,14 @@ def _assign_images(
     If only some prompts of a batch contain `<image>`, transformers writes bos inside the words of
     the others. Here that is an error.
     """
-    if images is None:
-        images = []
-    entries: list = list(images) if is_list(images) else [images]
-    groups = [list(entry) if is_list(entry) else [entry] for entry in entries]
+    placeholders = [prompt.count(IMAGE) for prompt in prompts]
+    one_each = max(placeholders) <= 1
+    entries: list = (
+        list(images) if is_list(images) else [images] * (len(prompts) if one_each else 1)
+    )
+    groups = [[] if x is None else list(x) if is_list(x) else [x] for x in entries]
     flat: list[ImageSource] = list(chain(*groups))
     given = [len(group) for group in groups]
-    placeholders = [prompt.count(IMAGE) for prompt in prompts]
-    if not flat:
-        raise ValueError("no image: pass at least one, such as a path or a PIL image")
     if not any(placeholders):
         if len(groups) != len(prompts):
             raise ValueError(

@@ -156,10 +156,10 @@ def test_inputs_is_a_pytree(ours):
 
 ERRORS = {
     "no prompt": ((A, []), "no prompt"),
-    "no image": ((None, "caption en"), "no image", "path"),
-    "no image, empty": (([], "caption en"), "no image"),
-    "no image, placeholder": (([[]], "<image>caption en"), "no image"),
-    "one image, two prompts": ((A, ["a", "b"]), "1 images for 2 prompts"),
+    "no image, placeholder": ((None, "<image>caption en"), "0 images for [1] <image>"),
+    "empty list": (([], "caption en"), "0 images for 1 prompts"),
+    "empty list, placeholder": (([[]], "<image>caption en"), "[0] images for [1] <image>"),
+    "one listed image, two prompts": (([A], ["a", "b"]), "1 images for 2 prompts"),
     "two images, one prompt": (([A, B], "a"), "2 images for 1 prompts", "list of images"),
     "too few placeholders": (([A, B], "<image>a"), "2 images", "[1]"),
     "too many placeholders": ((A, "<image>a<image>"), "1 images", "[2]"),
@@ -214,3 +214,20 @@ def test_transformers_refuses_them_too(theirs):
             theirs(images=images, text=prompts)
     mixed = theirs(images=[A], text=["<image>a", "caption en"], padding=True)["input_ids"][1]
     assert theirs.decode(mixed, skip_special_tokens=False).endswith("captio<bos>n en\n")
+
+
+def test_one_image_is_for_all_prompts(ours):
+    together, apart = ours(A, ["a", "cat"]), ours([A, A], ["a", "cat"])
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
+    marked = ours(A, ["<image>a", "<image>cat"])
+    jax.tree.map(np.testing.assert_array_equal, marked, apart)
+
+
+def test_text_alone_is_a_row_without_image_tokens(ours):
+    text, with_image = ours(None, "caption en", "cat"), ours(A, "caption en", "cat")
+    assert text.images is None
+    is_text = with_image.tokens[0] != ours.tokenizer.image_id
+    np.testing.assert_array_equal(text.tokens[0], with_image.tokens[0, is_text])
+    mixed = ours([None, A, []], ["caption en"] * 3)
+    assert len(mixed.images) == 1
+    np.testing.assert_array_equal(mixed.valid.sum(axis=1), [5, 9, 5])
