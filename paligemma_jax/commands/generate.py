@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from paligemma_jax.processing.locations import Detections
 
-Images = Annotated[tuple[str, ...], flag("FILE [FILE ...]")]
+Images = Annotated[tuple[str, ...], flag("FILE [FILE ...]", "text alone")]
 Texts = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]")]
 
 
 def generate(
-    image: Images,
     prompt: Texts,
+    image: Images = (),
     source: ModelFlags = ModelOptions(),
     decoding: Decoding = DecodingFlags(),
     draw: File = None,
@@ -40,10 +40,10 @@ def generate(
     Example: paligemma-jax generate --image a.jpg --prompt "detect cat" --draw b.jpg
 
     Args:
-        image: Image files: one per prompt, or one for all prompts. To use several images in
-            one prompt, write <image> into it for each.
         prompt: Prompts such as "caption en", "answer en where is the cat?" or "detect cat": one
             per image, or one for all images.
+        image: Image files: one per prompt, or one for all prompts. To use several images in
+            one prompt, write <image> into it for each.
         draw: Draw the boxes and masks of all answers about an image to this file. With several
             images, the files are boxes-1.png, boxes-2.png, ...
         json: Print one JSON object per line with image, prompt and answer, instead of text.
@@ -63,7 +63,7 @@ def generate(
         seeds=range(decoding.seed, decoding.seed + len(prompts)),
     )
     for group, text, answer in zip(groups, prompts, answers, strict=True):
-        images = group[0] if len(group) == 1 else group
+        images = group[0] if len(group) == 1 else group or None
         record = {"image": images, "prompt": text, "answer": answer.text}
         print(dumps(record) if json else answer.text)
     for path, file in drawings.items():
@@ -79,8 +79,8 @@ def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:
     """Return the file to draw each image to. Raises ValueError if one is invalid."""
     from PIL import Image
 
-    if any(len(group) > 1 for group in groups):
-        raise ValueError("--draw supports one image per prompt: a box does not specify its image")
+    if any(len(group) != 1 for group in groups):
+        raise ValueError("--draw needs one image per prompt: a box does not specify its image")
     file, paths = Path(draw), list(dict.fromkeys(path for (path,) in groups))
     if Image.registered_extensions().get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--draw must be an image file such as boxes.png or boxes.jpg, got {draw}")
@@ -107,11 +107,12 @@ def _pair(images: list[str], prompts: list[str]) -> tuple[list[list[str]], list[
     """Return the images of each prompt, and the prompts.
 
     A prompt takes one image per `<image>` in it, or one image without any. A single prompt or image
-    is used for all of the others.
+    is used for all of the others. Without images, prompts are text alone.
     """
-    for name, values in (("image", images), ("prompt", prompts)):
-        if not values:
-            raise ValueError(f"no {name}: give at least one after --{name}")
+    if not prompts:
+        raise ValueError("no prompt: give at least one after --prompt")
+    if not images and not any("<image>" in prompt for prompt in prompts):
+        return [[] for _ in prompts], prompts
     counts = [max(prompt.count("<image>"), 1) for prompt in prompts]
     if set(counts) == {1}:
         prompts = prompts * len(images) if len(prompts) == 1 else prompts

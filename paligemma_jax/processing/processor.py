@@ -218,10 +218,8 @@ def _assign_images(
     the others. Here that is an error.
     """
     placeholders = [prompt.count(IMAGE) for prompt in prompts]
-    one_each = max(placeholders) <= 1
-    entries: list = (
-        list(images) if is_list(images) else [images] * (len(prompts) if one_each else 1)
-    )
+    copies = len(prompts) if max(placeholders) <= 1 else 1  # of one image for all prompts
+    entries: list = list(images) if is_list(images) else [images] * copies
     groups = [[] if x is None else list(x) if is_list(x) else [x] for x in entries]
     flat: list[ImageSource] = list(chain(*groups))
     given = [len(group) for group in groups]

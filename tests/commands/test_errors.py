@@ -93,7 +93,6 @@ INPUTS = {
     "not an image": (__file__, ["caption en"], [Path(__file__).name, "is not an image"]),
     "truncated image": ("cut.png", ["caption en"], ["cut.png", "completely", "truncated"]),
     "no prompt": (str(IMAGE), [], ["no prompt"]),
-    "no image": ([], ["caption en"], ["no image"]),
     "image count": (TWO, ["a", "b", "c"], ["2 images", "3 prompts"]),
     "placeholder count": (
         TWO,

@@ -249,7 +249,7 @@ INVALID_OPTIONS = [
     ("max_new_tokens must be .* got 9000", dict(max_new_tokens=9000)),
     ("min_new_tokens must be .* got 5", dict(max_new_tokens=4, min_new_tokens=5)),
     ("batch_size must be .* got 0", dict(batch_size=0)),
-    (r"allowed must be bool\[1664\]", dict(allowed=np.ones(7, bool))),
+    (r"allowed must be a grammar, bool\[1664\]", dict(allowed=np.ones(7, bool))),
     ("permit at least one token of text", dict(allowed=np.arange(1664) >= 1601)),
     ("one per prompt, got 2 for 1 prompts", dict(seeds=[1, 2])),
     ("stop must be .* got ''", dict(stop="")),

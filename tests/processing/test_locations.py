@@ -292,7 +292,7 @@ INVALID_DRAWINGS = [
     (("--prompt", "detect 4", "--draw", "nowhere/boxes.png"), "no such directory: nowhere"),
     (
         (str(PHOTO), "--prompt", "<image><image> detect 4", "--draw", "boxes.png"),
-        "--draw supports one image per prompt",
+        "--draw needs one image per prompt",
     ),
 ]
 
