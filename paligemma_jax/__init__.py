@@ -30,6 +30,9 @@ _MODULES = {
     "Predictor": "paligemma_jax.inference.predictor",
     "PaliGemmaConfig": "paligemma_jax.model.config",
     "FinetuneConfig": "paligemma_jax.training.config",
+    "Trainer": "paligemma_jax.training.trainer",
+    "TrainState": "paligemma_jax.training.trainer",
+    "StepEvent": "paligemma_jax.training.callbacks",
 }
 
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from paligemma_jax.metrics import answers, boxes, captions
@@ -44,7 +45,9 @@ def metric_names(names: Iterable[str]) -> list[str]:
     names, choices = list(names), ", ".join([*METRICS, *GROUPS])
     for name in names:
         if name not in METRICS and name not in GROUPS:
-            raise ValueError(f"--metric must be one of {choices}; got {name}")
+            close = difflib.get_close_matches(name, [*METRICS, *GROUPS], n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ValueError(f"--metric must be one of {choices}; got {name}{hint}")
     if not names:
         raise ValueError(f"--metric needs at least one of {choices}")
     if "bleu" in names:

@@ -17,34 +17,27 @@ from types import TracebackType
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import orbax.checkpoint as ocp
 from jax import Array
 
 from convert.typed_json import decode
 from paligemma_jax.checkpoints.runs import CHECKPOINTS, DAMAGED, STATE, checkpoint_steps
 from paligemma_jax.sharding import hosts
+from paligemma_jax.training.measures import Criterion, Measured, Metrics, finite
 from paligemma_jax.training.trainer import TrainState
 
 WRITE_ERRORS = ENOSPC, EDQUOT, EFBIG, EIO
 
 
-class Metrics(msgspec.Struct):
-    """What is recorded beside a state."""
-
-    validation_loss: float | None = None
-    checksum: int | None = None  # of the state; None in runs of older versions
-
-
 class Checkpoints:
     """Saves and restores the states of a run in its directory `folder`.
 
-    The last `keep` checkpoints and the best by validation loss are kept.
+    The last `keep` checkpoints and the best by `criterion` are kept.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, criterion: Criterion = Criterion()):
         _silence_threads()
-        self.folder, self.keep = folder.resolve(), keep
+        self.folder, self.keep, self.criterion = folder.resolve(), keep, criterion
         if hosts.is_first_process():
             self._set_aside(self._without_metadata())
         hosts.barrier("checkpoints")
@@ -59,11 +52,10 @@ class Checkpoints:
         return decode(content, Metrics, str(file))
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, if any was validated."""
-        steps = checkpoint_steps(self.folder)
-        losses = {step: self.metrics(step).validation_loss for step in steps}
-        validated = {step: loss for step, loss in losses.items() if loss is not None}
-        return min(validated, key=lambda step: validated[step]) if validated else None
+        """The best step by the criterion, if any was validated; the first of several."""
+        scores = {step: self.metrics(step).best for step in checkpoint_steps(self.folder)}
+        validated = {step: score for step, score in scores.items() if score is not None}
+        return max(validated, key=lambda step: validated[step]) if validated else None
 
     def last_step(self) -> int | None:
         """The step of the last complete checkpoint."""
@@ -105,11 +97,14 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step} of {self.folder} is damaged ({restored})")
         return restored
 
-    def save(self, step: int, state: TrainState, validation_loss: float | None) -> None:
-        """Start to save a checkpoint. Writing continues in the background, until `finish`."""
-        is_number = validation_loss is not None and math.isfinite(validation_loss)
-        loss = validation_loss if is_number else None
-        metrics = {"validation_loss": loss, "checksum": int(_checksum(state))}
+    def save(self, step: int, state: TrainState, measured: Measured) -> None:
+        """Start to save a checkpoint. Writing continues in the background, until `finish`.
+
+        Args:
+            measured: May have "validation_loss" and metrics.
+        """
+        loss, score = finite(measured.get("validation_loss")), self.criterion.score(measured)
+        metrics = {"validation_loss": loss, "score": score, "checksum": int(_checksum(state))}
         if jax.default_backend() == "cpu":  # Orbax reads the memory that the next step reuses
             state = jax.tree.map(jnp.copy, state)
         self.finish()  # so that what it replaces is removed before the space is measured
@@ -234,8 +229,8 @@ def _first_line(error: Exception) -> str:
 
 def _options(keep: int) -> ocp.CheckpointManagerOptions:
     def score(metrics: dict[str, float | None]) -> float:
-        loss = metrics["validation_loss"]
-        return -math.inf if loss is None else -loss
+        best = Metrics(metrics.get("validation_loss"), metrics.get("score")).best
+        return -math.inf if best is None else best
 
     policies = ocp.checkpoint_managers
     # A checkpoint without metrics was being removed when the process was killed.

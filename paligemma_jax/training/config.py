@@ -152,12 +152,17 @@ class FinetuneConfig:
     """Steps between validations; 0 validates at the end only."""
     samples: int = 4
     """Number of validation rows to answer at each validation; answers go to samples.jsonl."""
+    metric: tuple[str, ...] = ()
+    """Metrics of the answers to the validation rows, such as exact_match or coco, as for evaluate.
+    The first decides on best/, instead of the validation loss."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Loggers besides log.jsonl: tensorboard, wandb, trackio."""
     tensorboard: bool = False
-    """Log to TensorBoard as well."""
+    """The same as --log tensorboard."""
     save_every: int = 100
     """Steps between checkpoints. One is also saved at each validation and at the end."""
     keep: int = 2
-    """Number of recent checkpoints to keep, besides the best one by validation loss."""
+    """Number of recent checkpoints to keep, besides the best one on validation."""
     export: Literal["jax", "huggingface", "big_vision"] | None = None
     """Format of the final model/. By default jax, this project's own. LoRA runs save adapter/, and
     model/ only if a format is given."""
@@ -165,6 +170,9 @@ class FinetuneConfig:
     def __post_init__(self):
         check_ranges(self)
         check_choices(self)
+        for name in ("metric", "log"):
+            if not isinstance(getattr(self, name), tuple | list):
+                raise ValueError(f"{flag(name)} must be names, got {getattr(self, name)!r}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate must divide --batch-size {self.batch_size}, got {self.accumulate}"
@@ -207,6 +215,11 @@ class FinetuneConfig:
         if self.layers == "stack":
             path = re.sub(r"/layers/\d+/", "/layers/", path)
         return bool(re.fullmatch(pattern, path))
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names of the loggers."""
+        return list(dict.fromkeys(["tensorboard"] * self.tensorboard + [*self.log]))
 
     @property
     def lora(self) -> bool:

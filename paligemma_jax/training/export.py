@@ -77,8 +77,8 @@ def save_best(
     hosts.barrier("best directory")
     result = save_result(trainer, checkpoints.load(best, state), source, folder / BEST)
     if hosts.is_first_process():
-        loss = checkpoints.metrics(best).validation_loss
-        print(f"best on validation: step {best}, loss {loss:.4f}: {result}", file=sys.stderr)
+        measured = checkpoints.criterion.describe(checkpoints.metrics(best).best)
+        print(f"best on validation: step {best}, {measured}: {result}", file=sys.stderr)
 
 
 def _base_name(model: str, source: CheckpointSource) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
@@ -18,15 +17,19 @@ from paligemma_jax.processing.processor import Processor
 from paligemma_jax.sharding import devices, hosts
 from paligemma_jax.sharding.arrays import distribute, local_rows
 from paligemma_jax.sharding.mesh import check_batch_size, resolve_mesh
-from paligemma_jax.training.batches import Batcher, training_batch
+from paligemma_jax.training.batches import Batcher, max_targets, training_batch
+from paligemma_jax.training.callbacks import Callback, check_callbacks
 from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.digest import rows_digest
 from paligemma_jax.training.export import save_best, save_result
 from paligemma_jax.training.features import FeatureCache
 from paligemma_jax.training.loop import train
-from paligemma_jax.training.optimizers import make_schedule
+from paligemma_jax.training.loss_function import LogitsLoss, LossFunction
+from paligemma_jax.training.measures import MetricFunction, check_measures, criterion, make_measures
+from paligemma_jax.training.optimizers import OwnOptimizer
 from paligemma_jax.training.prepare import load_trainable, prepare_model
+from paligemma_jax.training.resuming import check_same_optimizer, warn_of_longer_schedule
 from paligemma_jax.training.rows import read_rows
 from paligemma_jax.training.runs import Run, RunContent, check_run_folder
 from paligemma_jax.training.trainer import Trainer
@@ -35,7 +38,14 @@ from paligemma_jax.training.validation import Validation
 
 @hosts.exit_together()
 def finetune(
-    config: FinetuneConfig, data: RowSource | None = None, validation: RowSource | None = None
+    config: FinetuneConfig,
+    data: RowSource | None = None,
+    validation: RowSource | None = None,
+    *,
+    loss: LossFunction | LogitsLoss | None = None,
+    optimizer: OwnOptimizer | None = None,
+    callbacks: Sequence[Callback] = (),
+    metrics: Sequence[str | MetricFunction] = (),
 ) -> Path:
     """Fine-tune a model.
 
@@ -48,13 +58,22 @@ def finetune(
         data: Training rows instead of the file `config.data`: a list, a data set or a grain source
             with rows by index.
         validation: Validation rows instead of the file `config.validation`.
+        loss: A function, of a form of `make_loss`, instead of the cross entropy of the answers.
+        optimizer: An optax transformation, or a function (schedule) -> transformation such as
+            `optax.lion`, instead of `config.optimizer`. `clip`, `ema` and `accumulate` still apply;
+            other options of optimizers are refused.
+        callbacks: Functions of a `StepEvent`, called after each step; one that returns True ends
+            the run. If one fails, a checkpoint is saved first.
+        metrics: Metrics of generated answers, besides `config.metric`: names, or functions
+            (answers, all correct answers of each) -> score. A function with the attribute
+            `better = "lower"` improves downwards. The first metric decides on best/.
 
     Returns:
         The directory of the final model or adapter; of the run, if it was stopped by SIGTERM.
 
     Raises:
-        ValueError: The configuration, the data or the model is not usable, or the loss is not
-            finite.
+        ValueError: The configuration, the data, the model or a function is not usable, or the loss
+            is not finite.
     """
     enable_compilation_cache()
     hosts.initialize(config.hosts)
@@ -69,11 +88,14 @@ def finetune(
         )
     processor = make_processor(source)
     _check_sizes(config, processor)
+    check_callbacks(callbacks)
+    measures = make_measures(config.metric, metrics, source.codec_file)
     rows, validation_rows = read_rows(config, processor, data, validation)
     steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
     form = devices.choose_attention(config.attention)
-    content = RunContent(form, steps, rows_digest(rows), rows_digest(validation_rows))
+    names = [measure.name for measure in measures]
+    content = RunContent(form, steps, rows_digest(rows), rows_digest(validation_rows), names)
     steps_before = check_run_folder(config, content) if hosts.is_first_process() else None
     model = load_trainable(config, source, mesh)
     features = None
@@ -83,27 +105,34 @@ def finetune(
     own_rows = local_rows(config.batch_size, mesh)
     batcher = Batcher(processor, config.batch_size, config.length, own_rows, features)
     make_batch = partial(training_batch, config, batcher, rows)
-    make_batch(0)  # raises errors in the data before anything is written
+    first = make_batch(0)  # raises errors in the data before anything is written
+    check_measures(measures, validation_rows)
     if validation is not None:  # rows of a file were checked while reading it
         with error_prefix("validation"):
             for _ in batcher.in_order(validation_rows):
                 pass
-    trainer = Trainer(distribute(prepare_model(model, config, delete=True), mesh), config, steps)
+    model = distribute(prepare_model(model, config, delete=True), mesh)
+    trainer = Trainer(model, config, steps, loss, optimizer)
     del model
-    run, checkpoints = Run(config, content), Checkpoints(Path(config.output), config.keep)
-    state = checkpoints.restore(trainer.start())
+    state = trainer.start()
+    if loss is not None:
+        trainer.check_loss(state, first, max_targets(first))
+    check_same_optimizer(Path(config.output), state)
+    best = criterion(measures)
+    run, checkpoints = Run(config, content), Checkpoints(Path(config.output), config.keep, best)
+    state = checkpoints.restore(state)
     run.rewind(int(state.step))
-    _warn_of_longer_schedule(config, steps_before, steps, int(state.step))
-    validate = Validation(trainer, run, checkpoints, batcher, validation_rows)
-    state = train(trainer, run, checkpoints, state, steps, make_batch, validate)
+    warn_of_longer_schedule(config, steps_before, steps, int(state.step))
+    validate = Validation(trainer, run, batcher, validation_rows, measures)
+    state, ended = train(trainer, run, checkpoints, state, steps, make_batch, validate, callbacks)
     checkpoints.finish()
     run.close()
-    if int(state.step) < steps:
+    if not ended:
         if hosts.is_first_process():
             print(f"stopped after step {int(state.step)}; continue with --resume")
         return run.folder
     if hosts.is_first_process():
-        run.plot_losses()
+        run.plot()
     result = save_result(trainer, state, source, run.folder)
     save_best(trainer, state, checkpoints, source, run.folder)
     return result
@@ -131,20 +160,6 @@ def _total_steps(config: FinetuneConfig, rows: int) -> int:
     if not steps < 2**31:
         raise ValueError(f"--epochs {config.epochs} is more than 2**31 steps; give --steps")
     return max(1, round(steps))
-
-
-def _warn_of_longer_schedule(
-    config: FinetuneConfig, before: int | None, now: int, step: int
-) -> None:
-    """Say what changes if a run resumes for more steps than it was started for."""
-    if before is None or before == now:
-        return
-    old, new = (np.asarray(make_schedule(config, steps)(step)) for steps in (before, now))
-    warnings.warn(
-        f"the run goes on to step {now} instead of {before}, and so does its {config.schedule} "
-        f"schedule: the learning rate of step {step + 1} is {new:.3g} instead of {old:.3g}",
-        stacklevel=3,
-    )
 
 
 def _resolve_mesh(config: FinetuneConfig, source: CheckpointSource) -> Mesh | None:

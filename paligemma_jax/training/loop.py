@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
+import jax
 import numpy as np
 
 from paligemma_jax.data.progress import progress_bar
@@ -16,8 +18,9 @@ from paligemma_jax.model.flops import training_flops
 from paligemma_jax.sharding import devices, hosts
 from paligemma_jax.sharding.arrays import shard_batch
 from paligemma_jax.training.batches import Batch, max_targets, prefetch
+from paligemma_jax.training.callbacks import Callback, StepEvent, run_callbacks
 from paligemma_jax.training.checkpointing import Checkpoints
-from paligemma_jax.training.runs import Run
+from paligemma_jax.training.runs import LogLine, Run
 from paligemma_jax.training.trainer import Trainer, TrainState
 from paligemma_jax.training.validation import Validation
 
@@ -30,9 +33,16 @@ def train(
     steps: int,
     make_batch: Callable[[int], Batch],
     validate: Validation,
-) -> TrainState:
-    """Train until `steps`, or until a process of the run receives SIGTERM."""
+    callbacks: Sequence[Callback] = (),
+) -> tuple[TrainState, bool]:
+    """Train until `steps`, until a callback ends the run, or until a process of it receives
+    SIGTERM.
+
+    Returns:
+        The last state, and whether the run has ended rather than being interrupted.
+    """
     config, first = trainer.config, int(state.step)
+    ended = first == steps
     flops_rate = devices.matrix_rate(trainer.model.config.activation_dtype)
     batches = prefetch(partial(make_batch, step) for step in range(first, steps))
     size = config.batch_size
@@ -49,20 +59,47 @@ def train(
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 checkpoints.finish()
                 raise ValueError(run.save_bad_batch(line, batch, checkpoints.last_step()))
-            if validate.is_due(step, last=step == steps):
-                validate(state, line)
+            with _saving_on_error(run, checkpoints, state, line):
+                if validate.is_due(step, last=step == steps):
+                    validate(state, line)
+                event = StepEvent(step, steps, line, state, trainer)
+                told = run_callbacks(callbacks, event)
+                ended = step == steps or (bool(callbacks) and hosts.any_process(told))
             run.log(line)
-            loss, rate = f"{line['loss']:.4f}", f"{line['learning_rate']:.2e}"
-            bar.set_postfix(step=f"{step}/{steps}", loss=loss, learning_rate=rate, refresh=False)
+            bar.set_postfix(refresh=False, **_summary(line, steps))
             bar.update(size)
-            stop = hosts.any_process(bool(received))
-            due = step == steps or step % config.save_every == 0
-            if due or stop or "validation_loss" in line:
-                checkpoints.save(step, state, line.get("validation_loss"))
+            stop = ended or hosts.any_process(bool(received))
+            if stop or step % config.save_every == 0 or "validation_loss" in line:
+                checkpoints.save(step, state, line)
             if stop:
                 break
             start = time.perf_counter()  # waiting for data counts, validating and saving do not
-    return state
+    return state, ended
+
+
+def _summary(line: LogLine, steps: int) -> dict[str, Any]:  # keywords of tqdm's set_postfix
+    """The numbers of a step on the progress bar."""
+    summary = {"step": f"{line['step']}/{steps}", "loss": f"{line['loss']:.4f}"}
+    if "learning_rate" in line:
+        summary["learning_rate"] = f"{line['learning_rate']:.2e}"
+    return summary
+
+
+@contextmanager
+def _saving_on_error(
+    run: Run, checkpoints: Checkpoints, state: TrainState, line: LogLine
+) -> Iterator[None]:
+    """Save a checkpoint if validation or a callback fails, so that no steps are lost. Not done in a
+    multi-process run: processes save together, and not all of them may have failed."""
+    try:
+        yield
+    except Exception:
+        if jax.process_count() == 1:
+            run.log(line)
+            checkpoints.save(line["step"], state, line)
+            checkpoints.finish()
+            run.close()
+        raise
 
 
 def _speed(

@@ -38,6 +38,26 @@ def answer_loss(
     Returns:
         float32[] and float32[]
     """
+    x, tokens, mask = target_states(model, inputs, max_targets, features)
+    capped = model.config.profile.capped_prefill
+    scores, normalizers = model.decoder.scores_and_normalizers(
+        x, tokens, capped, smoothing=smoothing
+    )
+    losses = normalizers - scores + z_loss * normalizers**2
+    return reduce_losses(losses, mask, weights, reduction)
+
+
+def target_states(
+    model: PaliGemma, inputs: Inputs, max_targets: int, features: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """The decoder's output where a target is predicted, the target tokens, and which are targets.
+
+    Arguments are those of `answer_loss`.
+
+    Returns:
+        float[B, N, D], int32[B, N] and bool[B, N] for N = `max_targets`; the targets of a row come
+        first. `model.decoder.logits(x, model.config.profile.capped_prefill)` are their logits.
+    """
     if features is not None:
         features = model.projector(features.astype(model.config.activation_dtype))
     x = model.hidden(inputs.tokens, inputs.images, inputs.valid, inputs.prefix, features=features)
@@ -45,14 +65,21 @@ def answer_loss(
     indices = jnp.argsort(~targets, axis=1, stable=True)[:, :max_targets]
     x = jnp.take_along_axis(x, (indices - 1)[..., None], axis=1, mode="clip")
     tokens = jnp.take_along_axis(inputs.tokens, indices, axis=1)
-    targets = jnp.take_along_axis(targets, indices, axis=1)
-    capped = model.config.profile.capped_prefill
-    scores, normalizers = model.decoder.scores_and_normalizers(
-        x, tokens, capped, smoothing=smoothing
-    )
-    losses = normalizers - scores + z_loss * normalizers**2
-    losses = jnp.where(targets, losses, 0).sum(axis=1)
-    counts = targets.sum(axis=1)
+    mask = jnp.take_along_axis(targets, indices, axis=1)
+    return x, tokens, mask
+
+
+def reduce_losses(
+    losses: Array, mask: Array, weights: Array, reduction: Literal["tokens", "examples"] = "tokens"
+) -> tuple[Array, Array]:
+    """The sum of the losses of tokens and its divisor; see `answer_loss` for weights and reduction.
+
+    Args:
+        losses: float[B, N]
+        mask: bool[B, N], the tokens that count.
+    """
+    total = jnp.where(mask, losses, 0).sum(axis=1)
+    counts = mask.sum(axis=1)
     if reduction == "examples":
-        return jnp.sum(weights * losses / jnp.maximum(counts, 1)), jnp.sum(weights)
-    return jnp.sum(weights * losses), jnp.sum(weights * counts)
+        return jnp.sum(weights * total / jnp.maximum(counts, 1)), jnp.sum(weights)
+    return jnp.sum(weights * total), jnp.sum(weights * counts)

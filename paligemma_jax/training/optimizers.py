@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import optax
 from jax import Array
@@ -12,6 +12,15 @@ from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.ranges import flag
+
+# A transformation, or a function (schedule) -> transformation such as optax.lion.
+OwnOptimizer = (
+    optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
+)
+# The options that it replaces; a transformation also has a rate of its own.
+REPLACED = "optimizer weight_decay beta1 beta2 vision_rate"
+SCHEDULE = "learning_rate schedule warmup"
 
 
 def make_schedule(config: FinetuneConfig, steps: int) -> optax.Schedule:
@@ -98,3 +107,43 @@ def muon_axes(parameters: Mapping[str, Array]) -> dict[str, MuonDimensionNumbers
         return MuonDimensionNumbers(tuple(range(split, value.ndim)), tuple(range(first, split)))
 
     return {path: axes(path, value) for path, value in parameters.items()}
+
+
+def own_optimizer(
+    optimizer: OwnOptimizer, config: FinetuneConfig, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
+    """An optimizer of the user, and its learning rate by step if it is that of the configuration.
+
+    Args:
+        optimizer: A transformation, or a function of the schedule of the configuration that returns
+            one. It transforms gradients that are averaged and clipped (`config.clip`), as a dict
+            path -> float32 array.
+
+    Raises:
+        ValueError: It is neither, or options are set that it replaces.
+    """
+    replaced, name = REPLACED, "optimizer="
+    schedule = make_schedule(config, steps)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        made = optimizer(schedule) if callable(optimizer) else None
+        if not isinstance(made, optax.GradientTransformation):
+            raise ValueError(
+                "optimizer must be an optax.GradientTransformation, or a function of a schedule "
+                f"that returns one, got {optimizer!r}"
+            )
+        optimizer = made
+    else:
+        replaced, name, schedule = f"{REPLACED} {SCHEDULE}", "optimizer= with its own rate", None
+    for field in replaced.split():
+        if getattr(config, field) != getattr(FinetuneConfig, field):
+            raise ValueError(
+                f"{flag(field)} {getattr(config, field)} does not apply to {name}: leave it out"
+            )
+    return optimizer, schedule
+
+
+def injected_rate(state: optax.OptState) -> Array | None:
+    """The learning rate in the state of `optax.inject_hyperparams`, if there is exactly one."""
+    found = optax.tree.get_all_with_path(state, "learning_rate")
+    rates = [value for _, value in found if getattr(value, "shape", None) == ()]
+    return rates[0] if len(rates) == 1 else None

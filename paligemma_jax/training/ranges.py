@@ -49,10 +49,11 @@ def check_choices(config: object) -> None:
     for name, hint in get_type_hints(type(config)).items():
         for kind in (hint, *get_args(hint)):
             choices = get_args(kind) if get_origin(kind) is Literal else ()
-            value = getattr(config, name)
-            if choices and value not in (*choices, getattr(type(config), name)):
-                listed = ", ".join(choices)
-                raise ValueError(f"{flag(name)} must be one of {listed}, got {value}")
+            value, default = getattr(config, name), getattr(type(config), name, None)
+            for item in value if isinstance(value, tuple | list) else [value]:
+                if choices and item not in choices and item != default:
+                    listed = ", ".join(choices)
+                    raise ValueError(f"{flag(name)} must be one of {listed}, got {item}")
 
 
 def flag(name: str) -> str:

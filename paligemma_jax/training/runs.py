@@ -21,6 +21,7 @@ from paligemma_jax.data.settings import check_settings
 from paligemma_jax.sharding import hosts
 from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.loggers import LOGGERS, Logger, load_package
 
 TEMPORARY = ".new"  # suffix of files that are still being written
 SAMPLES = "samples.jsonl"
@@ -42,11 +43,13 @@ class RunContent(msgspec.Struct):
     total_steps: Positive | None = None
     data_digest: str | None = None  # see `training.digest`
     validation_digest: str | None = None
+    metrics: list[str] | None = None  # at validation, in order
 
 
 def settings(config: FinetuneConfig) -> dict[str, Any]:
     """The options in config.json. Devices and processes may change when a run is resumed."""
     options = asdict(replace(config, resume=False, attention=None, mesh=None, hosts=None))
+    options |= {name: list(x) for name, x in options.items() if isinstance(x, tuple)}  # as in JSON
     for name in ("model", "base"):  # to be found from another directory too
         options[name] = _absolute(options[name])
     return options
@@ -72,8 +75,8 @@ def check_run_folder(config: FinetuneConfig, content: RunContent | None = None) 
             one with other rows. (The directory and the data may have been moved.)
     """
     folder = Path(config.output)
-    if config.tensorboard:
-        _summary_writer()
+    for name in config.loggers:
+        load_package(name)
     if config.resume:
         return _check_same_run(folder, config, content)
     if folder.exists() and any(path.suffix != TEMPORARY for path in folder.iterdir()):
@@ -104,6 +107,11 @@ def _check_same_run(folder: Path, config: FinetuneConfig, content: RunContent | 
                 f"{folder} was started with other rows as {name}: resume with the same rows in the "
                 "same order; their files may be elsewhere"
             )
+    if recorded.metrics not in (None, content.metrics):
+        raise ValueError(
+            f"{folder} was started with the metrics {recorded.metrics}, got {content.metrics}: "
+            "resume with the same"
+        )
     if total and content.total_steps and content.total_steps < total:
         raise ValueError(
             f"{folder} was started for {total} steps, and --steps can only grow, got "
@@ -136,17 +144,17 @@ def _read_config(file: Path) -> tuple[FinetuneConfig, RunContent]:
 
 
 class Run:
-    """Writes config.json, log.jsonl, samples.jsonl, loss.png and tensorboard/."""
+    """Writes config.json, log.jsonl, samples.jsonl and loss.png, and to other loggers."""
 
     def __init__(self, config: FinetuneConfig, content: RunContent):
         self.folder = Path(config.output)
-        self.writer = None
+        self.metrics = content.metrics or []
+        self.loggers: list[Logger] = []
         if hosts.is_first_process():
             self.folder.mkdir(parents=True, exist_ok=True)
             record = settings(config) | msgspec.structs.asdict(content)
             _write_atomically(self.folder / CONFIG, json.dumps(record, indent=2) + "\n")
-            if config.tensorboard:
-                self.writer = _summary_writer()(str(self.folder / "tensorboard"))
+            self.loggers = [LOGGERS[name](self.folder, record) for name in config.loggers]
         hosts.barrier("run")
 
     def rewind(self, step: int) -> None:
@@ -156,8 +164,8 @@ class Run:
                 _truncate_log(self.folder / name, step)
 
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        for logger in self.loggers:
+            logger.close()
 
     def log(self, line: LogLine, name: str = LOG) -> None:
         if not hosts.is_first_process():
@@ -166,10 +174,10 @@ class Run:
         line = {key: None if _is_nan(value) else value for key, value in line.items()}
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        if self.writer:
-            for key, value in line.items():
-                if isinstance(value, float):
-                    self.writer.add_scalar(key, value, line["step"])
+        values = {key: value for key, value in line.items() if isinstance(value, float)}
+        if values:
+            for logger in self.loggers:
+                logger.log(line["step"], values)
 
     def save_bad_batch(self, line: LogLine, batch: Batch, last: int | None) -> str:
         """Save the batch of a step whose loss or gradient is not finite; return the error."""
@@ -186,21 +194,29 @@ class Run:
             f"{last}. Lower --learning-rate, or inspect the batch"
         )
 
-    def plot_losses(self) -> None:
-        """Write loss.png, if matplotlib is installed."""
+    def plot(self) -> None:
+        """Write loss.png with the losses and the metrics, if matplotlib is installed."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return
-        entries = [entry for _, entry in _read_log(self.folder / LOG)]
-        figure = Figure((8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name, marker in (("loss", None), ("validation_loss", "o")):
-            points = [(e.step, getattr(e, name)) for e in entries if getattr(e, name) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker=marker, label=name.replace("_", " "))
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
-        axes.legend(frameon=False)
+        lines = [json.loads(line) for line, _ in _read_log(self.folder / LOG)]
+        panels = [("loss (nats per token)", ["loss", "validation_loss"])]
+        panels += [(name.removeprefix("validation_"), [name]) for name in self.metrics]
+        figure = Figure((8, 1.5 + 3 * len(panels)), layout="constrained")
+        each = figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0]
+        for axes, (title, names) in zip(each, panels, strict=True):
+            for name in names:
+                values = [
+                    (line["step"], line[name]) for line in lines if line.get(name) is not None
+                ]
+                marker = "o" if name.startswith("validation_") else None
+                if values:
+                    label = name.replace("_", " ")
+                    axes.plot(*zip(*values, strict=True), marker=marker, label=label)
+            axes.set_ylabel(title)
+            axes.legend(frameon=False)
+        each[-1].set_xlabel("step")
         figure.savefig(self.folder / "loss.png", dpi=120)
 
 
@@ -226,13 +242,3 @@ def _write_atomically(file: Path, text: str) -> None:
     temporary = file.with_suffix(TEMPORARY)
     temporary.write_text(text)
     os.replace(temporary, file)
-
-
-def _summary_writer() -> Any:  # the class; tensorboardX has no types
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "--tensorboard requires the train extra: pip install 'paligemma-jax[train]'"
-        ) from None
-    return SummaryWriter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,21 +13,23 @@ from jax import Array
 from jaxtyping import PyTree
 
 from paligemma_jax.lora import lora_dropout
-from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stack import remat
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.sharding.arrays import distribute
 from paligemma_jax.sharding.compiled import constrain_tree, mesh_jit
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import shardings
-from paligemma_jax.training.batches import Batch
 from paligemma_jax.training.config import FinetuneConfig
-from paligemma_jax.training.losses import answer_loss
-from paligemma_jax.training.optimizers import make_optimizer, make_schedule
+from paligemma_jax.training.loss_function import LogitsLoss, LossFunction, make_loss
+from paligemma_jax.training.optimizers import (
+    OwnOptimizer,
+    injected_rate,
+    make_optimizer,
+    make_schedule,
+    own_optimizer,
+)
 
 Parameters = dict[str, Array]  # by path
-# (model, batch, max_targets) -> the sum of the losses, and its divisor
-LossFunction = Callable[[PyTree, PyTree, int], tuple[Array, Array]]
 
 
 @jax.tree_util.register_dataclass
@@ -52,24 +53,30 @@ class Trainer:
         model: A model, or any other pytree if there is a `loss` for it.
         config: Its `train` selects the trainable parameters.
         steps: The length of the learning rate schedule.
-        loss: Loss function; by default `answer_loss` of a `Batch`.
+        loss: Loss function, as `make_loss` takes it; by default `answer_loss` of a `Batch`.
+        optimizer: Optimizer, as `own_optimizer` takes it; by default that of the configuration.
 
     Attributes:
         trainable: Paths of the trainable parameters.
         frozen: The other parameters.
-        step: (state, frozen, batch, max_targets=) -> new state, and the loss, gradient norm and
-            learning rate. The state is donated.
+        step: (state, frozen, batch, max_targets=) -> new state, and the loss, gradient norm and, if
+            it is known, learning rate. The state is donated.
         losses: (trainable, frozen, batch, max_targets=) -> the sum of the losses, and its divisor.
 
     Raises:
-        ValueError: No parameter is trainable.
+        ValueError: No parameter is trainable, or loss or optimizer cannot be used.
     """
 
     def __init__(
-        self, model: PyTree, config: FinetuneConfig, steps: int, loss: LossFunction | None = None
+        self,
+        model: PyTree,
+        config: FinetuneConfig,
+        steps: int,
+        loss: LossFunction | LogitsLoss | None = None,
+        optimizer: OwnOptimizer | None = None,
     ):
         self.config = config
-        self.loss = loss or partial(_answer_loss, config)
+        self.loss = make_loss(config, loss)
         values = parameters(model)
         self.model = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model)
         self.trainable = [
@@ -85,8 +92,11 @@ class Trainer:
             )
         self._initial = {path: values.pop(path) for path in self.trainable}
         self.frozen = values
-        self.optimizer = make_optimizer(config, steps)
-        self.schedule = make_schedule(config, steps)
+        if optimizer is None:
+            own, schedule = make_optimizer(config, steps), make_schedule(config, steps)
+        else:
+            own, schedule = own_optimizer(optimizer, config, steps)
+        self.optimizer, self.schedule = optax.with_extra_args_support(own), schedule
         self.mesh = mesh_of(model)
         self.step = mesh_jit(self._step, static_argnames="max_targets", donate_argnames="state")
         self.losses = mesh_jit(self._losses, static_argnames="max_targets")
@@ -104,6 +114,11 @@ class Trainer:
             )
         average = jax.tree.map(jnp.copy, trainable) if self.config.ema else {}
         return TrainState(distribute(jnp.int32(0), self.mesh), trainable, init(trainable), average)
+
+    def check_loss(self, state: TrainState, batch: PyTree, max_targets: int) -> None:
+        """Trace the loss of a batch, which raises the ValueErrors of `make_loss`; runs nothing."""
+        losses = partial(self.losses, max_targets=max_targets)
+        jax.eval_shape(losses, state.trainable, self.frozen, batch)
 
     def merge(self, trainable: Parameters, frozen: Parameters) -> PyTree:
         """The model with these parameters."""
@@ -130,15 +145,20 @@ class Trainer:
         scale = jnp.minimum(1, clip / jnp.maximum(norm, 1e-9)) if clip else 1.0
         # Divided and clipped in one pass, so that only one full gradient is in memory.
         gradient = jax.tree.map(lambda g: g * (scale / count), gradient)
-        updates, optimizer = self.optimizer.update(gradient, state.optimizer, state.trainable)
+        updates, optimizer = self.optimizer.update(
+            gradient, state.optimizer, state.trainable, value=loss
+        )
         trainable = optax.apply_updates(state.trainable, updates)
         average = state.average
         if self.config.ema:
             average = optax.incremental_update(trainable, average, 1 - self.config.ema)
         new = TrainState(state.step + 1, trainable, optimizer, average)  # type: ignore[arg-type]
         new = jax.tree.map(partial(jnp.where, jnp.isfinite(loss + norm)), new, state)
-        rate = jnp.asarray(self.schedule(state.step))
-        return constrain_tree(new), {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        report = {"loss": loss, "gradient_norm": norm}
+        rate = self.schedule(state.step) if self.schedule else injected_rate(optimizer)
+        if rate is not None:
+            report["learning_rate"] = jnp.asarray(rate)
+        return constrain_tree(new), report
 
     def _gradient(
         self, state: TrainState, frozen: Parameters, batch: PyTree, max_targets: int
@@ -162,17 +182,3 @@ class Trainer:
             return jax.tree.map(jnp.add, total, gradient(*part)), None
 
         return jax.lax.scan(add, zero, (parts, jax.random.split(key, count)))[0]
-
-
-def _answer_loss(
-    config: FinetuneConfig, model: PaliGemma, batch: Batch, max_targets: int
-) -> tuple[Array, Array]:
-    return answer_loss(
-        model,
-        batch.inputs,
-        batch.weights,
-        max_targets,
-        batch.features,
-        config.reduction,
-        config.label_smoothing,
-    )

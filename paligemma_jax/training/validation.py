@@ -1,20 +1,20 @@
-"""Validation during a run: the loss on held-out rows, and sample answers."""
+"""Validation during a run: the loss on held-out rows, metrics of answers, and sample answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-
-from paligemma_jax.data.rows import RowSource, example_at
+from paligemma_jax.data.rows import Example, RowSource, example_at
+from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.sharding.arrays import shard_batch
 from paligemma_jax.training.batches import Batcher, max_targets
-from paligemma_jax.training.checkpointing import Checkpoints
+from paligemma_jax.training.measures import Measure, make_case
 from paligemma_jax.training.runs import LogLine, Run
 from paligemma_jax.training.trainer import Trainer, TrainState
+
+ANSWER = 64  # tokens that an answer may have, or as many as the longest suffix of the rows
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,32 @@ class Validation:
 
     trainer: Trainer
     run: Run
-    checkpoints: Checkpoints
     batcher: Batcher
     rows: RowSource
+    measures: Sequence[Measure] = ()
 
     def is_due(self, step: int, last: bool) -> bool:
         every = self.trainer.config.validate_every
         return len(self.rows) > 0 and (last or (every > 0 and step % every == 0))
 
     def __call__(self, state: TrainState, line: LogLine) -> None:
-        """Add "validation_loss" to the log line of a step, and answers to samples.jsonl."""
-        with self._saving_on_error(state, line):
-            line["validation_loss"] = self.loss(state)
-            self._log_samples(state)
+        """Add "validation_loss" and the metrics to the log line of a step, and answers to
+        samples.jsonl."""
+        line["validation_loss"] = self.loss(state)
+        samples = min(self.trainer.config.samples, len(self.rows))
+        count = len(self.rows) if self.measures else samples
+        if not count:
+            return
+        examples = [example_at(self.rows, i) for i in range(count)]
+        answers = self._answers(state, examples)
+        self._log_samples(int(state.step), examples[:samples], answers)
+        tokenizer = self.batcher.processor.tokenizer
+        cases = [
+            make_case(example, answer.text, list(answer.pieces(tokenizer)))
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        for measure in self.measures:
+            line[measure.name] = measure(cases)
 
     def loss(self, state: TrainState) -> float:
         """The mean loss over all rows, without augmentation, in the run's reduction."""
@@ -49,33 +62,22 @@ class Validation:
             total, count = total + float(loss), count + float(divisor)
         return total / max(count, 1e-9)
 
-    def _log_samples(self, state: TrainState) -> None:
-        """Log answers to the first rows."""
-        count = min(self.trainer.config.samples, len(self.rows))
-        if not count:
-            return
-        examples = [example_at(self.rows, i) for i in range(count)]
+    def _answers(self, state: TrainState, examples: Sequence[Example]) -> list[Answer]:
+        """Greedy answers by the present parameters, which are not copied."""
         images = [list(example.images) for example in examples]
         prompts = [example.prefix for example in examples]
         processor = self.batcher.processor
-        longest = max(len(row.prompt) for row in processor.encode(images, prompts))
-        limit = min(64, processor.context - longest)
+        rows = processor.encode(images, prompts, [example.suffix for example in examples])
+        longest = max(len(row.prompt) for row in rows)
+        limit = max(ANSWER, *(len(row) - len(row.prompt) for row in rows))
         predictor = Predictor(self.trainer.result(state), processor)
-        answers = predictor.answers(images, prompts, limit, progress=False)
-        for example, answer in zip(examples, answers, strict=True):
-            sample = {"step": int(state.step), "prefix": example.prefix, "suffix": example.suffix}
-            self.run.log(sample | {"answer": answer.text}, "samples.jsonl")
+        return predictor.answers(
+            images, prompts, min(limit, processor.context - longest), progress=False
+        )
 
-    @contextmanager
-    def _saving_on_error(self, state: TrainState, line: LogLine) -> Iterator[None]:
-        """Save a checkpoint if validation fails, so that no steps are lost. Not done in a
-        multi-process run: processes save together, and not all of them may have failed."""
-        try:
-            yield
-        except Exception:
-            if jax.process_count() == 1:
-                self.run.log(line)
-                self.checkpoints.save(line["step"], state, line.get("validation_loss"))
-                self.checkpoints.finish()
-                self.run.close()
-            raise
+    def _log_samples(
+        self, step: int, examples: Sequence[Example], answers: Sequence[Answer]
+    ) -> None:
+        for example, answer in zip(examples, answers, strict=False):
+            sample = {"step": step, "prefix": example.prefix, "suffix": example.suffix}
+            self.run.log(sample | {"answer": answer.text}, "samples.jsonl")

@@ -32,7 +32,7 @@ def train(folder, losses, keep=2):
     state = trainer.start()
     for step, loss in enumerate(losses, 1):
         state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
-        checkpoints.save(step, state, loss)
+        checkpoints.save(step, state, {"validation_loss": loss})
     checkpoints.finish()
     return state
 
@@ -84,7 +84,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, run, tmp_path
     assert not any("\n" in message for message in messages) and not capfd.readouterr().err
     assert (folder / "damaged/2").is_dir()
     state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
-    checkpoints.save(2, state, None)
+    checkpoints.save(2, state, {})
     checkpoints.finish()
     again = Checkpoints(folder, keep=2).restore(make_trainer().start())
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(state), strict=True):

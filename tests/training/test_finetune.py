@@ -96,7 +96,7 @@ def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys
     "options,message",
     [
         ({"train": "everything"}, "'everything' matches no parameter"),
-        ({"tensorboard": True}, "--tensorboard requires the train extra"),
+        ({"tensorboard": True}, "--log tensorboard requires the train extra"),
         ({"train": "vision/.*", "features": "kept"}, "requires a frozen image encoder"),
     ],
 )
@@ -261,14 +261,14 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
     checkpoints, state = Checkpoints(folder, keep=2), trainer.start()
     for step, validation_loss in enumerate([3.0, None, 1.0, None, 2.0], 1):
         state, _ = trainer.step(state, trainer.frozen, None, max_targets=0)
-        checkpoints.save(step, state, validation_loss)
+        checkpoints.save(step, state, {"validation_loss": validation_loss})
     checkpoints.finish()
     # The remains of a process that was killed while removing a checkpoint.
     shutil.copytree(folder / "checkpoints/5/default", folder / "checkpoints/2/default")
     checkpoints = Checkpoints(folder, keep=2)
     assert int(checkpoints.restore(make_trainer().start()).step) == 5
     assert checkpoints.best_step() == 3
-    checkpoints.save(6, state, 4.0)
+    checkpoints.save(6, state, {"validation_loss": 4.0})
     checkpoints.finish()
     assert steps_of(folder) == [3, 5, 6]
 
