@@ -214,8 +214,9 @@ class Run:
                 if values:
                     label = name.replace("_", " ")
                     axes.plot(*zip(*values, strict=True), marker=marker, label=label)
-            axes.set_ylabel(title)
-            axes.legend(frameon=False)
+            axes.set_ylabel(title.replace("_", " "))
+            if len(names) > 1:
+                axes.legend(frameon=False)
         each[-1].set_xlabel("step")
         figure.savefig(self.folder / "loss.png", dpi=120)
 
