@@ -60,7 +60,7 @@ class Case:
         if references is None:
             references = self.row.get("suffix")
         if references is None or references == []:
-            raise ValueError(f"{self._name} has no reference: add answers or suffix")
+            raise ValueError(f"{self.name} has no reference: add answers or suffix")
         return references if isinstance(references, list) else [references]
 
     @cached_property
@@ -82,7 +82,7 @@ class Case:
         if boxes is not None:
             labels = self.row.get("labels") or [""] * len(boxes)
             if len(labels) != len(boxes):
-                raise ValueError(f"{self._name} has {len(boxes)} boxes, but {len(labels)} labels")
+                raise ValueError(f"{self.name} has {len(boxes)} boxes, but {len(labels)} labels")
             pairs = zip(labels, boxes, strict=True)
             return [Detection(label, (box[0], box[1], box[2], box[3])) for label, box in pairs]
         if self.row.get("mask") and not self.has_text:
@@ -99,11 +99,11 @@ class Case:
         if path is not None:
             file = self.folder / path
             if not file.is_file():
-                raise ValueError(f"{self._name}: no mask at {file}")
+                raise ValueError(f"{self.name}: no mask at {file}")
             return np.asarray(Image.open(file).convert("L")) > 127
         mask = _first_mask(self.reference_detections, self.size, codec)
         if mask is None:
-            raise ValueError(f"{self._name} has no mask: add mask, or <seg> tokens in suffix")
+            raise ValueError(f"{self.name} has no mask: add mask, or <seg> tokens in suffix")
         return mask
 
     def drawings(self, codec: MaskCodec | None) -> dict[str, list[Detection]]:
@@ -119,8 +119,10 @@ class Case:
         return {"reference": references, "answer": answer}
 
     @property
-    def _name(self) -> str:
-        return f"the row of {self.row['image']}"
+    def name(self) -> str:
+        """The row in an error. Only an image that is a file has a name."""
+        image = self.row.get("image")
+        return f"the row of {image}" if isinstance(image, str | Path) else "a row"
 
 
 def _first_mask(

@@ -50,8 +50,8 @@ def score_cases(name: str, cases: Sequence[Case], codec: MaskCodec | None = None
     for case, objects in zip(cases, references, strict=True):
         if not objects:
             raise ValueError(
-                f"--metric {name} needs a box in every row, but that of {case.row['image']} has "
-                "none: use --metric coco"
+                f"--metric {name} needs a box in every row, but {case.name} has none: "
+                "use --metric coco"
             )
     boxes = [objects[0].box if objects else None for objects in detections]
     return metric.scores(boxes, [objects[0].box for objects in references])

@@ -95,7 +95,8 @@ def make_case(
 ) -> Case:
     """A validation row with its answer."""
     row = {"suffix": example.suffix} | dict(example.row)
-    row |= {"image": list(example.images), "answer": answer, "pieces": pieces}
+    image = example.images[0] if len(example.images) == 1 else list(example.images)
+    row |= {"image": image, "answer": answer, "pieces": pieces}
     return Case(row, Path())  # type: ignore[arg-type]
 
 

@@ -182,8 +182,10 @@ def test_metrics_are_tried_on_the_references(data):
         ("box_iou", "validation: box_iou: .* needs a box in every row"),
         (lambda answers, references: "many", "metric .* must return a number, got 'many'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            check_measures(make_measures([], [metric]), rows)
+        for image in (rows[0]["image"], np.zeros((8, 8, 3), np.uint8)):
+            with pytest.raises(ValueError, match=message) as error:
+                check_measures(make_measures([], [metric]), [rows[0] | {"image": image}])
+            assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="--metric and metrics= require --validation"):
         check_measures(make_measures(["anls"], []), [])
 
