@@ -87,7 +87,7 @@ def write(
     config; otherwise a new one is written.
     """
     directory.mkdir()
-    tensors = _file_tensors(checkpoint.config, checkpoint.tensors)
+    tensors = file_tensors(checkpoint.config, checkpoint.tensors)
     keys = [key for shard in checkpoint.shards.values() for key in shard]
     keys = keys or sorted(tensors, key=_natural_order)
     tensors.setdefault(HEAD, tensors[TABLE])  # a tied head, written if the source had it
@@ -98,7 +98,7 @@ def write(
     jobs = []
     for name, keys in shards.items():
         contents = {key: tensors[canonical_name(key)] for key in keys}
-        jobs += _start_file(directory / name, contents)
+        jobs += start_file(directory / name, contents)
     run_jobs(jobs, progress)
     files = {n: file for n, file in checkpoint.files.items() if n not in (INDEX, "config.json")}
     eos = list(checkpoint.config.eos_token_ids)
@@ -115,7 +115,7 @@ def save_parameters(
     """Save parameters by path as model.safetensors and config.json, in their own dtype."""
     tensors = {path: from_array(array) for path, array in parameters.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    run_jobs(_start_file(directory / SINGLE, _file_tensors(config, tensors)), no_progress)
+    run_jobs(start_file(directory / SINGLE, file_tensors(config, tensors)), no_progress)
     dtype = next(iter(tensors.values())).dtype.name
     (directory / "config.json").write_bytes(json_bytes(config_to_json(config, dtype)))
 
@@ -164,7 +164,7 @@ def _from_mlx(entry: TensorEntry, config: PaliGemmaConfig) -> TensorEntry:
     return TensorEntry(entry.dtype, layout_shape(TORCH_PATCH, sizes), open_transposed)
 
 
-def _file_tensors(
+def file_tensors(
     config: PaliGemmaConfig, tensors: Mapping[str, Tensor]
 ) -> dict[str, tuple[str, Tensor]]:
     """Parameter path and tensor by released name, in the file's layout."""
@@ -174,7 +174,7 @@ def _file_tensors(
     }
 
 
-def _start_file(file: Path, contents: Mapping[str, tuple[str, Tensor]]) -> list[Job]:
+def start_file(file: Path, contents: Mapping[str, tuple[str, Tensor]]) -> list[Job]:
     """Write the header of a safetensors file; returns the jobs that write its tensors."""
     kinds = {key: (tensor.dtype, tensor.shape) for key, (_, tensor) in contents.items()}
     header, offsets = make_header(kinds)

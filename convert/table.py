@@ -106,10 +106,12 @@ HUGGINGFACE_IGNORED = [
     r"language_model\.lm_head\.weight",
     r".*\.(position_ids|rotary_emb\.inv_freq)",
     r"vision_tower\.vision_model\.head\..*",
+    r"(embedding_proj_layer|custom_text_proj)\..*",  # of a ColPali (`convert/colpali.py`)
 ]
 
 # Names of other releases -> released names, in order (transformers `conversion_mapping.py`).
 HUGGINGFACE_SPELLINGS = [
+    (r"^vlm\.", ""),  # the PaliGemma in a ColPali
     (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),

@@ -32,7 +32,7 @@ class Tokenizer:
 
     Attributes:
         file: The tokenizer.json or tokenizer.model.
-        bos, eos: Tokens, as text.
+        bos, eos, pad: Tokens, as text.
         bos_id, eos_id, pad_id, image_id: Token ids.
         vocab_size: The highest id plus 1. The model's embedding may have more rows, never trained.
 
@@ -46,7 +46,7 @@ class Tokenizer:
         vocabulary = read_vocabulary(self.file)
         self._engine = engine = _make_engine(vocabulary)
         names = vocabulary.added.names
-        self.bos, self.eos = names["bos_token"], names["eos_token"]
+        self.bos, self.eos, self.pad = (names[f"{name}_token"] for name in ("bos", "eos", "pad"))
         self.bos_id, self.eos_id, self.pad_id = (
             vocabulary.pieces[names[name]] for name in ("bos_token", "eos_token", "pad_token")
         )
