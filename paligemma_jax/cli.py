@@ -22,6 +22,7 @@ from paligemma_jax.commands.parity import parity
 from paligemma_jax.commands.plan import plan
 from paligemma_jax.commands.predict import predict
 from paligemma_jax.commands.recipe import recipe
+from paligemma_jax.commands.retrieval import embed, search
 from paligemma_jax.errors import report_errors
 
 COMMANDS = {
@@ -32,13 +33,15 @@ COMMANDS = {
     "evaluate": evaluate,
     "recipe": recipe,
     "annotations": convert_annotations,
+    "embed": embed,
+    "search": search,
     "demo": demo,
     "bench": bench,
     "parity": parity,
     "convert": convert,
     "convert inspect": inspect,
 }
-ABOUT = "PaliGemma 2 in JAX: generate, fine-tune, evaluate, serve and convert models."
+ABOUT = "PaliGemma 2 in JAX: generate, fine-tune, evaluate, retrieve, serve and convert models."
 
 
 def main(arguments: list[str] | None = None) -> None:
