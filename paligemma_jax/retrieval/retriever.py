@@ -69,15 +69,34 @@ class Retriever:
         Raises:
             ValueError: An image cannot be read.
         """
-        prompts = self.processor.encode(list(pages), [PAGE_PROMPT] * len(pages))
-        return self._embed(prompts, batch_size)
+        return self._embed(self._encode_pages(pages), batch_size)
 
     def embed_queries(self, queries: Texts, batch_size: int = 32) -> Embeddings:
         """Embed queries, one vector for each token."""
+        return self._embed(self._encode_queries(queries), batch_size)
+
+    def page_inputs(self, pages: Sequence[ImageSource]) -> Inputs:
+        """The inputs of a batch of pages, to train on."""
+        return self._inputs(self._encode_pages(pages))
+
+    def query_inputs(self, queries: Texts) -> Inputs:
+        """The inputs of a batch of queries, to train on."""
+        return self._inputs(self._encode_queries(queries))
+
+    def _encode_pages(self, pages: Sequence[ImageSource]) -> list[EncodedPrompt]:
+        return self.processor.encode(list(pages), [PAGE_PROMPT] * len(pages)) if pages else []
+
+    def _encode_queries(self, queries: Texts) -> list[EncodedPrompt]:
         listed = [queries] if isinstance(queries, str) else list(queries)
         suffix = self.processor.tokenizer.pad * AUGMENTATION
         texts = [f"{QUERY_PREFIX}{query}{suffix}" for query in listed]
-        return self._embed(self.processor.encode(None, texts), batch_size)
+        return self.processor.encode(None, texts) if texts else []
+
+    def _inputs(self, prompts: list[EncodedPrompt], length: int | None = None) -> Inputs:
+        """Inputs padded on the right to `length`, by default a bucket of lengths."""
+        length = length or round_up(self.processor.padded_length(prompts))
+        text = self.processor.pad(prompts, "right", length)
+        return Inputs(images=self.processor.prompt_images(prompts), **text)
 
     def score(self, queries: Embeddings, pages: Embeddings) -> Float32[np.ndarray, "Q P"]:
         """The late interaction of every query with every page: the higher, the better they match.
@@ -130,10 +149,9 @@ class Retriever:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             filled = batch + batch[:1] * (batch_size - len(batch) if start else 0)
-            text = self.processor.pad(filled, "right", length)
-            inputs = Inputs(images=self.processor.prompt_images(filled), **text)
+            inputs = self._inputs(filled, length)
             vectors.append(to_host(_forward(self.model, inputs))[: len(batch)])
-            valid.append(text["valid"][: len(batch)])
+            valid.append(inputs.valid[: len(batch)])
         return Embeddings(np.concatenate(vectors), np.concatenate(valid))
 
 

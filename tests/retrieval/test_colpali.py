@@ -134,5 +134,5 @@ def test_other_vectors_are_refused(case, pages):
     with pytest.raises(ValueError, match="vectors of one length, got 8 and 16"):
         ours.score(other.embed_queries("a"), ours.embed_pages(pages[:1]))
     for empty in (lambda: ours.embed_pages([]), lambda: ours.embed_queries([])):
-        with pytest.raises(ValueError, match=r"nothing to embed|no prompt"):
+        with pytest.raises(ValueError, match="nothing to embed"):
             empty()
