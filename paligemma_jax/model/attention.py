@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,13 +12,11 @@ from jaxtyping import Bool, Float
 from paligemma_jax.kernels.attention import fused_attention, position_bounds
 from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.model.constrain import over_shards
-from paligemma_jax.model.masks import TokenSpan, prefix_lm_mask
+from paligemma_jax.model.masks import Mask, TokenSpan
 from paligemma_jax.model.stages import collecting_scores, stage
 
 CHUNK = 512  # queries at a time, so that memory grows with T and not with T squared
 MASKED = -2.3819763e38  # finite: a row that attends to nothing (a pad) gets a mean, not NaN
-
-MaskRule = tuple[TokenSpan, TokenSpan, Array | int]  # the arguments of `prefix_lm_mask`
 
 
 def attend(
@@ -26,7 +26,7 @@ def attend(
     *,
     scale: float,
     softcap: float | None = None,
-    mask: MaskRule | None = None,
+    mask: Mask | None = None,
     form: AttentionForm = "plain",
 ) -> Float[Array, "B T N H"]:
     """Attention with scores and softmax in float32; query heads g*G ... g*G+G-1 share key head g.
@@ -34,11 +34,12 @@ def attend(
     Args:
         scale: Factor of the scores.
         softcap: Scores become tanh(scores / softcap) * softcap, before the mask.
-        mask: Arguments of `prefix_lm_mask`; without it every query attends to every key.
+        mask: Which query attends to which key; without it each attends to all.
         form: "fused" writes no scores to memory. Where stages collect or change scores, it is
-            "plain" all the same.
+            "plain" all the same, and so it is with another mask than the published models'.
     """
-    if form == "fused" and not collecting_scores():
+    has_kernel = mask is None or mask.is_prefix_lm
+    if form == "fused" and has_kernel and not collecting_scores():
         return _attend_fused(q, k, v, scale, softcap, mask)
     T = q.shape[1]
     if T <= CHUNK or collecting_scores():
@@ -52,9 +53,9 @@ def attend(
     @jax.checkpoint  # otherwise the backward pass stores the scores of every chunk
     def attend_chunk(chunk: tuple[Array, TokenSpan | None]) -> Array:
         queries, span = chunk
-        return _attend(queries, k, v, scale, softcap, mask and (span, *mask[1:]))
+        return _attend(queries, k, v, scale, softcap, mask and replace(mask, queries=span))
 
-    out = jax.lax.map(attend_chunk, jax.tree.map(split, (q, mask and mask[0])))
+    out = jax.lax.map(attend_chunk, jax.tree.map(split, (q, mask and mask.queries)))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], chunks * CHUNK, *q.shape[2:])[:, :T]
 
 
@@ -63,10 +64,9 @@ def _attend_fused(q, k, v, scale, softcap, mask):
     K = k.shape[2]
     bounds = None
     if mask is not None:
-        queries, keys, window = mask
-        bounds = position_bounds(
-            (queries.positions, queries.prefix), (keys.positions, keys.prefix), keys.valid, window
-        )
+        queries, keys = mask.queries, mask.keys
+        spans = (queries.positions, queries.prefix), (keys.positions, keys.prefix)
+        bounds = position_bounds(*spans, keys.valid, mask.window)
 
     def run(q: Array, *rest) -> Array:
         out = fused_attention(q.reshape(*q.shape[:2], -1, H), *rest, scale=scale, softcap=softcap)
@@ -82,7 +82,7 @@ def _attend(q, k, v, scale, softcap, mask):
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    allowed = None if mask is None else prefix_lm_mask(*mask)[:, None]
+    allowed = None if mask is None else mask()[:, None]
     weights = attention_weights(scores.reshape(B, N, T, -1), softcap, allowed)
     weights = weights.reshape(scores.shape)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from paligemma_jax.model.attention import MaskRule, attention_weights
+from paligemma_jax.model.attention import attention_weights
 from paligemma_jax.model.cache import CachedArray, Int8Array
-from paligemma_jax.model.masks import prefix_lm_mask
+from paligemma_jax.model.masks import Mask
 
 
 def attend_cached(
@@ -20,7 +20,7 @@ def attend_cached(
     *,
     scale: float,
     softcap: float | None,
-    mask: MaskRule,
+    mask: Mask,
 ) -> Float[Array, "B 1 N H"]:
     """`attend` for one query per row, over cached keys and values [B, S, X] and the token's own.
 
@@ -55,7 +55,7 @@ def attend_cached(
     own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32)
     own = own.reshape(B, K * G, 1)
     scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
-    weights = attention_weights(scores[:, :, None], softcap, prefix_lm_mask(*mask)[:, None])
+    weights = attention_weights(scores[:, :, None], softcap, mask()[:, None])
     weights = weights[:, :, 0].astype(v.dtype)
     own = jax.lax.dynamic_slice_in_dim(weights, slot, 1, axis=2)
     weights = jax.lax.dynamic_update_slice_in_dim(weights, jnp.zeros_like(own), slot, axis=2)

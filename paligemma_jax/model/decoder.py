@@ -18,7 +18,7 @@ from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
 from paligemma_jax.model.constrain import constrain, over_all_tokens, ways
 from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, rope
-from paligemma_jax.model.masks import TokenSpan
+from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
 
@@ -32,6 +32,7 @@ class Attention(nnx.Module):
     ):
         self.config, self.numerics = config, numerics
         self.form: AttentionForm = form
+        self.mask_rule: MaskRule = prefix_lm_mask
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q = Linear("NHD", (N, H, D), rngs=rngs)
@@ -57,11 +58,11 @@ class Attention(nnx.Module):
             q, scale = q * scale, 1.0
         softcap = self.config.attn_logit_softcapping
         if cache is None:
-            mask = (queries, queries, window)
+            mask = Mask(queries, queries, window, self.mask_rule)
             out = attend(q, k, v, scale=scale, softcap=softcap, mask=mask, form=self.form)
         else:
             keys, slot = cache[2:]
-            mask = (queries, keys, window)
+            mask = Mask(queries, keys, window, self.mask_rule)
             out = attend_cached(q, (k, v), cache[:2], slot, scale=scale, softcap=softcap, mask=mask)
         return self.o(stage("heads", out, "detail")), (k, v)
 

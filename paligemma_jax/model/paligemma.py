@@ -79,21 +79,31 @@ class PaliGemma(nnx.Module):
         prefix: Flags,
         *,
         features: Features | None = None,
+        segments: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The decoder's normalized output; `decoder.logits` turns chosen positions into logits.
 
-        With `features`, `images` are not encoded.
+        Args:
+            features: Features of the images, which are then not encoded.
+            segments: The number of each token's example, from 0, if rows have several examples one
+                after the other: each is then computed as in a row of its own.
         """
         if features is None and images is not None:
             features = self.encode_images(images)
-        span = token_span(valid, prefix, self.config.profile.first_position)
+        span = token_span(valid, prefix, self.config.profile.first_position, segments)
         return self.decoder(self.embed(tokens, features), span)[0]
 
     def __call__(
-        self, tokens: Tokens, images: Images | None, valid: Flags, prefix: Flags
+        self,
+        tokens: Tokens,
+        images: Images | None,
+        valid: Flags,
+        prefix: Flags,
+        segments: Int[Array, "B T"] | None = None,
     ) -> Float32[Array, "B T V"]:
-        """Teacher-forced logits: those at t predict the token at t + 1."""
-        x = self.hidden(tokens, images, valid, prefix)
+        """Teacher-forced logits: those at t predict the token at t + 1. `segments` are those of
+        `hidden`."""
+        x = self.hidden(tokens, images, valid, prefix, segments=segments)
         return stage("logits", self.decoder.logits(x, self.config.profile.capped_prefill))
 
     def prefill(

@@ -14,7 +14,7 @@ from support.toys import batch
 from paligemma_jax.checkpoints.synthetic import random_model
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.config import NO_WINDOW, PRESETS, PaliGemmaConfig
-from paligemma_jax.model.masks import token_span
+from paligemma_jax.model.masks import Mask, token_span
 from paligemma_jax.sharding.devices import choose_attention
 
 
@@ -61,7 +61,7 @@ def both_forms(case: Case, dtype=jnp.float32) -> list[dict[str, np.ndarray]]:
     slots, pads = jnp.arange(case.tokens), jnp.array([[0], [case.tokens // 3]])
     valid = slots >= pads if case.pads == "left" else slots < case.tokens - pads
     span = token_span(valid, valid & (slots < case.tokens // 2), 1)
-    mask = (span, span, case.window) if case.masked else None
+    mask = Mask(span, span, case.window) if case.masked else None
     kept = valid[..., None, None] if case.masked else True
 
     def run(form, q, k, v, g):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from paligemma_jax.model import attention
-from paligemma_jax.model.masks import token_span
+from paligemma_jax.model.masks import Mask, token_span
 
 
 def arguments(T=70, S=70, B=2, N=4, K=2, H=16, seed=0):
@@ -23,7 +23,7 @@ def arguments(T=70, S=70, B=2, N=4, K=2, H=16, seed=0):
     valid = jnp.arange(S) >= jnp.array([0, 9])[:B, None]
     tokens = token_span(valid, valid & (jnp.arange(S) < 40), 1)
     queries = jax.tree.map(lambda a: a[:, S - T :], tokens)
-    return q, k, v, dict(scale=0.3, softcap=5.0, mask=(queries, tokens, 12))
+    return q, k, v, dict(scale=0.3, softcap=5.0, mask=Mask(queries, tokens, 12))
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 35, 69])
@@ -51,7 +51,9 @@ def temporaries(T: int, chunk: int) -> int:
 
     def run(q, k, v, valid):
         tokens = token_span(valid, valid, 1)
-        return attention.attend(q, k, v, scale=1 / 16, softcap=50.0, mask=(tokens, tokens, 4096))
+        return attention.attend(
+            q, k, v, scale=1 / 16, softcap=50.0, mask=Mask(tokens, tokens, 4096)
+        )
 
     with mock.patch.object(attention, "CHUNK", chunk):
         return temp(jax.jit(run).lower(q, k, k, flags))

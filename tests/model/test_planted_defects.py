@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from support.hf_models import hf_logits, random_inputs
 
-from paligemma_jax.model import attention, decoder, layers, masks, vision
+from paligemma_jax.model import decoder, layers, masks, vision
 from paligemma_jax.model.config import DecoderConfig
 
 
 def _mask(change):
-    return mock.patch.object(attention, "prefix_lm_mask", change)
+    return mock.patch.object(
+        masks.Mask, "__call__", lambda self: change(self.queries, self.keys, self.window)
+    )
 
 
 def _anded(queries, keys, window):

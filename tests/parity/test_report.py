@@ -19,7 +19,7 @@ from convert import formats
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.checkpoints.source import resolve
 from paligemma_jax.losses.tokens import cross_entropy
-from paligemma_jax.model import attention, decoder, masks, stages, vision
+from paligemma_jax.model import decoder, masks, stages, vision
 from paligemma_jax.model.stages import stage
 from paligemma_jax.parity import jax_model, stage_errors, torch_model, torch_stages
 from paligemma_jax.parity.case import ParityCase
@@ -65,7 +65,10 @@ def module(path: str, call):
 def mask(change):
     """Change the mask in all decoder layers, which have to be compiled again."""
     jax_model.run_layer.clear_cache()
-    with mock.patch.object(attention, "prefix_lm_mask", change):
+    rule = mock.patch.object(
+        masks.Mask, "__call__", lambda self: change(self.queries, self.keys, self.window)
+    )
+    with rule:
         yield
     jax_model.run_layer.clear_cache()
 

@@ -137,7 +137,7 @@ def fused_attention_errors(key_heads: list[int]) -> dict[str, list[float]]:
     import jax.numpy as jnp
 
     from paligemma_jax.model.attention import attend
-    from paligemma_jax.model.masks import token_span
+    from paligemma_jax.model.masks import Mask, token_span
     from paligemma_jax.sharding.compiled import use_mesh
     from paligemma_jax.sharding.mesh import resolve_mesh
 
@@ -147,7 +147,7 @@ def fused_attention_errors(key_heads: list[int]) -> dict[str, list[float]]:
     span = token_span(valid, valid & (jnp.arange(T) < 12), 1)
 
     def loss(form: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = (span, span, 2**30)
+        mask = Mask(span, span, 2**30)
         out = attend(q, k, v, scale=0.3, softcap=50.0, mask=mask, form=form)
         return jnp.sum(jnp.where(valid[..., None, None], out, 0) ** 2)
 
