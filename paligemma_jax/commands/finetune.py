@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import fields
+from typing import Annotated, Literal
 
 import tyro
 
+from paligemma_jax.reinforcement.config import GRPO
 from paligemma_jax.training.config import FinetuneConfig
 
 
-def finetune(config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]) -> None:
+def finetune(
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")],
+    objective: Literal["suffixes", "grpo"] = "suffixes",
+    grpo: Annotated[GRPO, tyro.conf.arg(name="")] = GRPO(),
+) -> None:
     """Fine-tune on images and texts. An interrupted run continues with --resume.
 
     Example: paligemma-jax finetune --data train.jsonl --output run --steps 1000
+
+    Args:
+        objective: What to learn from: suffixes, the answers of the rows; or grpo, rewards of
+            sampled answers (--reward, --group, --max-new-tokens, --ratio-clip, --kl, --std).
     """
+    changed = [f.name for f in fields(GRPO) if getattr(grpo, f.name) != getattr(GRPO(), f.name)]
+    if objective != "grpo" and changed:
+        flag = changed[0].replace("_", "-")
+        raise ValueError(f"--{flag} requires --objective grpo, got --objective {objective}")
     from paligemma_jax.sharding import hosts
     from paligemma_jax.training.finetune import finetune
 
-    folder = finetune(config)
+    folder = finetune(config, objective=grpo if objective == "grpo" else None)
     if hosts.is_first_process():
         print(folder)

@@ -131,19 +131,26 @@ class Batcher:
 
 
 def training_batch(config: FinetuneConfig, batcher: Batcher, source: RowSource, step: int) -> Batch:
-    """The batch of a step, counted from 0. Depends on the seed and `step` only, so that a resumed
+    """The batch of a step, counted from 0."""
+    examples = training_examples(config, batcher.processor, source, step)
+    return batcher(examples, config.accumulate)
+
+
+def training_examples(
+    config: FinetuneConfig, processor: Processor, source: RowSource, step: int
+) -> list[Example]:
+    """The examples of a step, augmented. They depend on the seed and `step` only, so that a resumed
     run continues with the same rows and augmentations."""
     start = step * config.batch_size
     order = row_order(len(source), config.seed, start, config.batch_size)
     examples = [example_at(source, int(i)) for i in order]
-    if config.augments:
-        on_white = batcher.processor.image_settings.on_white
-        augment = Augment(config.flip, config.crop, config.color, on_white)
-        examples = [
-            augment(example, np.random.default_rng((config.seed, i)))
-            for i, example in enumerate(examples, start)
-        ]
-    return batcher(examples, config.accumulate)
+    if not config.augments:
+        return examples
+    augment = Augment(config.flip, config.crop, config.color, processor.image_settings.on_white)
+    return [
+        augment(example, np.random.default_rng((config.seed, i)))
+        for i, example in enumerate(examples, start)
+    ]
 
 
 def row_order(rows: int, seed: int, start: int, count: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from paligemma_jax.training.features import FeatureCache
 from paligemma_jax.training.loop import train
 from paligemma_jax.training.loss_function import LogitsLoss, LossFunction
 from paligemma_jax.training.measures import MetricFunction, check_measures, criterion, make_measures
+from paligemma_jax.training.objective import Objective
 from paligemma_jax.training.optimizers import OwnOptimizer
 from paligemma_jax.training.prepare import load_trainable, prepare_model
 from paligemma_jax.training.resuming import check_same_optimizer, warn_of_longer_schedule
@@ -46,6 +47,7 @@ def finetune(
     optimizer: OwnOptimizer | None = None,
     callbacks: Sequence[Callback] = (),
     metrics: Sequence[str | MetricFunction] = (),
+    objective: Objective | None = None,
 ) -> Path:
     """Fine-tune a model.
 
@@ -67,6 +69,7 @@ def finetune(
         metrics: Metrics of generated answers, besides `config.metric`: names, or functions
             (answers, all correct answers of each) -> score. A function with the attribute
             `better = "lower"` improves downwards. The first metric decides on best/.
+        objective: What to learn from, such as `GRPO`; by default the suffixes.
 
     Returns:
         The directory of the final model or adapter; of the run, if it was stopped by SIGTERM.
@@ -91,11 +94,17 @@ def finetune(
     check_callbacks(callbacks)
     measures = make_measures(config.metric, metrics, source.codec_file)
     rows, validation_rows = read_rows(config, processor, data, validation)
+    if objective:
+        objective.check(config, rows)
+        if loss is not None:
+            raise ValueError("loss must be left out with an objective, which has its own")
     steps = _total_steps(config, len(rows))
     mesh = _resolve_mesh(config, source)
     form = devices.choose_attention(config.attention)
     names = [measure.name for measure in measures]
-    content = RunContent(form, steps, rows_digest(rows), rows_digest(validation_rows), names)
+    digests = rows_digest(rows), rows_digest(validation_rows)
+    aim = objective.settings() if objective else None
+    content = RunContent(form, steps, *digests, names, aim)
     steps_before = check_run_folder(config, content) if hosts.is_first_process() else None
     model = load_trainable(config, source, mesh)
     features = None
@@ -112,19 +121,21 @@ def finetune(
             for _ in batcher.in_order(validation_rows):
                 pass
     model = distribute(prepare_model(model, config, delete=True), mesh)
-    trainer = Trainer(model, config, steps, loss, optimizer)
+    trainer = Trainer(model, config, steps, objective.loss if objective else loss, optimizer)
     del model
     state = trainer.start()
     if loss is not None:
         trainer.check_loss(state, first, max_targets(first))
+    rollouts = objective.start(trainer, state, processor, rows) if objective else None
     check_same_optimizer(Path(config.output), state)
     best = criterion(measures)
     run, checkpoints = Run(config, content), Checkpoints(Path(config.output), config.keep, best)
     state = checkpoints.restore(state)
     run.rewind(int(state.step))
     warn_of_longer_schedule(config, steps_before, steps, int(state.step))
-    validate = Validation(trainer, run, batcher, validation_rows, measures)
-    state, ended = train(trainer, run, checkpoints, state, steps, make_batch, validate, callbacks)
+    validate = Validation(trainer, run, batcher, validation_rows, measures, rollouts)
+    make = rollouts or make_batch
+    state, ended = train(trainer, run, checkpoints, state, steps, make, validate, callbacks)
     checkpoints.finish()
     run.close()
     if not ended:

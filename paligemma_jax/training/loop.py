@@ -20,6 +20,7 @@ from paligemma_jax.sharding.arrays import shard_batch
 from paligemma_jax.training.batches import Batch, max_targets, prefetch
 from paligemma_jax.training.callbacks import Callback, StepEvent, run_callbacks
 from paligemma_jax.training.checkpointing import Checkpoints
+from paligemma_jax.training.objective import Rollouts
 from paligemma_jax.training.runs import LogLine, Run
 from paligemma_jax.training.trainer import Trainer, TrainState
 from paligemma_jax.training.validation import Validation
@@ -31,12 +32,15 @@ def train(
     checkpoints: Checkpoints,
     state: TrainState,
     steps: int,
-    make_batch: Callable[[int], Batch],
+    make_batch: Callable[[int], Batch] | Rollouts,
     validate: Validation,
     callbacks: Sequence[Callback] = (),
 ) -> tuple[TrainState, bool]:
     """Train until `steps`, until a callback ends the run, or until a process of it receives
     SIGTERM.
+
+    Args:
+        make_batch: The batch of a step, counted from 0; or what makes it from the parameters.
 
     Returns:
         The last state, and whether the run has ended rather than being interrupted.
@@ -44,18 +48,23 @@ def train(
     config, first = trainer.config, int(state.step)
     ended = first == steps
     flops_rate = devices.matrix_rate(trainer.model.config.activation_dtype)
-    batches = prefetch(partial(make_batch, step) for step in range(first, steps))
+    rollouts = None if callable(make_batch) else make_batch
+    make = make_batch if callable(make_batch) else make_batch.draw
+    batches = prefetch(partial(make, step) for step in range(first, steps))
     size = config.batch_size
     bar = progress_bar(desc="finetune", total=steps * size, initial=first * size)
     with _received_sigterm() as received, bar:
         start = time.perf_counter()
         for step, batch in enumerate(batches, first + 1):
+            measures: dict[str, float] = {}
+            if rollouts:
+                batch, measures = rollouts.batch(batch, state)
             placed = shard_batch(batch, trainer.mesh)
             state, report = trainer.step(
                 state, trainer.frozen, placed, max_targets=max_targets(batch)
             )
             line = {"step": step, **{name: float(value) for name, value in report.items()}}
-            line |= _speed(trainer, batch, time.perf_counter() - start, flops_rate)
+            line |= measures | _speed(trainer, batch, time.perf_counter() - start, flops_rate)
             if not np.isfinite([line["loss"], line["gradient_norm"]]).all():
                 checkpoints.finish()
                 raise ValueError(run.save_bad_batch(line, batch, checkpoints.last_step()))
@@ -111,7 +120,7 @@ def _speed(
         np.asarray(batch.inputs.tokens),
         np.asarray(batch.inputs.targets),
         trainer.trainable,
-        encodes=batch.features is None,
+        encodes=batch.inputs.images is not None,
     )
     return {
         "tokens_s": float(batch.inputs.valid.sum() / seconds),

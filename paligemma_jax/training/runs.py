@@ -44,6 +44,7 @@ class RunContent(msgspec.Struct):
     data_digest: str | None = None  # see `training.digest`
     validation_digest: str | None = None
     metrics: list[str] | None = None  # at validation, in order
+    objective: dict[str, Any] | None = None  # the settings of another than the suffixes
 
 
 def settings(config: FinetuneConfig) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def _check_same_run(folder: Path, config: FinetuneConfig, content: RunContent | 
     total = recorded.total_steps or before.steps
     if content is None:
         return total
+    aims = ({"objective": "suffixes"} | (each.objective or {}) for each in (recorded, content))
+    check_settings(folder, next(aims), next(aims), "Resume with the same objective")
     for name, old, new in (
         ("data", recorded.data_digest, content.data_digest),
         ("validation", recorded.validation_digest, content.validation_digest),
@@ -182,7 +185,8 @@ class Run:
     def save_bad_batch(self, line: LogLine, batch: Batch, last: int | None) -> str:
         """Save the batch of a step whose loss or gradient is not finite; return the error."""
         file = self.folder / f"bad_batch_{line['step']}.npz"
-        arrays = vars(batch.inputs) | {"weights": batch.weights, "features": batch.features}
+        others = {name: array for name, array in vars(batch).items() if name != "inputs"}
+        arrays = vars(batch.inputs) | others
         arrays = {name: array for name, array in arrays.items() if array is not None}
         if "features" in arrays:  # .npz files do not support bfloat16
             arrays["features"] = np.asarray(arrays["features"], np.float32)

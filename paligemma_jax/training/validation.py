@@ -11,6 +11,7 @@ from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.sharding.arrays import shard_batch
 from paligemma_jax.training.batches import Batcher, max_targets
 from paligemma_jax.training.measures import Measure, make_case
+from paligemma_jax.training.objective import Rollouts
 from paligemma_jax.training.runs import LogLine, Run
 from paligemma_jax.training.trainer import Trainer, TrainState
 
@@ -26,6 +27,7 @@ class Validation:
     batcher: Batcher
     rows: RowSource
     measures: Sequence[Measure] = ()
+    rollouts: Rollouts | None = None  # of another objective than the suffixes
 
     def is_due(self, step: int, last: bool) -> bool:
         every = self.trainer.config.validate_every
@@ -34,7 +36,10 @@ class Validation:
     def __call__(self, state: TrainState, line: LogLine) -> None:
         """Add "validation_loss" and the metrics to the log line of a step, and answers to
         samples.jsonl."""
-        line["validation_loss"] = self.loss(state)
+        if self.rollouts:
+            line |= self.rollouts.validate(state, self.rows)
+        else:
+            line["validation_loss"] = self.loss(state)
         samples = min(self.trainer.config.samples, len(self.rows))
         count = len(self.rows) if self.measures else samples
         if not count:
