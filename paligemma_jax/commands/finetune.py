@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Annotated, Literal
 
 import tyro
 
-from paligemma_jax.reinforcement.config import GRPO
+from paligemma_jax.reinforcement.config import GRPOConfig
 from paligemma_jax.training.config import FinetuneConfig
 
 
 def finetune(
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")],
     objective: Literal["suffixes", "grpo"] = "suffixes",
-    grpo: Annotated[GRPO, tyro.conf.arg(name="")] = GRPO(),
+    grpo: Annotated[GRPOConfig, tyro.conf.arg(name="")] = GRPOConfig(),
 ) -> None:
     """Fine-tune on images and texts. An interrupted run continues with --resume.
 
@@ -24,13 +24,16 @@ def finetune(
         objective: What to learn from: suffixes, the answers of the rows; or grpo, rewards of
             sampled answers (--reward, --group, --max-new-tokens, --ratio-clip, --kl, --std).
     """
-    changed = [f.name for f in fields(GRPO) if getattr(grpo, f.name) != getattr(GRPO(), f.name)]
+    default = GRPOConfig()
+    names = [field.name for field in fields(GRPOConfig)]
+    changed = [name for name in names if getattr(grpo, name) != getattr(default, name)]
     if objective != "grpo" and changed:
         flag = changed[0].replace("_", "-")
         raise ValueError(f"--{flag} requires --objective grpo, got --objective {objective}")
+    from paligemma_jax.reinforcement.grpo import GRPO
     from paligemma_jax.sharding import hosts
     from paligemma_jax.training.finetune import finetune
 
-    folder = finetune(config, objective=grpo if objective == "grpo" else None)
+    folder = finetune(config, objective=GRPO(**asdict(grpo)) if objective == "grpo" else None)
     if hosts.is_first_process():
         print(folder)

@@ -11,16 +11,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax import Array
-
-    from paligemma_jax.data.rows import RowSource
-    from paligemma_jax.model.paligemma import PaliGemma
-    from paligemma_jax.processing.processor import Processor
-    from paligemma_jax.reinforcement.groups import Groups
     from paligemma_jax.reinforcement.rewards import Reward
-    from paligemma_jax.reinforcement.run import GroupRollouts
-    from paligemma_jax.training.config import FinetuneConfig
-    from paligemma_jax.training.trainer import Trainer, TrainState
 
     RewardChoice = str | Reward
 else:
@@ -36,11 +27,8 @@ RANGES: list[tuple[str, Callable[..., bool], str]] = [
 
 
 @dataclass(frozen=True)
-class GRPO:
-    """Train on rewards of sampled answers instead of on suffixes (GRPO, arXiv:2402.03300).
-
-    Pass it as `objective` to `finetune`. Each step samples `group` answers to every prompt of the
-    batch, and makes those more likely that have a higher reward than the others of their group.
+class GRPOConfig:
+    """Options of GRPO (arXiv:2402.03300).
 
     Raises:
         ValueError: A value is out of range.
@@ -76,27 +64,3 @@ class GRPO:
         if not isinstance(self.reward, str):
             values["reward"] = getattr(self.reward, "__qualname__", repr(self.reward))
         return {"objective": "grpo", **values}
-
-    def check(self, config: FinetuneConfig, rows: RowSource) -> None:
-        """Check that the rows have what the reward needs, and that the options fit together.
-
-        Raises:
-            ValueError: They do not.
-        """
-        from paligemma_jax.reinforcement.run import check_run
-
-        check_run(self, config, rows)
-
-    def loss(self, model: PaliGemma, batch: Groups, max_targets: int) -> tuple[Array, Array]:
-        """The sum of the losses of a batch of answers, and their number."""
-        from paligemma_jax.reinforcement.run import grpo_loss
-
-        return grpo_loss(model, batch, self.ratio_clip, self.kl)
-
-    def start(
-        self, trainer: Trainer, state: TrainState, processor: Processor, rows: RowSource
-    ) -> GroupRollouts:
-        """Make the batches of a run that started, or starts, from `state`."""
-        from paligemma_jax.reinforcement.run import GroupRollouts
-
-        return GroupRollouts.create(self, trainer, state, processor, rows)

@@ -1,26 +1,64 @@
-"""Group relative policy optimization (GRPO, arXiv:2402.03300): a run learns from rewards.
-
-Each step samples a group of answers to every prompt of the batch, scores them, and makes those more
-likely that are better than the others of their group.
-"""
+"""Group relative policy optimization (GRPO, arXiv:2402.03300) as the objective of a run."""
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Float32
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from paligemma_jax.data.rows import RowSource, example_at
+from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.processing.processor import Processor
+from paligemma_jax.reinforcement.config import GRPOConfig
+from paligemma_jax.reinforcement.groups import Groups, answer_log_probabilities
+from paligemma_jax.reinforcement.objective import grpo
+from paligemma_jax.reinforcement.rewards import resolve_reward, score_answer
+from paligemma_jax.reinforcement.rollouts import GroupRollouts
+from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.trainer import Trainer, TrainState
 
 
-def group_advantages(
-    rewards: Float32[np.ndarray, "B G"], scaled: bool = True
-) -> Float32[np.ndarray, "B G"]:
-    """How much better each answer is than the mean of its group.
+@dataclass(frozen=True)
+class GRPO(GRPOConfig):
+    """Learn from rewards of sampled answers: `finetune(..., objective=GRPO("box_ap"))`.
 
-    Args:
-        scaled: Divide by the group's standard deviation, as in the paper; where all rewards of a
-            group are equal, advantages are 0. Without, as in Dr. GRPO (arXiv:2503.20783), groups
-            that differ little count little.
+    Each step samples `group` answers to every prompt of the batch, and makes those more likely that
+    have a higher reward than the others of their group. The fields are those of `GRPOConfig`.
     """
-    centered = rewards - rewards.mean(axis=1, keepdims=True)
-    if not scaled:
-        return centered
-    return centered / (rewards.std(axis=1, keepdims=True) + 1e-4)
+
+    def check(self, config: FinetuneConfig, rows: RowSource) -> None:
+        """Check that the rows have what the reward needs, and that the options fit together.
+
+        Of a source that is no list, only the first row is checked, because an access may be slow.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if config.features:
+            raise ValueError(
+                "--features cannot be combined with --objective grpo, which encodes images itself"
+            )
+        reward = resolve_reward(self.reward)
+        for i in range(len(rows) if isinstance(rows, list) else 1):
+            example = example_at(rows, i)
+            score_answer(reward, example.suffix, example)
+
+    def loss(self, model: PaliGemma, batch: Groups, max_targets: int) -> tuple[Array, Array]:
+        """The sum of the losses of the answers, and their number, as `Trainer` takes them."""
+        return grpo_loss(model, batch, self.ratio_clip, self.kl)
+
+    def start(
+        self, trainer: Trainer, state: TrainState, processor: Processor, rows: RowSource
+    ) -> GroupRollouts:
+        """Make the batches of a run whose first state is `state`."""
+        return GroupRollouts.create(self, trainer, state, processor, rows)
+
+
+def grpo_loss(model: PaliGemma, groups: Groups, clip: float, kl: float) -> tuple[Array, Array]:
+    """The sum of the losses of the answers, and their number, as `Trainer` takes them."""
+    log_probabilities, mask = answer_log_probabilities(model, groups)
+    old, reference = groups.log_probabilities, groups.reference
+    loss, _ = grpo(log_probabilities, old, reference, groups.advantages, mask, clip, kl)
+    count = jnp.float32(len(mask))
+    return loss * count, count

@@ -276,6 +276,49 @@ def collectives(mesh: str, rows: int, **options: object) -> list[list]:
     return results
 
 
+def group_errors(mesh: str) -> dict:
+    """Sample groups and compute their loss and its gradient on a mesh and on one device."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from paligemma_jax.inference.loading import load
+    from paligemma_jax.reinforcement.groups import sample_groups
+    from paligemma_jax.reinforcement.grpo import grpo_loss
+    from paligemma_jax.reinforcement.rollouts import score_groups
+    from paligemma_jax.sharding.arrays import distribute, shard_batch, to_host
+    from paligemma_jax.sharding.compiled import mesh_jit
+    from paligemma_jax.sharding.mesh import resolve_mesh
+
+    predictor = load("tiny", dtype="float32")
+    processor, rng = predictor.processor, np.random.default_rng(0)
+    images = [rng.integers(0, 255, (56, 56, 3), np.uint8) for _ in range(4)]
+    prompts, pixels = processor.encode(images, ["ocr"] * 4), processor.pixel_values(images)[:, None]
+    gradient = mesh_jit(jax.value_and_grad(lambda *a: jnp.divide(*grpo_loss(*a, 0.2, 0.1))))
+    results = []
+    for name in (None, mesh):
+        devices = resolve_mesh(name, predictor.config)
+        model = distribute(predictor.model, devices)
+        groups, answers = sample_groups(model, processor, prompts, pixels, 4, 8, np.arange(4))
+        scored, mask = map(to_host, score_groups(model, groups))
+        ratio = np.abs(np.exp(scored - groups.log_probabilities) - 1).max()
+        groups = replace(groups, advantages=np.linspace(-1, 1, 16, dtype=np.float32))
+        groups = replace(groups, reference=scored - 0.1 * mask)
+        loss, gradients = gradient(model, shard_batch(groups, devices))
+        leaves = [np.asarray(to_host(x)) for x in jax.tree.leaves(gradients)]
+        results.append((answers, ratio, float(loss), leaves))
+    (ours, *_, loss, leaves), (theirs, ratio, other, others) = results
+    errors = [
+        np.abs(a - b).max() / max(1, np.abs(a).max()) for a, b in zip(leaves, others, strict=True)
+    ]
+    return {
+        "same_tokens": ours == theirs,
+        "ratio": float(ratio),
+        "loss": abs(loss - other),
+        "gradients": float(max(errors)),
+    }
+
+
 def auto_meshes(cases: list[tuple]) -> list[dict]:
     """Return the mesh that "auto" makes for each (kind, training, rows)."""
     from paligemma_jax.sharding.mesh import resolve_mesh

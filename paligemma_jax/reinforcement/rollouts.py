@@ -8,48 +8,20 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from paligemma_jax.data.rows import Example, RowSource, example_at
 from paligemma_jax.inference.predictor import Predictor
-from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import EncodedPrompt, Processor
-from paligemma_jax.reinforcement.config import GRPO
+from paligemma_jax.reinforcement.config import GRPOConfig
 from paligemma_jax.reinforcement.groups import Groups, answer_log_probabilities, sample_groups
-from paligemma_jax.reinforcement.objective import group_advantages, grpo
+from paligemma_jax.reinforcement.objective import group_advantages
 from paligemma_jax.reinforcement.rewards import resolve_reward, score_answer
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit
 from paligemma_jax.training.batches import training_examples
-from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.trainer import Parameters, Trainer, TrainState
 
 score_groups = mesh_jit(answer_log_probabilities)
-
-
-def grpo_loss(model: PaliGemma, groups: Groups, clip: float, kl: float) -> tuple[Array, Array]:
-    """The sum of the losses of the answers, and their number, as `Trainer` takes them."""
-    log_probabilities, mask = answer_log_probabilities(model, groups)
-    old, reference = groups.log_probabilities, groups.reference
-    loss, _ = grpo(log_probabilities, old, reference, groups.advantages, mask, clip, kl)
-    count = jnp.float32(len(mask))
-    return loss * count, count
-
-
-def check_run(options: GRPO, config: FinetuneConfig, rows: RowSource) -> None:
-    """Check that the rows have what the reward needs, and that the options fit together.
-
-    Of a source that is no list, only the first row is checked, because an access may be slow.
-
-    Raises:
-        ValueError: They do not.
-    """
-    if config.features:
-        raise ValueError("--features cannot be combined with --objective grpo: images are encoded")
-    reward = resolve_reward(options.reward)
-    for i in range(len(rows) if isinstance(rows, list) else 1):
-        example = example_at(rows, i)
-        score_answer(reward, example.suffix, example)
 
 
 @dataclass(frozen=True)
@@ -70,7 +42,7 @@ class GroupRollouts:
     as if it had not been interrupted.
     """
 
-    options: GRPO
+    options: GRPOConfig
     trainer: Trainer
     processor: Processor
     rows: RowSource
@@ -79,7 +51,7 @@ class GroupRollouts:
     @classmethod
     def create(
         cls,
-        options: GRPO,
+        options: GRPOConfig,
         trainer: Trainer,
         state: TrainState,
         processor: Processor,

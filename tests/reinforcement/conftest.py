@@ -1,0 +1,1 @@
+from support.finetuning import data  # noqa: F401, a fixture
