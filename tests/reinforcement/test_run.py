@@ -45,7 +45,7 @@ OBJECTIVE = GRPO(even_digits, group=4, max_new_tokens=6)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    finetune(config_of(folder), ROWS, ROWS[:2], OBJECTIVE)
+    finetune(config_of(folder), ROWS, ROWS[:2], objective=OBJECTIVE)
     return folder
 
 
@@ -67,11 +67,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(run, tmp_path):
         return even_digits(answer, example)
 
     interrupting.__qualname__ = even_digits.__qualname__
-    finetune(config, ROWS, ROWS[:2], replace(OBJECTIVE, reward=interrupting))
+    finetune(config, ROWS, ROWS[:2], objective=replace(OBJECTIVE, reward=interrupting))
     assert len(read_log(tmp_path / "run")) == 1
     with pytest.raises(ValueError, match=r"group was 4, now 8\. Resume with the same objective"):
-        finetune(replace(config, resume=True), ROWS, ROWS[:2], replace(OBJECTIVE, group=8))
-    finetune(replace(config, resume=True), ROWS, ROWS[:2], OBJECTIVE)
+        finetune(
+            replace(config, resume=True), ROWS, ROWS[:2], objective=replace(OBJECTIVE, group=8)
+        )
+    finetune(replace(config, resume=True), ROWS, ROWS[:2], objective=OBJECTIVE)
     assert_equal(weights(run / "model"), weights(tmp_path / "run/model"))
     rewards = [[line["reward"] for line in read_log(f)] for f in (run, tmp_path / "run")]
     assert rewards[0] == rewards[1]
