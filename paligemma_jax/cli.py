@@ -41,7 +41,7 @@ COMMANDS = {
     "convert": convert,
     "convert inspect": inspect,
 }
-ABOUT = "PaliGemma 2 in JAX: generate, fine-tune, evaluate, retrieve, serve and convert models."
+ABOUT = "PaliGemma 2 in JAX: generate, fine-tune, evaluate, search, serve, convert."
 
 
 def main(arguments: list[str] | None = None) -> None:
