@@ -71,8 +71,8 @@ def loss_error(
     inputs, own = case.inputs, reference.stages["logits"]
 
     def loss(logits: np.ndarray) -> np.ndarray:
-        arrays = map(jnp.asarray, (logits, inputs.tokens, inputs.targets))
-        return np.asarray(cross_entropy(*arrays))[None]
+        tokens, targets = jnp.asarray(inputs.tokens), jnp.asarray(inputs.targets)
+        return np.asarray(cross_entropy(jnp.asarray(logits), tokens, targets))[None]
 
     exact = torch_model.compute_loss(reference.exact["logits"], inputs)
     theirs = torch_model.compute_loss(own, inputs)
