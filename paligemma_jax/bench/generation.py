@@ -175,7 +175,7 @@ def compile_programs(model: PaliGemma, inputs: Inputs, new: int) -> tuple[Run, R
         state = prefill(model, inputs, encode(model, inputs.images), request)
         np.asarray(state.token)
         first = time.perf_counter()
-        _, _, state = decode(model, state, request, limit)
+        _, state = decode(model, state, request, limit)
         assert state.step == new
         return first - start, time.perf_counter() - first
 

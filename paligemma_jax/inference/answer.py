@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int
 
-from paligemma_jax.inference.sampling import Beam, Strategy
+from paligemma_jax.inference.chosen import Chosen, TopTokens
+from paligemma_jax.inference.request import AnswerLengths, Generated
+from paligemma_jax.inference.sampling import Beam, BestOf, Strategy
+from paligemma_jax.inference.stop import Stop, end_of_answer
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
@@ -22,6 +26,10 @@ class Answer:
     log_probabilities: list[float]  # of each token under the model, before any filter
     score: float  # their sum; for Beam divided by length ** length_penalty
     error: str | None = None  # why there is no answer: its image could not be read
+    alternatives: tuple[Answer, ...] = ()  # the next best answers, for `num_return` above 1
+    # In the place of each token, if asked for:
+    top: TopTokens | None = field(default=None, compare=False)  # [N, k] most likely tokens
+    logits: Float32[np.ndarray, "N V"] | None = field(default=None, compare=False, repr=False)
 
     def pieces(self, tokenizer: Tokenizer) -> Iterator[tuple[str, float]]:
         """The text and log-probability of each token. The texts join to the answer's.
@@ -39,65 +47,82 @@ class Answer:
 
 @dataclass(frozen=True)
 class Detokenizer:
-    """Turns tokens into the text of an answer, which ends at the first eos or stop text."""
+    """Turns tokens into the text of an answer, which ends at the first eos or stop."""
 
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...]
-    stops: tuple[str, ...]
+    stops: tuple[Stop, ...]
 
-    def length(self, tokens: list[int]) -> int:
-        """Return the number of tokens up to eos or the token that completes a stop text, inclusive;
+    def length(self, tokens: list[int], checked: int = 0) -> int:
+        """Return the number of tokens up to eos or the token that completes a stop, inclusive;
         len(tokens) + 1 if the answer continues.
+
+        Args:
+            checked: Number of tokens that are known not to complete a stop.
         """
         ends = (n for n, token in enumerate(tokens, 1) if token in self.eos_ids)
         end = next(ends, len(tokens) + 1)
         if not self.stops:
             return end
-        return bisect_left(range(end), True, key=lambda n: self._is_stopped(tokens[:n]))
+        if all(isinstance(stop, str) for stop in self.stops):
+            return bisect_left(range(end), True, key=lambda n: self._end(tokens[:n]) is not None)
+        stopped = (n for n in range(checked + 1, end) if self._end(tokens[:n]) is not None)
+        return next(stopped, end)
 
-    def lengths(self, tokens: Int[np.ndarray, "B N"]) -> Int[np.ndarray, " B"]:
-        """The `length` of each row."""
-        return np.array([self.length(row) for row in tokens.tolist()])
+    def lengths(self) -> AnswerLengths | None:
+        """A function that returns the `length` of each row of a batch, which grows from call to
+        call; None without stops. Each token is checked once."""
+        checked, ends = 0, {}
 
-    def answer(
-        self,
-        tokens: Int32[np.ndarray, " N"],
-        log_probabilities: Float32[np.ndarray, " N"],
-        sampler: Strategy,
-    ) -> Answer:
-        """The answer in a row of tokens, with the score that `sampler` ranks by."""
-        end = self.length(tokens.tolist())
-        kept, values = tokens[:end].tolist(), log_probabilities[:end].tolist()
-        penalty = sampler.length_penalty if isinstance(sampler, Beam) else 0
-        text = self._cut(self.tokenizer.decode(kept))
-        return Answer(text, kept, values, sum(values) / len(kept) ** penalty)
+        def lengths(tokens: Int[np.ndarray, "B N"]) -> Int[np.ndarray, " B"]:
+            nonlocal checked
+            for row, ids in enumerate(tokens.tolist()):
+                if row not in ends:
+                    length = self.length(ids, checked)
+                    if length <= len(ids):
+                        ends[row] = length
+            checked = tokens.shape[1]
+            return np.array([ends.get(row, checked + 1) for row in range(len(tokens))])
 
-    def stream(self, chunks: Iterable[list[int]]) -> Iterator[str]:
-        """The text of one answer in pieces, each as soon as no later token can change it.
+        return lengths if self.stops else None
 
-        Args:
-            chunks: Successive tokens. None are requested after a stop text.
-        """
-        tokens: list[int] = []
-        sent, held_back = 0, max(map(len, self.stops), default=1) - 1
-        for chunk in chunks:
-            tokens += chunk
-            text = self.tokenizer.decode(tokens[: self.tokenizer.stable_length(tokens)])
-            if self._cut(text) != text:
-                break
-            end = len(text) - held_back  # what follows may be the start of a stop text
-            if end > sent:
-                yield text[sent:end]
-                sent = end
-        rest = self._cut(self.tokenizer.decode(tokens))[sent:]
-        if rest:
-            yield rest
+    def answers(self, generated: Generated, strategy: Strategy) -> list[Answer]:
+        """The answer to each prompt of a batch, with the score that `strategy` ranks by."""
+        chosen = Chosen(
+            generated.tokens, generated.log_probabilities, generated.top, generated.logits
+        )
+        count = strategy.num_return if isinstance(strategy, Beam | BestOf) else 1
+        penalty = float(strategy.length_penalty) if isinstance(strategy, Beam) else 0.0
+        answers = []
+        for first in range(0, len(generated.tokens), count):
+            best, *others = (
+                self._answer(jax.tree.map(lambda a, row=row: a[row], chosen), penalty)
+                for row in range(first, first + count)
+                if row == first or generated.scores[row] > -np.inf
+            )
+            answers.append(replace(best, alternatives=tuple(others)))
+        return answers
 
-    def _is_stopped(self, tokens: list[int]) -> bool:
+    def _answer(self, row: Chosen, penalty: float) -> Answer:
+        end = self.length(row.tokens.tolist())
+        row = jax.tree.map(lambda a: np.array(a[:end]), row)  # does not keep the batch alive
+        kept, values = row.tokens.tolist(), row.log_probabilities.tolist()
+        score = sum(values) / len(kept) ** penalty
+        return Answer(self.cut(kept), kept, values, score, top=row.top, logits=row.logits)
+
+    def settled(self, tokens: list[int]) -> str:
+        """The text that later tokens cannot change."""
+        return self.tokenizer.decode(tokens[: self.tokenizer.stable_length(tokens)])
+
+    def is_end(self, tokens: list[int]) -> bool:
+        """Whether the last token ends an answer that none before it has ended."""
+        return tokens[-1] in self.eos_ids or self._end(tokens) is not None
+
+    def _end(self, tokens: list[int]) -> int | None:
+        """Length of the text before the first stop, or None."""
         text = self.tokenizer.decode(tokens)
-        return self._cut(text) != text
+        return end_of_answer(text, self.settled(tokens), self.stops)
 
-    def _cut(self, text: str) -> str:
-        """The text before the first stop text."""
-        places = [text.find(stop) for stop in self.stops]
-        return text[: min((place for place in places if place >= 0), default=len(text))]
+    def cut(self, tokens: list[int]) -> str:
+        """The text before the first stop."""
+        return self.tokenizer.decode(tokens)[: self._end(tokens)]

@@ -13,8 +13,10 @@ from paligemma_jax.inference.allowed import compile_allowed
 from paligemma_jax.inference.answer import Answer, Detokenizer
 from paligemma_jax.inference.batching import pad_batch, run_batches
 from paligemma_jax.inference.generate import decode_chunks, generate
+from paligemma_jax.inference.memory import check_logits_memory
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import Beam, BestOf, is_integer
+from paligemma_jax.inference.streaming import StreamedToken, stream_tokens
 from paligemma_jax.interpretability.names import check_edits
 from paligemma_jax.model.edits import Edits
 from paligemma_jax.model.paligemma import PaliGemma
@@ -37,28 +39,25 @@ def answer_batches(
     checked_seeds = check_seeds(seeds, len(prompts))
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
 
-    def run(inputs: Inputs, features: Array | None, rows: np.ndarray) -> tuple[np.ndarray, ...]:
+    def run(inputs: Inputs, features: Array | None, rows: np.ndarray) -> tuple[list[Answer]]:
         generated = generate(
             model,
             inputs,
             options.for_rows(rows),
             seeds=checked_seeds[rows],
             features=features,
-            answer_lengths=detokenizer.lengths if options.stops else None,
+            answer_lengths=detokenizer.lengths(),
         )
-        return generated.tokens, generated.log_probabilities
+        return (detokenizer.answers(generated, options.sampler),)
 
-    for batch in run_batches(
-        model, processor, prompts, run, batch_size, progress, Edits.of(options.edit)
-    ):
-        answers = {}
-        for i, result in batch.items():
-            if isinstance(result, ValueError):
-                answers[i] = Answer("", [], [], 0.0, error=str(result))
-            else:
-                tokens, log_probabilities = result
-                answers[i] = detokenizer.answer(tokens, log_probabilities, options.sampler)
-        yield answers
+    edits = Edits.of(options.edit)
+    for batch in run_batches(model, processor, prompts, run, batch_size, progress, edits):
+        yield {
+            i: Answer("", [], [], 0.0, error=str(result))
+            if isinstance(result, ValueError)
+            else result[0]
+            for i, result in batch.items()
+        }
 
 
 def stream_answer(
@@ -67,8 +66,11 @@ def stream_answer(
     prompt: EncodedPrompt,
     options: DecodingOptions,
     seed: int = 0,
-) -> Iterator[str]:
-    """Answer one prompt piece by piece, each as soon as no later token can change it."""
+) -> Iterator[list[StreamedToken]]:
+    """Answer one prompt token by token, each as soon as no later token can change its text.
+
+    Yields the tokens that a dispatch settles.
+    """
     if isinstance(options.sampler, Beam | BestOf):
         raise ValueError(
             "sampler must not be Beam(...) or BestOf(...) for streaming, because text that was "
@@ -78,7 +80,7 @@ def stream_answer(
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
     inputs = replace(pad_batch(processor, [prompt]), images=processor.prompt_images([prompt]))
     chunks = decode_chunks(model, inputs, options, seeds=check_seeds([seed], 1), chunk=STREAM)
-    yield from detokenizer.stream(tokens[0].tolist() for tokens, _ in chunks)
+    yield from stream_tokens(detokenizer, chunks)
 
 
 def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " B"]:
@@ -123,10 +125,9 @@ def answer_inputs(
         inputs,
         options,
         seeds=check_seeds(seeds, rows),
-        answer_lengths=detokenizer.lengths if options.stops else None,
+        answer_lengths=detokenizer.lengths(),
     )
-    pairs = zip(generated.tokens, generated.log_probabilities, strict=True)
-    return [detokenizer.answer(*pair, options.sampler) for pair in pairs]
+    return detokenizer.answers(generated, options.sampler)
 
 
 def _check_prompts(
@@ -155,6 +156,8 @@ def _check_options(
             f"max_new_tokens must be from 1 to {most} with a prompt of {tokens} tokens, "
             f"got {options.max_new_tokens}"
         )
+    if options.logits:
+        check_logits_memory(model, rows * options.num_return, options.max_new_tokens)
     allowed = compile_allowed(
         options.allowed, model.config, processor.tokenizer, rows, options.max_new_tokens
     )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,10 @@ from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
 AHEAD = 2  # batches whose images are opened before their turn
 
 # (inputs without images, features [B, n, P, D] if n > 0, prompt numbers int[B]) -> arrays [B, ...]
-RunBatch = Callable[[Inputs, Array | None, np.ndarray], tuple[np.ndarray, ...]]
+# or lists of B
+RunBatch = Callable[[Inputs, Array | None, np.ndarray], tuple[Sequence[Any] | np.ndarray, ...]]
 # The rows of one prompt in these arrays, or the error of its image.
-BatchResult = tuple[np.ndarray, ...] | ValueError
+BatchResult = tuple[Any, ...] | ValueError  # of the types that `run` returns
 
 
 def run_batches(

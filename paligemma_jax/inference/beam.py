@@ -8,9 +8,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32, PyTree
+from jaxtyping import Bool, Float32, Int, PyTree
 
+from paligemma_jax.inference.chosen import Chosen, empty_top, top_tokens
 from paligemma_jax.inference.request import Generated, Request
 from paligemma_jax.inference.sampling import Beam
 from paligemma_jax.model.cache import KVCache
@@ -30,23 +32,23 @@ EMPTY = -1.0e9
 class Beams:
     """R candidate answers to each of B prompts, best first."""
 
-    tokens: Int32[Array, "B R N"]  # pads after the end
-    log_probabilities: Float32[Array, "B R N"]  # of each token
+    chosen: Chosen  # [B, R, N]; pads after the end
     scores: Float32[Array, "B R"]
-
-    def take(self, order: Int[Array, "B Q"]) -> Beams:
-        """Candidates order[b, 0], order[b, 1], ... of each prompt."""
-
-        def take(a: Array) -> Array:
-            index = order.reshape(*order.shape, *[1] * (a.ndim - 2))
-            return jnp.take_along_axis(a, index, axis=1)
-
-        return jax.tree.map(take, self)
 
     def best(self, width: int) -> tuple[Beams, Int[Array, "B W"]]:
         """The `width` best candidates and their indices."""
         order = jax.lax.top_k(self.scores, width)[1]
-        return self.take(order), order
+        return take_beams(self, order), order
+
+
+def take_beams(tree: PyTree, order: Int[Array, "B Q"]) -> PyTree:
+    """Rows order[b, 0], order[b, 1], ... of each prompt b, of arrays [B, R, ...]."""
+
+    def take(a: Array) -> Array:
+        index = order.reshape(*order.shape, *[1] * (a.ndim - 2))
+        return jnp.take_along_axis(a, index, axis=1)
+
+    return jax.tree.map(take, tree)
 
 
 @jax.tree_util.register_dataclass
@@ -58,6 +60,7 @@ class BeamState:
     running: Beams
     finished: Beams
     filled: Bool[Array, "B W"]  # whether a slot of `finished` has an answer
+    real: Bool[Array, "B W"]  # whether it is an allowed answer, and no copy from equal beams
     open: Bool[Array, " B"]  # whether a running answer can still beat the finished ones
     logits: Float32[Array, "rows V"]  # [B * W, V]: for the next token of the running answers
     cache: KVCache
@@ -74,13 +77,18 @@ def search(
     beam: Beam,
     edits: Edits = NO_EDITS,
 ) -> Generated:
-    """Find the best answer to every row, at most `limit` tokens long."""
+    """Find the best answers to every row, at most `limit` tokens long."""
     size = slots - inputs.tokens.shape[1]
-    best = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam, edits)
-    tokens, log_probabilities, scores = (
-        to_host(a)[:, 0] for a in (best.tokens, best.log_probabilities, best.scores)
+    beams = _search(model, inputs, features, request, jnp.int32(limit), slots, size, beam, edits)
+
+    def returned(a: Array) -> np.ndarray:
+        rows = to_host(a)[:, : beam.num_return]
+        return rows.reshape(-1, *a.shape[2:])
+
+    chosen = jax.tree.map(lambda a: returned(a)[:, :limit], beams.chosen)
+    return Generated(
+        chosen.tokens, chosen.log_probabilities, returned(beams.scores), top=chosen.top
     )
-    return Generated(tokens[:, :limit], log_probabilities[:, :limit], scores)
 
 
 @partial(mesh_jit, static_argnames=("slots", "size", "beam"))
@@ -99,18 +107,21 @@ def _search(
     with editing(edits):
         logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
     order = jnp.repeat(jnp.arange(B), W)
-    empty = Beams(
-        tokens=jnp.full((B, W, size), model.config.pad_token_id, jnp.int32),
-        log_probabilities=jnp.zeros((B, W, size)),
-        scores=jnp.full((B, W), EMPTY),
+    places = B, W, size
+    nothing = Chosen(
+        tokens=jnp.full(places, model.config.pad_token_id, jnp.int32),
+        log_probabilities=jnp.zeros(places),
+        top=empty_top(places, request.top),
     )
+    empty = Beams(nothing, scores=jnp.full((B, W), EMPTY))
     # All beams start equal, so only the first one counts.
-    first = Beams(empty.tokens, empty.log_probabilities, empty.scores.at[:, 0].set(0))
+    first = Beams(nothing, empty.scores.at[:, 0].set(0))
     state = BeamState(
         step=jnp.int32(0),
         running=first,
         finished=empty,
         filled=jnp.zeros((B, W), bool),
+        real=jnp.zeros((B, W), bool),
         open=jnp.ones(B, bool),
         logits=logits[order],
         cache=cache.take_rows(order),
@@ -130,7 +141,8 @@ def _search(
             logits, cache = model.decode_step(token.reshape(-1), state.cache.take_rows(rows))
         return replace(state, logits=logits, cache=cache, position=position)
 
-    return jax.lax.while_loop(condition, step, state).finished
+    state = jax.lax.while_loop(condition, step, state)
+    return replace(state.finished, scores=jnp.where(state.real, state.finished.scores, -jnp.inf))
 
 
 def _advance(
@@ -147,7 +159,7 @@ def _advance(
     ends = jnp.isin(token, eos) | (state.step + 1 >= limit)
 
     def with_scores(scores: Array) -> Beams:
-        return Beams(candidates.tokens, candidates.log_probabilities, scores)
+        return Beams(candidates.chosen, scores)
 
     running, order = with_scores(candidates.scores + ends * EMPTY).best(W)
     token, parent = (jnp.take_along_axis(a, order, axis=1) for a in (token, parent))
@@ -161,8 +173,12 @@ def _advance(
         lambda a, b: jnp.concatenate([a, b], axis=1), state.finished, with_scores(scores)
     )
     finished, order = finished.best(W)
-    filled = jnp.concatenate([state.filled, ended], axis=1)
-    filled = jnp.take_along_axis(filled, order, axis=1)
+
+    def update(old: Array, new: Array) -> Array:
+        return jnp.take_along_axis(jnp.concatenate([old, new], axis=1), order, axis=1)
+
+    filled = update(state.filled, ended)
+    real = update(state.real, ended & ~closed[:, None] & (candidates.scores > EMPTY / 2))
 
     to_limit = beam.early_stopping == "never" and beam.length_penalty > 0
     longest = limit if to_limit else state.step + 1
@@ -170,7 +186,13 @@ def _advance(
     worst = jnp.where(filled, finished.scores.min(axis=1, keepdims=True), EMPTY)
     is_open = state.open & (attainable[:, None] > worst).any(axis=1)
     state = replace(
-        state, step=state.step + 1, running=running, finished=finished, filled=filled, open=is_open
+        state,
+        step=state.step + 1,
+        running=running,
+        finished=finished,
+        filled=filled,
+        real=real,
+        open=is_open,
     )
     return state, token, parent
 
@@ -192,9 +214,10 @@ def _continuations(
     count = max(2, 1 + len(eos)) * W
     scores, index = jax.lax.top_k(totals.reshape(B, -1), count)
     parent, token = index // totals.shape[-1], index % totals.shape[-1]
-    continued = state.running.take(parent)
     log_probability = jnp.take_along_axis(log_probabilities.reshape(B, -1), index, axis=1)
-    put = partial(jax.lax.dynamic_update_slice, start_indices=(0, 0, state.step))
-    tokens = put(continued.tokens, token[..., None])
-    log_probabilities = put(continued.log_probabilities, log_probability[..., None])
-    return Beams(tokens, log_probabilities, scores), parent, token
+    top = top_tokens(log_probabilities.reshape(B, W, -1), jnp.zeros((B, W)), request.top)
+    step = Chosen(token, log_probability, take_beams(top, parent))
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=2)
+    continued = take_beams(state.running.chosen, parent)
+    chosen = jax.tree.map(lambda a, new: put(a, new[:, :, None]), continued, step)
+    return Beams(chosen, scores), parent, token

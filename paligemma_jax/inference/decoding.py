@@ -8,8 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32, PyTree
+from jaxtyping import Bool, Float32, Int, PyTree
 
+from paligemma_jax.inference.chosen import Chosen, describe_choice
 from paligemma_jax.inference.request import Request
 from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, choose, init_state
 from paligemma_jax.inference.sampling import Greedy, Sample
@@ -27,13 +28,17 @@ class DecodeState:
     """The state of decoding between two tokens."""
 
     step: Int[Array, ""]  # number of tokens chosen so far
-    token: Int[Array, " B"]  # the last token, not in the cache yet
-    log_probability: Float32[Array, " B"]  # of the last token
+    chosen: Chosen  # the last token of each row, [B, 1], not in the cache yet
     done: Bool[Array, " B"]  # whether a row has produced eos
     history: History | None  # None if the sampler does not read it
     sampler: PyTree  # the state of the sampler
     cache: KVCache
     position: PyTree | None  # where the rows are in their grammars, if they have any
+
+    @property
+    def token(self) -> Int[Array, " B"]:
+        """The last token of each row."""
+        return self.chosen.tokens[:, 0]
 
 
 @partial(mesh_jit, static_argnames=("slots", "sampler", "copies"))
@@ -62,8 +67,7 @@ def prefill(
     history = History.of_prompts(tokens, valid, slots)
     state = DecodeState(
         step=jnp.int32(0),
-        token=jnp.zeros(rows, jnp.int32),
-        log_probability=jnp.zeros(rows),
+        chosen=Chosen(jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows, 1))),
         done=jnp.zeros(rows, bool),
         history=None if type(sampler) in (Greedy, Sample) else history,
         sampler=init_state(sampler, history, logits.shape[1]),
@@ -82,34 +86,36 @@ def decode(
     size: int,
     sampler: Sampler,
     edits: Edits = NO_EDITS,
-) -> tuple[Int32[Array, "B N"], Float32[Array, "B N"], DecodeState]:
+) -> tuple[Chosen, DecodeState]:
     """Decode up to `size` more tokens, until all rows are done or have `limit` tokens.
 
     Returns:
-        Tokens, padded to `size`, their log-probabilities, and the new state. The state is donated
-        and returned because XLA updates a cache in place only if it is both input and output.
+        The tokens, padded to `size`, and the new state. The state is donated and returned because
+        XLA updates a cache in place only if it is both input and output.
     """
-    start, rows = state.step, len(state.token)
-    tokens = jnp.full((rows, size), model.config.pad_token_id, jnp.int32)
-    log_probabilities = jnp.zeros(tokens.shape)
+    start = state.step
 
-    def condition(carry: tuple[DecodeState, Array, Array]) -> Array:
+    def room(a: Array) -> Array:
+        return jnp.zeros((a.shape[0], size, *a.shape[2:]), a.dtype)
+
+    empty = jax.tree.map(room, state.chosen)
+    empty = replace(empty, tokens=jnp.full_like(empty.tokens, model.config.pad_token_id))
+
+    def condition(carry: tuple[DecodeState, Chosen]) -> Array:
         state = carry[0]
         return (state.step < jnp.minimum(limit, start + size)) & ~state.done.all()
 
-    def step(carry: tuple[DecodeState, Array, Array]) -> tuple[DecodeState, Array, Array]:
-        state, tokens, log_probabilities = carry
+    def step(carry: tuple[DecodeState, Chosen]) -> tuple[DecodeState, Chosen]:
+        state, chosen = carry
         with editing(edits):
             logits, cache = model.decode_step(state.token, state.cache)
         state = _choose(model, logits, replace(state, cache=cache), request, sampler)
-        place = (0, state.step - 1 - start)
-        put = partial(jax.lax.dynamic_update_slice, start_indices=place)
-        tokens = put(tokens, state.token[:, None])
-        return state, tokens, put(log_probabilities, state.log_probability[:, None])
+        place = state.step - 1 - start
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=1)
+        return state, jax.tree.map(put, chosen, state.chosen)
 
-    carry = (state, tokens, log_probabilities)
-    state, tokens, log_probabilities = jax.lax.while_loop(condition, step, carry)
-    return tokens, log_probabilities, state
+    state, chosen = jax.lax.while_loop(condition, step, (state, empty))
+    return chosen, state
 
 
 def _choose(
@@ -125,13 +131,12 @@ def _choose(
     history = state.history or History.empty(len(logits))
     context = SamplerContext(state.step, request.keys(state.step), history)
     token, sampler_state = choose(sampler, masked, context, state.sampler)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    log_probability = chosen - jax.nn.logsumexp(logits, axis=1)
-    token = jnp.where(state.done, model.config.pad_token_id, token)
+    chosen = describe_choice(logits, token, request.top, request.logits)
+    chosen = chosen.where(~state.done[:, None], model.config.pad_token_id)
+    token = chosen.tokens[:, 0]
     return DecodeState(
         step=state.step + 1,
-        token=token,
-        log_probability=jnp.where(state.done, 0, log_probability),
+        chosen=chosen,
         done=state.done | jnp.isin(token, eos),
         history=state.history and state.history.append(token),
         sampler=sampler_state,

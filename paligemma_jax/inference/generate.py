@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Int
 
 from paligemma_jax.inference import beam
+from paligemma_jax.inference.chosen import Chosen
 from paligemma_jax.inference.decoding import decode, prefill
-from paligemma_jax.inference.memory import check_memory
+from paligemma_jax.inference.memory import check_logits_memory, check_memory
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.request import AnswerLengths, Generated, make_request
 from paligemma_jax.inference.sampling import Beam, BestOf
@@ -24,8 +26,6 @@ from paligemma_jax.sharding.compiled import mesh_jit
 
 CHUNK = 16  # tokens per dispatch, where the host checks in between whether answers have ended
 
-Chunk = tuple[Int32[np.ndarray, "B N"], Float32[np.ndarray, "B N"]]  # tokens, log-probabilities
-
 
 def generate(
     model: PaliGemma,
@@ -37,7 +37,7 @@ def generate(
     features: Features | None = None,
     answer_lengths: AnswerLengths | None = None,
 ) -> Generated:
-    """Generate the answer to every row.
+    """Generate the answer to every row, or the `num_return` best of Beam and BestOf.
 
     Args:
         inputs: Inputs without targets. Pads may be on either side.
@@ -56,17 +56,20 @@ def generate(
         features = encode_inputs(model, inputs, edits) if features is None else features
         limit = options.max_new_tokens
         return beam.search(model, inputs, features, request, limit, slots, options.sampler, edits)
-    chunk = CHUNK if answer_lengths else None
+    chunk = CHUNK if answer_lengths or options.logits else None
     chunks = decode_chunks(model, inputs, options, seeds, slots, features, answer_lengths, chunk)
-    tokens, log_probabilities = _join(model, chunks, options.max_new_tokens)
+    chosen = _join(model, chunks, options.max_new_tokens)
     if answer_lengths:  # drop the tokens that were decoded after the end
-        keep = np.arange(tokens.shape[1]) < answer_lengths(tokens)[:, None]
-        tokens = np.where(keep, tokens, model.config.pad_token_id)
-        log_probabilities = np.where(keep, log_probabilities, 0)
-    scores = log_probabilities.sum(axis=1)
-    best = scores.reshape(-1, options.copies).argmax(axis=1)
-    best += np.arange(len(best)) * options.copies
-    return Generated(tokens[best], log_probabilities[best], scores[best])
+        keep = np.arange(chosen.tokens.shape[1]) < answer_lengths(chosen.tokens)[:, None]
+        chosen = chosen.where(keep, model.config.pad_token_id)
+    scores = chosen.log_probabilities.sum(axis=1)
+    best = np.argsort(-scores.reshape(-1, options.copies), axis=1, kind="stable")
+    best = best[:, : options.num_return] + np.arange(len(best))[:, None] * options.copies
+    best = best.reshape(-1)
+    chosen = jax.tree.map(lambda a: a[best], chosen)
+    return Generated(
+        chosen.tokens, chosen.log_probabilities, scores[best], chosen.top, chosen.logits
+    )
 
 
 def decode_chunks(
@@ -78,7 +81,7 @@ def decode_chunks(
     features: Features | None = None,
     answer_lengths: AnswerLengths | None = None,
     chunk: int | None = None,
-) -> Iterator[Chunk]:
+) -> Iterator[Chosen]:
     """Decode a batch piece by piece: the first token of every row, then `chunk` per dispatch.
 
     Arguments are those of `generate`, for any sampler but Beam. With BestOf, a prompt has as many
@@ -92,18 +95,19 @@ def decode_chunks(
     sampler = strategy.sampler if isinstance(strategy, BestOf) else strategy
     state = prefill(model, inputs, features, request, slots, sampler, options.copies, edits)
     chunk = chunk or slots - inputs.tokens.shape[1]
-    so_far = to_host(state.token)[:, None]
-    yield so_far, to_host(state.log_probability)[:, None]
+    first = jax.tree.map(to_host, state.chosen)
+    so_far = first.tokens
+    yield first
     while so_far.shape[1] < limit:
         count = so_far.shape[1]
         if answer_lengths:
             state = replace(state, done=state.done | (answer_lengths(so_far) <= count))
         if to_host(state.done).all():
             return
-        *new, state = decode(model, state, request, jnp.int32(limit), chunk, sampler, edits)
-        tokens, log_probabilities = (to_host(a)[:, : limit - count] for a in new)
-        so_far = np.concatenate([so_far, tokens], axis=1)
-        yield tokens, log_probabilities
+        new, state = decode(model, state, request, jnp.int32(limit), chunk, sampler, edits)
+        new = jax.tree.map(lambda a, most=limit - count: to_host(a)[:, :most], new)
+        so_far = np.concatenate([so_far, new.tokens], axis=1)
+        yield new
 
 
 def _check_slots(model: PaliGemma, inputs: Inputs, options: DecodingOptions, slots: int) -> int:
@@ -112,17 +116,25 @@ def _check_slots(model: PaliGemma, inputs: Inputs, options: DecodingOptions, slo
         raise ValueError(f"slots must be at least {tokens} + {new} (prompt + answer), got {slots}")
     slots = slots or tokens + round_up(new)
     check_memory(model, len(inputs.tokens), options.copies, slots)
+    if options.logits:
+        check_logits_memory(model, len(inputs.tokens) * options.copies, new)
     return slots
 
 
-def _join(model: PaliGemma, chunks: Iterator[Chunk], length: int) -> Chunk:
+def _join(model: PaliGemma, chunks: Iterator[Chosen], length: int) -> Chosen:
     """The chunks concatenated and padded to `length` tokens."""
-    tokens, log_probabilities = (
-        np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True)
-    )
-    padding = [(0, 0), (0, length - tokens.shape[1])]
-    tokens = np.pad(tokens, padding, constant_values=model.config.pad_token_id)
-    return tokens, np.pad(log_probabilities, padding)
+
+    def concatenate(*parts: np.ndarray) -> np.ndarray:
+        rows, rest = parts[0].shape[0], parts[0].shape[2:]
+        missing = length - sum(part.shape[1] for part in parts)
+        padding = np.zeros((rows, missing, *rest), parts[0].dtype)
+        return np.concatenate([*parts, padding], axis=1)
+
+    all_chunks = list(chunks)
+    count = sum(chunk.tokens.shape[1] for chunk in all_chunks)
+    joined = jax.tree.map(concatenate, *all_chunks)
+    joined.tokens[:, count:] = model.config.pad_token_id
+    return joined
 
 
 def encode_inputs(model: PaliGemma, inputs: Inputs, edits: Edits = NO_EDITS) -> Features | None:

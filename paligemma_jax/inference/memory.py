@@ -32,3 +32,19 @@ def check_memory(model: PaliGemma, prompts: int, copies: int, slots: int) -> Non
             f"but there are {available / 1e9:,.0f} GB of memory: use fewer beams or samples, a "
             "smaller batch or fewer new tokens"
         )
+
+
+def check_logits_memory(model: PaliGemma, rows: int, tokens: int) -> None:
+    """Check that the logits of all tokens of `rows` answers can be kept.
+
+    Raises:
+        ValueError: They need more memory than this host has.
+    """
+    V = model.config.decoder.vocab_size
+    needed, available = 4 * rows * tokens * V, devices.host_memory_bytes()
+    if needed > available:
+        raise ValueError(
+            f"logits of {rows} answers need {needed / 1e9:,.0f} GB, for {tokens} tokens of {V} "
+            f"float32 values each, but there are {available / 1e9:,.0f} GB of memory: use "
+            "top_log_probabilities, fewer prompts or fewer new tokens"
+        )

@@ -88,10 +88,7 @@ def predict(
     check_seeds([seed, seed + rows], 2)
     about = dict(data=str(data.resolve()), rows=rows, parts=parts)
     about |= dict(score=score, pieces=pieces, seed=seed)
-    about |= {
-        name: value if isinstance(value, int) else repr(value)
-        for name, value in vars(options).items()
-    }
+    about |= options.settings()
     files.begin({**settings, **about}, resume)
 
     fields = ["answer"] + ["score"] * score + ["pieces"] * pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import isfunction
 from math import log
@@ -14,6 +14,7 @@ import numpy as np
 from paligemma_jax.inference.allowed import Allowed, describe, rows_of
 from paligemma_jax.inference.sampler import is_sampler
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Strategy, is_integer
+from paligemma_jax.inference.stop import Stop, Stops, as_stops
 from paligemma_jax.model.edits import Change, Edits
 
 FLOAT32_MAX = 3.4028235e38
@@ -29,16 +30,22 @@ class DecodingOptions:
         max_new_tokens: Maximum length of an answer in tokens, including the end token.
         sampler: `Greedy`, `Sample`, `Beam`, `BestOf` or a `Sampler` of your own.
         min_new_tokens: Minimum number of tokens before eos.
-        stop: A text or texts that end an answer. The text of the answer is what precedes the first
-            of them; its tokens and score include the token that completes it, and BestOf ranks by
-            that score. Beam ignores stop texts while it searches, and its answer is cut afterwards
-            (transformers ends a beam there).
+        stop: Texts or functions that end an answer, one or a list. The text of the answer is what
+            precedes the first stop text; its tokens and score include the token that completes it,
+            and BestOf ranks by that score. A function is called with the text after each token, of
+            complete characters, and returns whether the answer ends with it (or the length of the
+            text to keep of it); it may be called more than once for a text. Beam ignores stops
+            while it searches, and its answer is cut afterwards (transformers ends a beam there).
         allowed: What may be generated: a grammar (`Choices`, `Boxes`, `Masks`, `Json`, `Regex`),
             or a list with one per prompt; or the ids, as bool[V], or bool[B, V] with one mask per
             prompt. None allows all.
         edit: Changes of intermediate results by stage name, as in
             {"decoder/layers/3/mlp/output": Scale(0)} (`paligemma_jax.model.edits`). A function sees
             the padded prompt, [B, T, ...], and then each token, [B, 1, ...].
+        top_log_probabilities: Number of most likely tokens to return with their log-probabilities
+            for each token of an answer, as `Answer.top`.
+        logits: Whether to return the logits of the model for each token, as `Answer.logits`. Not
+            for Beam.
 
     Raises:
         ValueError: A value is invalid.
@@ -47,9 +54,11 @@ class DecodingOptions:
     max_new_tokens: int = 128
     sampler: Strategy = field(default_factory=Greedy)
     min_new_tokens: int = 0
-    stop: Texts | None = ()
+    stop: Stops | None = ()
     allowed: Allowed | None = None
     edit: Mapping[str, Change] | Edits | None = None
+    top_log_probabilities: int = 0
+    logits: bool = False
 
     def __post_init__(self):
         new, least = self.max_new_tokens, self.min_new_tokens
@@ -69,6 +78,16 @@ class DecodingOptions:
                 "sampler must be hashable, a frozen dataclass of numbers, texts and tuples, "
                 f"got {self.sampler!r}"
             )
+        top, logits = self.top_log_probabilities, self.logits
+        if not is_integer(top) or top < 0:
+            raise ValueError(f"top_log_probabilities must be an integer of at least 0, got {top!r}")
+        if not isinstance(logits, bool):
+            raise ValueError(f"logits must be True or False, got {logits!r}")
+        if logits and isinstance(self.sampler, Beam):
+            raise ValueError(
+                "logits must be False with Beam, which would keep those of all beams: use "
+                "top_log_probabilities, or predictor.logits for the answer"
+            )
         if isinstance(self.sampler, Beam):
             power, limit = self.sampler.length_penalty, log(FLOAT32_MAX) / log(max(new, 2))
             if abs(power) > limit:
@@ -76,9 +95,7 @@ class DecodingOptions:
                     f"Beam.length_penalty must be from {-limit:.1f} to {limit:.1f} for answers of "
                     f"{new} tokens, or their scores overflow, got {power!r}"
                 )
-        is_iterable = self.stop is None or isinstance(self.stop, Iterable)
-        if not is_iterable or not all(isinstance(text, str) and text for text in self.stops):
-            raise ValueError(f"stop must be a non-empty text or a list of them, got {self.stop!r}")
+        as_stops(self.stop)
 
     @classmethod
     def resolve(
@@ -98,14 +115,19 @@ class DecodingOptions:
         return replace(options or cls(), **given)
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop texts as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def stops(self) -> tuple[Stop, ...]:
+        """The stop texts and functions as a tuple."""
+        return as_stops(self.stop)
 
     @property
     def copies(self) -> int:
         """Number of answers to decode per prompt, of which the best is kept."""
         return self.sampler.width if isinstance(self.sampler, Beam | BestOf) else 1
+
+    @property
+    def num_return(self) -> int:
+        """Number of answers to return per prompt."""
+        return self.sampler.num_return if isinstance(self.sampler, Beam | BestOf) else 1
 
     def settings(self) -> dict[str, object]:
         """The options as JSON values, to compare two runs."""
@@ -113,9 +135,11 @@ class DecodingOptions:
             max_new_tokens=self.max_new_tokens,
             sampler=_identify(self.sampler),
             min_new_tokens=self.min_new_tokens,
-            stop=list(self.stops),
+            stop=[stop if isinstance(stop, str) else _identify(stop) for stop in self.stops],
             allowed=describe(self.allowed),
             **({"edit": repr(self.edit)} if self.edit else {}),
+            top_log_probabilities=self.top_log_probabilities,
+            logits=self.logits,
         )
 
     def for_rows(self, rows: np.ndarray) -> DecodingOptions:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from paligemma_jax.inference.inspector import Edit, Inspector, require_prompts
 from paligemma_jax.inference.options import DecodingOptions, Keyword, Texts
 from paligemma_jax.inference.sampler import Sampler
 from paligemma_jax.inference.sampling import Strategy
+from paligemma_jax.inference.streaming import StreamedToken
 from paligemma_jax.interpretability.names import check_edits
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.edits import Edits
@@ -156,9 +158,35 @@ class Predictor(Inspector):
             sampler: `Greedy` (the default), `Sample` or a `Sampler` of your own.
         """
         decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
+        for tokens in self._stream(image, prompt, decoding, seed):
+            piece = "".join(token.text for token in tokens)
+            if piece:
+                yield piece
+
+    def stream_tokens(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        prompt: str,
+        max_new_tokens: int | None = None,
+        sampler: Sampler | None = None,
+        *,
+        seed: int = 0,
+        **options: Keyword,
+    ) -> Iterator[StreamedToken]:
+        """Answer one prompt token by token, with log-probabilities; otherwise as `stream`."""
+        decoding = DecodingOptions.resolve(max_new_tokens, sampler, **options)
+        yield from chain.from_iterable(self._stream(image, prompt, decoding, seed))
+
+    def _stream(
+        self,
+        image: ImageSource | Sequence[ImageSource],
+        prompt: str,
+        options: DecodingOptions,
+        seed: int,
+    ) -> Iterator[list[StreamedToken]]:
         is_group = isinstance(image, list | tuple) and "<image>" not in prompt
         (encoded,) = self.processor.encode([image] if is_group else image, prompt)
-        yield from stream_answer(self.model, self.processor, encoded, decoding, seed)
+        return stream_answer(self.model, self.processor, encoded, options, seed)
 
     def detect(self, image: ImageSource, label: Texts, **options: Keyword) -> Detections:
         """Detect objects ("cat"; ["cat", "dog"]) in an image: boxes in pixels, with scores.

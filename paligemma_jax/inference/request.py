@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int, Int32, Key, PyTree
 
 from paligemma_jax.grammars.constraint import Constraint
+from paligemma_jax.inference.chosen import TopTokens
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import AnyArray
@@ -22,17 +23,24 @@ AnswerLengths = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Generated:
-    """The answers to B prompts, as tokens."""
+    """The answers to the prompts, as tokens.
+
+    There are `num_return` consecutive rows for each prompt, best first.
+    """
 
     tokens: Int32[np.ndarray, "B N"]  # up to and including eos, then pads
     log_probabilities: Float32[np.ndarray, "B N"]  # under the model, before any filter; 0 on pads
-    scores: Float32[np.ndarray, " B"]  # their sum; Beam divides it by length ** length_penalty
+    scores: Float32[np.ndarray, " B"]  # their sum; Beam divides it by length ** length_penalty.
+    # A beam search that ended with fewer answers gives the missing ones -inf.
+    top: TopTokens | None = None  # [B, N, k], if asked for
+    logits: Float32[np.ndarray, "B N V"] | None = None  # of the model, if asked for
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Request:
-    """The traced options of a batch: other values do not compile another program.
+    """The options of a batch. Other values do not compile another program, but for `top` and
+    `logits`.
 
     A row is one answer; BestOf and Beam have several for each prompt.
     """
@@ -43,6 +51,8 @@ class Request:
     min_new_tokens: Int[AnyArray, ""]  # no eos before this many tokens
     max_new_tokens: Int[AnyArray, ""]
     grammar: Constraint | None  # of each row
+    top: int = field(default=0, metadata=dict(static=True))  # most likely tokens to keep
+    logits: bool = field(default=False, metadata=dict(static=True))  # whether to keep the logits
 
     def mask(
         self,
@@ -96,8 +106,14 @@ def make_request(
         seeds: Random seeds, one per prompt; by default 0, 1, 2, ...
 
     Raises:
-        ValueError: No token is allowed.
+        ValueError: No token is allowed, or more likely tokens are asked for than there are.
     """
+    V = model.config.decoder.vocab_size
+    if options.top_log_probabilities > V:
+        raise ValueError(
+            f"top_log_probabilities must be at most {V}, the size of the vocabulary, "
+            f"got {options.top_log_probabilities}"
+        )
     seeds = np.asarray(np.arange(prompts) if seeds is None else seeds, np.int32)
     allowed, grammar = options.allowed, None
     if isinstance(allowed, Constraint):
@@ -108,7 +124,7 @@ def make_request(
             "the grammar decides where an answer may end"
         )
     if allowed is None:
-        allowed = np.ones(model.config.decoder.vocab_size, bool)
+        allowed = np.ones(V, bool)
     if not isinstance(allowed, np.ndarray):
         raise ValueError(
             "allowed must be compiled to follow it without a processor, "
@@ -127,4 +143,6 @@ def make_request(
         min_new_tokens=np.asarray(options.min_new_tokens, np.int32),
         max_new_tokens=np.asarray(options.max_new_tokens, np.int32),
         grammar=grammar and grammar.for_rows(np.repeat(np.arange(prompts), copies)),
+        top=options.top_log_probabilities,
+        logits=options.logits,
     )

@@ -32,6 +32,14 @@ def _require(condition: bool | np.bool_, owner: object, field: str, requirement:
         raise ValueError(f"{name} must be {requirement}, got {value!r}")
 
 
+def _check_width(strategy: Beam | BestOf) -> None:
+    width, returned = strategy.width, strategy.num_return
+    _require(is_integer(width) and width >= 1, strategy, "width", "a positive integer")
+    returned_valid = is_integer(returned) and 1 <= returned <= width
+    requirement = f"an integer from 1 to width ({width})"
+    _require(returned_valid, strategy, "num_return", requirement)
+
+
 @dataclass(frozen=True)
 class Greedy:
     """The most likely token; ties go to the lowest id, as in transformers."""
@@ -147,15 +155,16 @@ class Beam:
         early_stopping: When a row stops. True: at `width` finished answers. False: when no
             unfinished answer can score better at its current length. "never": when none can at
             any length.
+        num_return: Number of answers to return, best first.
     """
 
     width: int = 4
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
+    num_return: int = 1
 
     def __post_init__(self):
-        width_valid = is_integer(self.width) and self.width >= 1
-        _require(width_valid, self, "width", "a positive integer")
+        _check_width(self)
         penalty_valid = _is_number(self.length_penalty) and np.isfinite(self.length_penalty)
         _require(penalty_valid, self, "length_penalty", "a finite number")
         early = self.early_stopping
@@ -165,14 +174,20 @@ class Beam:
 
 @dataclass(frozen=True)
 class BestOf:
-    """The sample with the highest log-probability under the model, out of `width` samples."""
+    """The sample with the highest log-probability under the model, out of `width` samples.
+
+    Args:
+        width: Number of samples.
+        sampler: Draws them.
+        num_return: Number of samples to return, best first.
+    """
 
     width: int
     sampler: Sampler = Sample()
+    num_return: int = 1
 
     def __post_init__(self):
-        width_valid = is_integer(self.width) and self.width >= 1
-        _require(width_valid, self, "width", "a positive integer")
+        _check_width(self)
         draws = is_sampler(self.sampler) and not isinstance(self.sampler, Greedy)
         _require(draws, self, "sampler", "Sample(...) or a sampler of your own")
 

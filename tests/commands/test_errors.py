@@ -201,6 +201,22 @@ SAMPLERS = [
     (lambda: pg.BestOf(3, pg.Greedy()), r"BestOf.sampler must be Sample\(...\) or .*, got Greedy"),
     (lambda: pg.BestOf("3"), "BestOf.width must be a positive integer, got '3'"),
     (
+        lambda: pg.Beam(4, num_return=5),
+        r"Beam.num_return must be an integer from 1 to width \(4\), got 5",
+    ),
+    (lambda: pg.BestOf(4, num_return=0), "BestOf.num_return must be an integer from 1 .* got 0"),
+    (lambda: pg.DecodingOptions(top_log_probabilities=-1), "must be an integer of at least 0"),
+    (
+        lambda: predictor().answers(IMAGE, "ocr", top_log_probabilities=2000),
+        "top_log_probabilities must be at most 1664, the size of the vocabulary, got 2000",
+    ),
+    (lambda: pg.DecodingOptions(logits=1), "logits must be True or False, got 1"),
+    (
+        lambda: pg.DecodingOptions(sampler=pg.Beam(2), logits=True),
+        "logits must be False with Beam, .* use top_log_probabilities",
+    ),
+    (lambda: pg.DecodingOptions(stop=3), "stop must be a non-empty text, a function .*, got 3"),
+    (
         lambda: predictor().generate(IMAGE, "caption en", 4, "greedy"),
         r"sampler must be Greedy\(\), .*, got 'greedy'",
     ),

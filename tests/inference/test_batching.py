@@ -219,7 +219,7 @@ def test_best_of_ranks_by_the_text_before_the_stop(tiny):
     with mock.patch.object(generate, "_join", side_effect=spy):
         (full,) = tiny.answers(PHOTO, "ocr", 12, sampler)
         (cut,) = tiny.answers(PHOTO, "ocr", 12, sampler, stop="1")
-    tokens, log_probabilities = samples[0]
+    tokens, log_probabilities = samples[0].tokens, samples[0].log_probabilities
     ends = [
         next(n for n in range(1, 13) if n == 12 or "1" in tiny.processor.decode(row[:n]))
         for row in tokens.tolist()

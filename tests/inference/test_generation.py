@@ -152,11 +152,11 @@ def test_the_loop_stops_at_the_last_eos(random_checkpoint):
     model = replace_config(model, eos_token_ids=(int(free[0, 4]),))
     request, features = make_request(model, 1), generate.encode_inputs(model, inputs)
     state = generate.prefill(model, inputs, features, request, tokens + 12, Greedy())
-    out, _, state = generate.decode(model, state, request, jnp.int32(12), 12, Greedy())
+    out, state = generate.decode(model, state, request, jnp.int32(12), 12, Greedy())
     first = list(free[0]).index(free[0, 4])
     assert int(state.cache.length) == tokens + first
     expected = [*free[0, 1 : first + 1], *[0] * (12 - first)]
-    np.testing.assert_array_equal(np.asarray(out)[0], expected)
+    np.testing.assert_array_equal(np.asarray(out.tokens)[0], expected)
 
 
 @KINDS

@@ -275,7 +275,7 @@ def test_wrong_requests_are_refused(command, data, tmp_path):
         (("--max-new-tokens", 2), "started with other settings: max_new_tokens was 1, now 2"),
         (("--temperature", 2), "sampler was 'Greedy()', now 'Sample(temperature=2.0"),
         (("--seed", 5), "seed was 0, now 5"),
-        (("--stop", 9), "('9',)"),
+        (("--stop", 9), "stop was [], now ['9']"),
     ]:
         assert change in run("--data", small, *flags, "--resume")
     assert "rows was 1, now 120" in run("--resume")

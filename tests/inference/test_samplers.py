@@ -82,7 +82,7 @@ def test_a_sampler_of_the_user_draws_what_one_of_the_project_does(random_model):
     expected = tokens_of(model, inputs, 7, sampler=pg.Sample(**filters))
     stacked, options = stack_model(model, delete=False), DecodingOptions(7, Same(**filters))
     chunks = generate.decode_chunks(stacked, inputs, options, chunk=3)
-    tokens = np.concatenate([tokens for tokens, _ in chunks], axis=1)
+    tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
     np.testing.assert_array_equal(tokens, expected)
 
 

@@ -76,6 +76,80 @@ def test_log_probabilities_are_those_of_a_teacher_forced_pass(random_checkpoint)
             np.testing.assert_allclose(result.scores, sums, rtol=1e-6)
 
 
+def test_beam_search_returns_the_ranked_answers_of_transformers(random_checkpoint):
+    """With the most likely tokens in the place of each token, as in a teacher-forced pass."""
+    reference, _, model = random_checkpoint("pg2", 5)
+    inputs = random_inputs(reference, ROWS[:4], 3, order="mixed")
+    model = replace_config(model, eos_token_ids=EOS)
+    beam = Beam(4, 0.5, num_return=3)
+    result = decode(model, inputs, 12, beam, top_log_probabilities=2)
+    out = reference.generate(
+        **hf_inputs(inputs),
+        max_new_tokens=12,
+        do_sample=False,
+        num_beams=beam.width,
+        num_return_sequences=beam.num_return,
+        length_penalty=beam.length_penalty,
+        eos_token_id=list(EOS),
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    expected = out.sequences[:, inputs.tokens.shape[1] :].numpy()
+    is_eos = np.isin(expected, EOS)
+    keep = np.cumsum(is_eos, axis=1) <= is_eos  # transformers pads with eos
+    np.testing.assert_array_equal(result.tokens, np.where(keep, expected, 0))
+    np.testing.assert_allclose(result.scores, out.sequences_scores, rtol=2e-5, atol=1e-5)
+    for rank in range(beam.num_return):
+        rows = slice(rank, None, beam.num_return)
+        logits = scoring.forward(model, with_answer(inputs, result.tokens[rows]))
+        log_p = jax.nn.log_softmax(logits)[:, inputs.tokens.shape[1] - 1 : -1]
+        values, ids = jax.lax.top_k(log_p, 2)
+        kept = keep[rows]
+        np.testing.assert_array_equal(result.top.ids[rows][kept], ids[kept])
+        actual = result.top.log_probabilities[rows][kept]
+        np.testing.assert_allclose(actual, values[kept], atol=2e-4)
+
+
+def test_logits_of_each_token_are_those_of_transformers(random_checkpoint):
+    """Before any filter; `top` has the most likely tokens of them."""
+    reference, _, model = random_checkpoint("pg2", 5)
+    inputs = random_inputs(reference, ROWS[:3], 3)
+    result = decode(model, inputs, 8, Greedy(), logits=True, top_log_probabilities=5)
+    out = reference.generate(
+        **hf_inputs(inputs),
+        max_new_tokens=8,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    expected = np.stack([step.numpy() for step in out.logits], axis=1)
+    assert result.logits.shape == expected.shape == (3, 8, model.config.decoder.vocab_size)
+    np.testing.assert_allclose(result.logits, expected, atol=2e-5)
+    values, ids = jax.lax.top_k(jax.nn.log_softmax(result.logits), 5)
+    np.testing.assert_array_equal(result.top.ids, ids)
+    np.testing.assert_allclose(result.top.log_probabilities, values, atol=1e-5)
+    np.testing.assert_allclose(result.log_probabilities, values[..., 0], atol=1e-5)
+
+
+def test_best_of_returns_its_samples_by_score(random_checkpoint):
+    """All of them are the samples that the best is chosen from, with what belongs to each."""
+    reference, _, model = random_checkpoint("pg2", 5)
+    inputs = random_inputs(reference, ROWS[:2], 3)
+    sampler = Sample(temperature=1.5)
+    options = dict(seeds=np.array([6, 7]), logits=True)
+    result = decode(model, inputs, 6, BestOf(4, sampler, num_return=3), **options)
+    every = decode(model, inputs, 6, BestOf(4, sampler, num_return=4), **options)
+    scores = result.scores.reshape(2, 3)
+    assert (np.diff(scores) <= 0).all() and len(set(scores.ravel().tolist())) > 2
+    for name in ("tokens", "scores", "logits"):
+        rows = getattr(every, name)[[0, 1, 2, 4, 5, 6]]
+        np.testing.assert_array_equal(getattr(result, name), rows)
+    log_p = jax.nn.log_softmax(result.logits)
+    chosen = np.take_along_axis(np.asarray(log_p), result.tokens[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(chosen.sum(1), result.scores, rtol=1e-5)
+
+
 def with_answer(inputs, tokens):
     all_true = np.ones_like(tokens, bool)
     answer = dict(tokens=tokens, valid=all_true, prefix=~all_true, targets=all_true)
