@@ -121,11 +121,7 @@ def answer_inputs(
     )
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
     generated = generate(
-        model,
-        inputs,
-        options,
-        seeds=check_seeds(seeds, rows),
-        answer_lengths=detokenizer.lengths(),
+        model, inputs, options, seeds=check_seeds(seeds, rows), answer_lengths=detokenizer.lengths()
     )
     return detokenizer.answers(generated, options.sampler)
 

@@ -179,7 +179,7 @@ class Predictor(Inspector):
 
     def _stream(
         self,
-        image: ImageSource | Sequence[ImageSource],
+        image: ImageSource | Sequence[ImageSource] | None,
         prompt: str,
         options: DecodingOptions,
         seed: int,

@@ -57,8 +57,9 @@ def sample_groups(
     is_text = (ids < processor.tokenizer.vocab_size) & (ids != config.image_token_id)
     options = DecodingOptions(max_new_tokens, BestOf(group, Sample()), allowed=is_text)
     inputs, features = pad_batch(processor, prompts), encode_images(model, images)
-    chunks = decode_chunks(model, inputs, options, seeds, features=features)
-    tokens, values = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+    chunks = list(decode_chunks(model, inputs, options, seeds, features=features))
+    tokens = np.concatenate([chunk.tokens for chunk in chunks], axis=1)
+    values = np.concatenate([chunk.log_probabilities for chunk in chunks], axis=1)
     ends = np.isin(tokens, config.eos_token_ids)
     lengths = (np.cumsum(ends, axis=1) - ends == 0).sum(axis=1)  # with the end token
     answers = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
