@@ -208,7 +208,7 @@ SAMPLERS = [
     (lambda: pg.DecodingOptions(top_log_probabilities=-1), "must be an integer of at least 0"),
     (
         lambda: predictor().answers(IMAGE, "ocr", top_log_probabilities=2000),
-        "top_log_probabilities must be at most 1664, the size of the vocabulary, got 2000",
+        "top_log_probabilities must be at most 1600, the size of the vocabulary, got 2000",
     ),
     (lambda: pg.DecodingOptions(logits=1), "logits must be True or False, got 1"),
     (

@@ -125,7 +125,8 @@ def test_logits_of_each_token_are_those_of_transformers(random_checkpoint):
     )
     expected = np.stack([step.numpy() for step in out.logits], axis=1)
     assert result.logits.shape == expected.shape == (3, 8, model.config.decoder.vocab_size)
-    np.testing.assert_allclose(result.logits, expected, atol=2e-5)
+    largest = np.abs(expected).max()
+    assert np.abs(result.logits - expected).max() < 1.2e-5 * largest  # as in test_parity.py
     values, ids = jax.lax.top_k(jax.nn.log_softmax(result.logits), 5)
     np.testing.assert_array_equal(result.top.ids, ids)
     np.testing.assert_allclose(result.top.log_probabilities, values, atol=1e-5)
