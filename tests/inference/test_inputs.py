@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
 import numpy as np
@@ -43,9 +44,11 @@ def test_text_and_images_mix_in_one_call(predictor):
         assert answer.tokens == alone.tokens
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
 def test_text_alone_equals_transformers(random_checkpoint):
     """The language model on the same ids, which all attend to each other."""
-    torch = pytest.importorskip("torch", reason="torch is not installed")
+    import torch
+
     reference, _, model = random_checkpoint("pg2", 1)
     predictor = replace(golden_predictor(), model=model)
     logits, inputs = predictor.logits(None, "a text")
