@@ -1,4 +1,4 @@
-"""What a LoRA adapter changes in a model, and how it is merged into a checkpoint."""
+"""What an adapter changes in a model, and how it is merged into a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ class Adapter:
 
     factors: dict[str, Factors]  # by the path of the linear layer
     parameters: dict[str, Tensor] = field(default_factory=dict)  # new values, by path
+    soft_prompt: np.ndarray | None = None  # float32[N, D]: embeddings in front of each prompt
+    prefix: np.ndarray | None = None  # float32[N, L, 2, K, H]: keys and values there
+
+    @property
+    def soft_tokens(self) -> int:
+        vectors = self.soft_prompt if self.prefix is None else self.prefix
+        return 0 if vectors is None else len(vectors)
+
+    @property
+    def soft_kind(self) -> str:
+        """What gives the soft tokens their meaning, for errors."""
+        return "soft prompt" if self.prefix is None else "prefix"
 
 
 def replace_parameters(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
@@ -55,7 +67,15 @@ def replace_parameters(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
 
 def merge(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """Merge an adapter into its base. Each matrix is computed in float32 when it is read, and
-    rounded once, to its own dtype. Quantized matrices are dequantized."""
+    rounded once, to its own dtype. Quantized matrices are dequantized.
+
+    Raises:
+        ValueError: The adapter has a soft prompt or a prefix.
+    """
+    if adapter.soft_tokens:
+        raise ValueError(
+            f"a {adapter.soft_kind} cannot be merged into the weights: load the adapter itself"
+        )
     checkpoint = replace_parameters(checkpoint, adapter)
     checkpoint = dequantize_checkpoint(checkpoint, adapter.factors)
     base = checkpoint.tensors

@@ -1,9 +1,12 @@
-"""ColPali checkpoints of transformers (`ColPaliForRetrieval`): a PaliGemma whose keys start with
-`vlm.`, and a projection of its hidden states."""
+"""ColPali checkpoints: a PaliGemma and a projection of its hidden states.
+
+They come from transformers (`ColPaliForRetrieval`, whose keys start with `vlm.`) and from
+colpali-engine, whose config.json is that of a PaliGemma.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 
 from convert import huggingface
 from convert.checkpoint import Checkpoint
-from convert.config import config_from_json, config_to_json
+from convert.config import config_from_json, config_to_json, load_config
 from convert.files import FileContent, atomic_output, copy_files, json_bytes
 from convert.match import TensorEntry
 from convert.tensor import Tensor, from_array, no_progress, run_jobs
@@ -39,9 +42,17 @@ class ColPaliCheckpoint:
 
 
 def is_colpali(directory: Path) -> bool:
-    """Whether a directory has a config.json of a ColPali."""
+    """Whether a directory contains a ColPali: its config.json says so, or it has a projection."""
     file = directory / "config.json"
-    return file.is_file() and load_json(file).get("model_type") == "colpali"
+    if not file.is_file():
+        return False
+    kind = load_json(file).get("model_type")
+    return kind == "colpali" or (kind == "paligemma" and has_projection(_entries(directory)))
+
+
+def has_projection(keys: Iterable[str]) -> bool:
+    """Whether there is a projection, or a part of its update, among the keys of a file."""
+    return any(name in key.split(".") for key in keys for name in KEYS)
 
 
 def read(directory: Path) -> ColPaliCheckpoint:
@@ -50,41 +61,50 @@ def read(directory: Path) -> ColPaliCheckpoint:
     Raises:
         ValueError: It is not one, or a tensor is missing or has another shape or dtype.
     """
-    config = check(load_json(directory / "config.json"), _Config, f"{directory}/config.json")
-    if config.model_type != "colpali":
-        raise ValueError(
-            f"{directory}: model_type in config.json must be 'colpali', got {config.model_type!r}"
-        )
-    try:
-        vlm_config = config_from_json(config.vlm_config)
-    except ValueError as error:
-        raise ValueError(f"{directory}: vlm_config in {error}") from None
+    content = load_json(directory / "config.json")
+    size = None
+    if content.get("model_type") == "paligemma":
+        vlm_config = load_config(directory)
+    else:
+        config = check(content, _Config, f"{directory}/config.json")
+        if config.model_type != "colpali":
+            raise ValueError(
+                f"{directory}: model_type in config.json must be 'colpali', "
+                f"got {config.model_type!r}"
+            )
+        size = config.embedding_dim
+        try:
+            vlm_config = config_from_json(config.vlm_config)
+        except ValueError as error:
+            raise ValueError(f"{directory}: vlm_config in {error}") from None
     vlm = replace(huggingface.read(directory, vlm_config), notes=())
+    entries = _entries(directory)
+    bias = _find(directory, entries, "bias")
+    kernel = _find(directory, entries, "weight")
+    size = bias[1].shape[0] if size is None and bias[1].shape else size
+    for (key, entry), shape in ((kernel, (size, vlm_config.decoder.hidden_size)), (bias, (size,))):
+        if entry.shape != shape or entry.dtype not in huggingface.NAMES:
+            raise ValueError(
+                f"{directory}: {key} must be a float array {list(shape)}, "
+                f"got {entry.dtype}{list(entry.shape)}"
+            )
+    return ColPaliCheckpoint(vlm, kernel[1].open(), bias[1].open())
+
+
+def _entries(directory: Path) -> dict[str, TensorEntry]:
     headers = load_headers(directory)
-    entries = {key: entry for header in headers.values() for key, entry in header.items()}
-    shapes = {
-        "weight": (config.embedding_dim, vlm_config.decoder.hidden_size),
-        "bias": (config.embedding_dim,),
-    }
-    kernel, bias = (_find(directory, entries, name, shape) for name, shape in shapes.items())
-    return ColPaliCheckpoint(vlm, kernel, bias)
+    return {key: entry for header in headers.values() for key, entry in header.items()}
 
 
 def _find(
-    directory: Path, entries: Mapping[str, TensorEntry], name: str, shape: tuple[int, ...]
-) -> Tensor:
-    keys = [key for prefix in KEYS for key in (f"{prefix}.{name}",) if key in entries]
-    if not keys:
-        raise ValueError(
-            f"{directory} has no {KEYS[0]}.{name}: a ColPali checkpoint needs its projection"
-        )
-    entry = entries[keys[0]]
-    if entry.shape != shape or entry.dtype not in huggingface.NAMES:
-        raise ValueError(
-            f"{directory}: {keys[0]} must be a float array {list(shape)}, "
-            f"got {entry.dtype}{list(entry.shape)}"
-        )
-    return entry.open()
+    directory: Path, entries: Mapping[str, TensorEntry], name: str
+) -> tuple[str, TensorEntry]:
+    for prefix in KEYS:
+        if f"{prefix}.{name}" in entries:
+            return f"{prefix}.{name}", entries[f"{prefix}.{name}"]
+    raise ValueError(
+        f"{directory} has no {KEYS[0]}.{name}: a ColPali checkpoint needs its projection"
+    )
 
 
 def write(

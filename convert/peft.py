@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,25 @@ from convert.adapter import Adapter, Factors
 from convert.huggingface import canonical_name
 from convert.layout import layout_shape, reorder
 from convert.match import TensorEntry, Weight, huggingface_weights
-from convert.peft_config import MERGE, AdapterConfig, load_adapter_config, scales
-from convert.peft_names import CONFIG, MAGNITUDE, WEIGHTS, A, B, part_layouts, peft_name, split_key
+from convert.peft_config import (
+    MERGE,
+    PREFIX_TUNING,
+    AdapterConfig,
+    PromptConfig,
+    load_adapter_config,
+    scales,
+)
+from convert.peft_names import (
+    CONFIG,
+    MAGNITUDE,
+    SOFT_PROMPT,
+    WEIGHTS,
+    A,
+    B,
+    part_layouts,
+    peft_name,
+    split_key,
+)
 from convert.peft_save import save_adapter
 from convert.safetensors import NAMES, load_header
 from convert.table import HEAD, HEAD_PATH, TABLE, TABLE_PATH
@@ -48,28 +66,41 @@ def load_adapter(directory: Path, config: PaliGemmaConfig) -> dict[str, Factors]
     """The factors of an adapter by the path of the layer, as in "decoder/layers/3/attention/q".
 
     Raises:
-        ValueError: As in `read`, or if the adapter replaces parameters too.
+        ValueError: As in `read`, or if the adapter has more than factors.
     """
     adapter = read(directory, config)
     if adapter.parameters:
         raise ValueError(f"{directory} has modules_to_save; use convert.peft.read")
+    if adapter.soft_tokens:
+        raise ValueError(f"{directory} has a {adapter.soft_kind}; use convert.peft.read")
     return adapter.factors
 
 
-def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
+def read(directory: Path, config: PaliGemmaConfig, more: Iterable[Weight] = ()) -> Adapter:
     """Read an adapter of a model with this config.
+
+    Args:
+        more: Parameters that the model has besides those of a PaliGemma.
 
     Raises:
         ValueError: The adapter does not fit the model, or has settings that are not supported. All
             tensors that do not fit are listed.
     """
     settings, file = load_adapter_config(directory), weight_file(directory)
-    weights = _weights(config)
+    if isinstance(settings, PromptConfig):
+        count, decoder = settings.num_virtual_tokens, config.decoder
+        if settings.peft_type != PREFIX_TUNING:
+            return Adapter({}, soft_prompt=_read_prompt(file, decoder.hidden_size, count))
+        vectors = _read_prompt(file, math.prod(decoder.prefix_shape), count)
+        return Adapter({}, prefix=vectors.reshape(count, *decoder.prefix_shape))
+    weights = _weights(config) | {weight.key: weight for weight in more}
     names: dict[str, str] = {}  # of the layers in the file, by path
     updates: dict[str, Parts] = {}
     parameters: dict[str, Tensor] = {}
     errors = []
-    for key, entry in load_header(file).items():
+    header = load_header(file)
+    has_prompt = header.pop(SOFT_PROMPT, None) is not None
+    for key, entry in header.items():
         name, part = split_key(key)
         weight = weights.get(canonical_name(f"{name}.weight" if part else name))
         unsupported = _unsupported(key)
@@ -79,7 +110,8 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
             errors.append(f"unknown key {key}")
         elif not _fits(entry, weight, part):
             found = f"{key} is {entry.dtype} {list(entry.shape)}"
-            errors.append(f"{found}, which does not fit {weight.path}")
+            shape = list(weight.file_shape)
+            errors.append(f"{found}, which does not fit {weight.path} {shape}")
         elif part is None:
             parameters[weight.path] = weight.from_file(entry.open())
         else:
@@ -98,7 +130,23 @@ def read(directory: Path, config: PaliGemmaConfig) -> Adapter:
     }
     if config.decoder.tie_word_embeddings:
         parameters = _tie(parameters, file)
-    return Adapter(factors, parameters)
+    D = config.decoder.hidden_size
+    return Adapter(factors, parameters, _read_prompt(file, D) if has_prompt else None)
+
+
+def _read_prompt(file: Path, D: int, count: int | None = None) -> np.ndarray:
+    """The vectors in the weights of an adapter, float32[N, D]; N is `count`, if given."""
+    header = load_header(file)
+    entry = header.get(SOFT_PROMPT)
+    if entry is None or (count and len(header) > 1):
+        raise ValueError(f"{file} must have {SOFT_PROMPT} alone, got {', '.join(header) or 'none'}")
+    N = count or (entry.shape[0] if entry.shape else 0)
+    if entry.dtype not in NAMES or entry.shape != (N, D) or not N:
+        raise ValueError(
+            f"{file}: {SOFT_PROMPT} must be a float of shape {[N, D]}, "
+            f"got {entry.dtype} {list(entry.shape)}"
+        )
+    return entry.open().numpy().astype(np.float32)
 
 
 def _weights(config: PaliGemmaConfig) -> dict[str, Weight]:

@@ -27,9 +27,19 @@ IGNORED = {
 # Initial values (`init_lora_weights`) that leave the base unchanged. With others, such as pissa,
 # peft changes the base whenever it loads the adapter.
 INITIALIZATIONS = None, True, False, "gaussian", "eva", "orthogonal", "mica"
+PROMPT_TUNING, PREFIX_TUNING = "PROMPT_TUNING", "PREFIX_TUNING"
 MERGE = "merge the adapter with peft (merge_and_unload), and load the result"
 # Settings that peft's merge_and_unload refuses or ignores.
 NOT_MERGEABLE = {"alora_invocation_tokens", "arrow_config", "lora_bias", "monteclora_config"}
+
+
+class PromptConfig(msgspec.Struct, kw_only=True):
+    """The settings of peft's `PromptTuningConfig` and `PrefixTuningConfig` that decide what an
+    adapter computes. With `prefix_projection`, peft saves what the projection returns."""
+
+    peft_type: str
+    num_virtual_tokens: Positive
+    num_transformer_submodules: int | None = None
 
 
 class AdapterConfig(msgspec.Struct, kw_only=True):
@@ -49,7 +59,7 @@ class AdapterConfig(msgspec.Struct, kw_only=True):
     modules_to_save: list[str] | None = None
 
 
-def load_adapter_config(directory: Path) -> AdapterConfig:
+def load_adapter_config(directory: Path) -> AdapterConfig | PromptConfig:
     """Read adapter_config.json.
 
     Raises:
@@ -59,10 +69,13 @@ def load_adapter_config(directory: Path) -> AdapterConfig:
     file = directory / CONFIG
     settings = load_json(file)
     kind = settings.get("peft_type")
-    if isinstance(kind, str) and kind != "LORA":
+    if kind in (PROMPT_TUNING, PREFIX_TUNING):
+        return check(settings, PromptConfig, str(file))
+    if kind != "LORA":
         raise ValueError(
-            f"{file}: peft_type must be LORA, got {describe(kind)}; if peft can merge this kind of "
-            "adapter (merge_and_unload), load the merged model"
+            f"{file}: peft_type must be LORA, {PROMPT_TUNING} or {PREFIX_TUNING}, got "
+            f"{describe(kind)}; if peft can merge this kind of adapter (merge_and_unload), load "
+            "the merged model"
         )
     config = check(settings, AdapterConfig, str(file))
     for name, value in _unsupported(settings, config).items():

@@ -8,6 +8,7 @@ from convert.match import Weight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+SOFT_PROMPT = "prompt_embeddings"  # float[N, D], or [N, L * 2 * K * H] for a prefix
 
 # Released names -> the module tree of transformers 5, which peft uses.
 MODULE_SPELLINGS = [

@@ -14,10 +14,12 @@ from convert.adapter import Factors
 from convert.files import atomic_output, json_bytes
 from convert.layout import reorder
 from convert.match import huggingface_weights
+from convert.peft_config import PREFIX_TUNING, PROMPT_TUNING
 from convert.peft_names import (
     CONFIG,
     MAGNITUDE,
     PREFIX,
+    SOFT_PROMPT,
     WEIGHTS,
     A,
     B,
@@ -36,6 +38,8 @@ def save_adapter(
     config: PaliGemmaConfig,
     base: str,
     parameters: Mapping[str, np.ndarray] = MappingProxyType({}),
+    soft_prompt: np.ndarray | None = None,
+    prefix: np.ndarray | None = None,
 ) -> None:
     """Save an adapter that peft loads onto transformers' model of `config`. The directory appears
     when it is complete.
@@ -46,7 +50,25 @@ def save_adapter(
         config: Config of the model.
         base: The name of the base checkpoint.
         parameters: New values of other parameters by path: all those of some modules.
+        soft_prompt: float32[N, D]. Alone it is an adapter of peft's prompt tuning. Beside LoRA,
+            peft loads the LoRA only.
+        prefix: float32[N, L, 2, K, H], keys and values. Always alone: peft's prefix tuning.
     """
+    shared: dict[str, object] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
+    if prefix is not None:
+        if adapter or parameters or soft_prompt is not None:
+            raise ValueError("a prefix must be saved alone, got other parts of an adapter")
+        settings = shared | _prefix_settings(config, len(prefix))
+        return _write(directory, {SOFT_PROMPT: prefix.reshape(len(prefix), -1)}, settings)
+    if parameters and not adapter:
+        raise ValueError(f"{min(parameters)} can be saved beside LoRA only")
+    if soft_prompt is not None and not adapter:
+        settings = shared | _prompt_settings(config, len(soft_prompt))
+        return _write(directory, {SOFT_PROMPT: soft_prompt}, settings)
     weights = {weight.path: weight for weight in huggingface_weights(config)}
     tensors, ranks, alphas = {}, {}, {}
     for path, factors in adapter.items():
@@ -70,12 +92,11 @@ def save_adapter(
         for name in names:
             tensors[PREFIX + name] = reorder(np.asarray(array), *layouts, weight.sizes)
             saved.add(name.rpartition(".")[0])
+    if soft_prompt is not None:
+        tensors[SOFT_PROMPT] = soft_prompt
     (rank, rank_pattern), (alpha, alpha_pattern) = _pattern(ranks), _pattern(alphas)
-    settings = {
+    settings = shared | {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -89,6 +110,33 @@ def save_adapter(
         "alpha_pattern": alpha_pattern,
     }
     _write(directory, tensors, settings)
+
+
+def _prompt_settings(config: PaliGemmaConfig, count: int) -> dict[str, object]:
+    decoder = config.decoder
+    return {
+        "peft_type": PROMPT_TUNING,
+        "num_virtual_tokens": count,
+        "token_dim": decoder.hidden_size,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_layers": decoder.num_hidden_layers,
+        "prompt_tuning_init": "RANDOM",
+    }
+
+
+def _prefix_settings(config: PaliGemmaConfig, count: int) -> dict[str, object]:
+    layers, _, K, H = config.decoder.prefix_shape
+    return {
+        "peft_type": PREFIX_TUNING,
+        "num_virtual_tokens": count,
+        "token_dim": K * H,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": K,
+        "num_layers": layers,
+        "encoder_hidden_size": K * H,
+        "prefix_projection": False,
+    }
 
 
 def _pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:

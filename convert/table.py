@@ -112,7 +112,8 @@ HUGGINGFACE_IGNORED = [
 # Names of other releases -> released names, in order (transformers `conversion_mapping.py`).
 HUGGINGFACE_SPELLINGS = [
     (r"^vlm\.", ""),  # the PaliGemma in a ColPali
-    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    # colpali-engine puts one more "model." before the names of any release.
+    (r"^(model\.)+(?=language_model\.|vision_tower\.|multi_modal_projector\.|lm_head\.)", ""),
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
     (r"^lm_head\.", "language_model.lm_head."),

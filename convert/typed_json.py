@@ -151,6 +151,9 @@ def _explain(message: str, value: object) -> str:
         return f"{path.lstrip('.')}.{missing[1]} is missing".lstrip(".")
     found = _at(value, path)
     got = found and f", got {found}"
+    unknown = re.fullmatch(r"Object contains unknown field `(.+)`", message, re.DOTALL)
+    if unknown:
+        return f"{field} has an unknown field `{unknown[1]}`"
     expected = re.fullmatch(r"Expected `([^`]+)`(, got `(\w+)`)?(.*)", message)
     if expected is None:  # "Invalid enum value 'x'", "Number out of range"
         return f"{field}: {message[0].lower()}{message[1:]}{got}"

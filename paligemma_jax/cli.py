@@ -23,6 +23,7 @@ from paligemma_jax.commands.plan import plan
 from paligemma_jax.commands.predict import predict
 from paligemma_jax.commands.recipe import recipe
 from paligemma_jax.commands.retrieval import embed, search
+from paligemma_jax.commands.serve import serve
 from paligemma_jax.errors import report_errors
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     "annotations": convert_annotations,
     "embed": embed,
     "search": search,
+    "serve": serve,
     "demo": demo,
     "bench": bench,
     "parity": parity,

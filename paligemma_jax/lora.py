@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from convert.adapter import Factors
 from paligemma_jax.model.constrain import gather_weight
 from paligemma_jax.model.layers import Linear, product
 from paligemma_jax.model.low_rank import adapted_product
-from paligemma_jax.model.tree import Model, modules, replace_modules
+from paligemma_jax.model.patterns import matches, unmatched
+from paligemma_jax.model.tree import Leaf, Model, modules, replace_modules
 from paligemma_jax.quantization.modules import QuantizedLinear
 from paligemma_jax.sharding.arrays import to_host
 
@@ -198,8 +198,9 @@ def add_lora(
         dora: Train the length of each row as well (DoRA, arXiv:2402.09353).
 
     Raises:
-        ValueError: No layer matches.
+        ValueError: The target, or one of its alternatives, matches no layer.
     """
+    layers: dict[str, Leaf] = {}  # of towers with a rank
     count = 0
 
     def wrap(path: str, module: nnx.Module) -> LoRALinear | None:
@@ -207,7 +208,8 @@ def add_lora(
         R = rank.get("vision" if path.startswith("vision/") else "decoder", 0)
         if not R or not isinstance(module, Linear | QuantizedLinear):
             return None
-        if not re.fullmatch(target, path):
+        layers[path] = jax.tree.leaves(module)[0]
+        if not matches(target, path, layers[path]):
             return None
         count += 1
         scale = alpha / (R**0.5 if rslora else R)
@@ -219,6 +221,11 @@ def add_lora(
         raise ValueError(
             f"LoRA has nothing to adapt: {target!r} matches no layer in a tower with a rank "
             "above 0; paths look like decoder/layers/3/attention/q"
+        )
+    for part in unmatched(target, layers):
+        raise ValueError(
+            f"every alternative of --lora-target must match a layer in a tower with a rank above "
+            f"0, got {part!r}; paths look like decoder/layers/3/attention/q"
         )
     return model
 

@@ -31,6 +31,7 @@ LAYERS = [
     "parity",
     "bench",
     "planning",
+    "serving",
     "demo",
     "errors",
     "tiny",

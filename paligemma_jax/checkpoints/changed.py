@@ -1,7 +1,7 @@
 """Save and load models with modules of your own.
 
-    DIR/changed.json         version, config, dtype, and the class of each module that is not of
-                             this project or of flax, by its path
+    DIR/changed.json         version, config, dtype, whether layers are stacked, and the class of
+                             each module that is not of this project or of flax, by its path
     DIR/model.safetensors    parameters by path
     DIR/huggingface/         tokenizer and processor files
 
@@ -27,8 +27,10 @@ from convert.files import atomic_output, companion_files, copy_files, json_bytes
 from convert.typed_json import JsonObject, load_json
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.config import PaliGemmaConfig
+from paligemma_jax.model.decoder import Decoder
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.model.tree import parameters, with_parameters
+from paligemma_jax.model.stack import stack_model
+from paligemma_jax.model.tree import modules, parameters, with_parameters
 from paligemma_jax.sharding.arrays import to_host
 
 DESCRIPTION, WEIGHTS, FILES, VERSION = "changed.json", "model.safetensors", "huggingface", 1
@@ -42,6 +44,7 @@ class _Description(msgspec.Struct):
     config: JsonObject
     dtype: str
     classes: dict[str, str] = {}
+    stacked: bool = False
 
 
 def save_changed(
@@ -65,6 +68,7 @@ def save_changed(
         "config": config_to_json(base, base.dtype),
         "dtype": base.dtype,
         "classes": own_classes(model),
+        "stacked": _is_stacked(model),
     }
     files = companion_files(resolve(like).tokenizer_dir) if like else {}
     with atomic_output(user_path(directory), force) as new:
@@ -79,7 +83,8 @@ def load_changed(directory: str | Path, build: Build) -> nnx.Module:
 
     Args:
         build: Makes the model from a PaliGemma of the saved config, as it was made before it was
-            saved. Its arrays are replaced by the saved ones.
+            saved. Its arrays are replaced by the saved ones. The layers of that PaliGemma are
+            stacked if those of the saved model are.
 
     Raises:
         ValueError: The files are damaged; or the model that `build` makes has other classes, or
@@ -92,7 +97,12 @@ def load_changed(directory: str | Path, build: Build) -> nnx.Module:
             f"{directory / DESCRIPTION} must have version {VERSION}, got {description.version}"
         )
     config = replace(config_from_json(description.config), dtype=description.dtype)
-    model = nnx.eval_shape(lambda: build(PaliGemma(config, nnx.Rngs(0))))
+
+    def make() -> nnx.Module:
+        base = PaliGemma(config, nnx.Rngs(0))
+        return build(stack_model(base, delete=False) if description.stacked else base)
+
+    model = nnx.eval_shape(make)
     _check_classes(directory, description.classes, own_classes(model))
     arrays = _read(directory / WEIGHTS)
     expected = parameters(model)
@@ -109,6 +119,11 @@ def load_changed(directory: str | Path, build: Build) -> nnx.Module:
             f"{directory} does not fit the model that build makes: {'; '.join(wrong[:3])}{more}"
         )
     return with_parameters(model, arrays.__getitem__)
+
+
+def _is_stacked(model: nnx.Module) -> bool:
+    decoders = modules(model, Decoder).values()
+    return any(not isinstance(decoder.layers, nnx.List) for decoder in decoders)
 
 
 def own_classes(model: nnx.Module) -> dict[str, str]:

@@ -21,10 +21,13 @@ from convert.checkpoint import Checkpoint
 from convert.quantized import quantize_checkpoint
 from convert.tensor import Tensor
 from paligemma_jax import lora
+from paligemma_jax.checkpoints.runs import SOFT_PROMPT
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.precision import Quantization, WeightFormat
+from paligemma_jax.model.prefix import PREFIX_PATH, with_prefix
+from paligemma_jax.model.soft_prompt import with_soft_prompt
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.quantization.modules import quantize_modules
 from paligemma_jax.sharding.arrays import distribute
@@ -111,7 +114,14 @@ def load_model(
     if adapter is None:
         return model
     model = lora.attach_lora(model, adapter.factors)
-    return distribute(model if checkpoint.formats else lora.merge_lora(model), mesh)
+    model = model if checkpoint.formats else lora.merge_lora(model)
+    if adapter.soft_prompt is not None:
+        dtype = "float32" if keep_float32(SOFT_PROMPT) else config.dtype
+        model = with_soft_prompt(model, adapter.soft_prompt.astype(dtype))
+    if adapter.prefix is not None:
+        dtype = "float32" if keep_float32(PREFIX_PATH) else config.dtype
+        model = with_prefix(model, adapter.prefix.astype(dtype))
+    return distribute(model, mesh)
 
 
 def read_model(

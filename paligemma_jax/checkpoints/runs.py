@@ -16,6 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from convert.adapter import Adapter, Factors
 from convert.checkpoint import Checkpoint
@@ -27,6 +28,9 @@ from paligemma_jax.model.precision import Quantization
 
 CONFIG, LOG = "config.json", "log.jsonl"
 CHECKPOINTS, BEST, DAMAGED = "checkpoints", "best", "damaged"
+SOFT_PROMPT = "soft_prompt"  # its path in a model
+PREFIX = r"decoder/layers/(?:\d+/)?attention/prefix"  # the paths of its layers
+ADDED = rf".*/lora_\w+|{SOFT_PROMPT}|{PREFIX}"  # what only an adapter has
 STATE = "default"  # Orbax's name for the only item of a checkpoint
 
 
@@ -100,21 +104,24 @@ class RunState:
 
     @cached_property
     def adapter(self) -> Adapter | None:
-        """The LoRA adapter of the state, if it was trained."""
+        """The LoRA adapter, soft prompt or prefix of the state, if they were trained."""
         layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for path, tensor in self.tensors.items():
             layer, _, part = path.rpartition("/lora_")
             if layer:
                 layers[layer][part] = tensor
         factors = {path: self._factors(parts) for path, parts in layers.items()}
-        return Adapter(factors) if factors else None
+        prompt = self.tensors.get(SOFT_PROMPT)
+        soft_prompt = None if prompt is None else prompt.numpy().astype(np.float32)
+        adapter = Adapter(factors, soft_prompt=soft_prompt, prefix=self._prefix())
+        return adapter if factors or adapter.soft_tokens else None
 
     def apply(self, base: Checkpoint) -> Checkpoint:
         """The base with its trained parameters replaced. The adapter is separate."""
         base = base.with_numerics(self.settings.numerics)
         if not self.adapter:
             base = quantize_checkpoint(base, Quantization.parse(self.settings.quantize))
-        new = {path: tensor for path, tensor in self.tensors.items() if "/lora_" not in path}
+        new = {path: x for path, x in self.tensors.items() if not re.fullmatch(ADDED, path)}
         unknown = new.keys() - base.tensors.keys()
         if unknown:
             raise ValueError(
@@ -125,6 +132,13 @@ class RunState:
         return replace(
             checkpoint, config=replace(checkpoint.config, dtype=checkpoint.largest_dtype)
         )
+
+    def _prefix(self) -> np.ndarray | None:
+        layers = {p.split("/")[2]: x for p, x in self.tensors.items() if re.fullmatch(PREFIX, p)}
+        if not layers:
+            return None
+        arrays = [layers[number].numpy() for number in sorted(layers, key=int)]  # [2, N, K, H]
+        return np.moveaxis(np.stack(arrays).astype(np.float32), 2, 0)
 
     def _factors(self, parts: dict[str, Tensor]) -> Factors:
         a, b = parts["a"].load(), parts["b"].load()

@@ -19,6 +19,7 @@ from convert.tensor import Tensor, from_array
 from paligemma_jax import lora
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.prefix import prefix_of, soft_token_count
 from paligemma_jax.model.tree import modules, parameters
 from paligemma_jax.quantization.quantize import weight_formats
 from paligemma_jax.sharding import hosts
@@ -50,6 +51,11 @@ def save_model(
         raise ValueError(
             "the model must have no LoRA adapters: merge them (paligemma_jax.lora.merge_lora), or "
             "save them alone (convert.peft.save_adapter)"
+        )
+    if soft_token_count(model):
+        kind = "soft prompt" if prefix_of(model) is None else "prefix"
+        raise ValueError(
+            f"the model must have no {kind}: save it as an adapter (convert.peft.save_adapter)"
         )
     arrays = parameters(model)
     dtype = arrays.get("decoder/embedder/table", arrays["decoder/norm/scale"]).dtype.name

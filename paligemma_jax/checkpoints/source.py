@@ -44,7 +44,11 @@ class CheckpointSource:
         is read yet."""
         if self.state is not None:
             base = replace(self, state=None)
-            return self.state.apply(base.merged)
+            if base.delta is None:
+                return self.state.apply(base.checkpoint)
+            # Its soft prompt or prefix was trained further, and is that of the state.
+            delta = replace(base.delta, soft_prompt=None, prefix=None)
+            return self.state.apply(merge(base.checkpoint, delta))
         is_huggingface = formats.detect_format(self.weights) == "huggingface"
         return formats.read(self.weights, self.config if is_huggingface else None)
 
@@ -58,6 +62,11 @@ class CheckpointSource:
         if self.state is not None:
             return self.state.adapter
         return peft.read(self.adapter, self.checkpoint.config) if self.adapter else None
+
+    @property
+    def soft_tokens(self) -> range:
+        """The ids of the adapter's soft prompt, in front of each prompt."""
+        return self.config.soft_tokens(self.delta.soft_tokens if self.delta else 0)
 
     @property
     def merged(self) -> Checkpoint:
@@ -104,6 +113,23 @@ def resolve(
             f"--base is for an adapter or a checkpoint of a run; {reference} is neither"
         )
     return _source(str(reference), location, None, note)
+
+
+def find_adapter(reference: str | Path) -> Path:
+    """Find the directory of an adapter, which may be the result of a run, and download it if it is
+    a hub id. Its base is not opened.
+
+    Raises:
+        ValueError: There is no such directory, or it is not an adapter.
+    """
+    location = _locate(reference, ())
+    location = find_result(location)[0] if is_run(location) else location
+    if not peft.is_adapter(location):
+        raise ValueError(
+            f"an adapter must be a directory with {peft.CONFIG}, got {reference}: load a complete "
+            "model with pg.load"
+        )
+    return location
 
 
 def _source(reference: str, weights: Path, adapter: Path | None, note: str) -> CheckpointSource:

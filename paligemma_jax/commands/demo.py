@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from threading import Event
 from typing import Annotated
@@ -18,6 +19,8 @@ from paligemma_jax.commands.options import (
     Names,
     Numerics,
     Quantize,
+    check_port,
+    flag,
 )
 from paligemma_jax.demo.limits import Limits
 
@@ -34,8 +37,10 @@ def demo(
     quantize: Quantize = None,
     mesh: Mesh = None,
     base: Base = None,
+    search: Annotated[str | None, flag("NAME", "no search")] = None,
+    pages: Annotated[tuple[str, ...], flag("PATH [PATH ...]", "none")] = (),
 ) -> None:
-    """Serve a web page that answers prompts about pictures.
+    """Serve a web page that answers prompts about pictures, and searches pages.
 
     Example: paligemma-jax demo --model google/paligemma2-3b-mix-224
 
@@ -51,10 +56,17 @@ def demo(
         quantize: Weight format, as for `generate`: int8, w8a8, int4, nf4, ...
         mesh: Device mesh, as for `generate`: auto, or data=2,tensor=2, ...
         base: Base checkpoint of an adapter or a run, if it has moved.
+        search: ColPali checkpoint that searches pages by text, on a second tab.
+        pages: Pictures, PDFs and directories to search, which are embedded at the start, or an
+            index of `embed`. Visitors can add their own pictures.
     """
     _check(port, users, limits)
+    if pages and search is None:
+        raise ValueError("--pages needs --search, the ColPali checkpoint that searches them")
     from paligemma_jax.demo.ask import SAMPLE_PICTURE
+    from paligemma_jax.demo.search import open_searcher
     from paligemma_jax.demo.server import serve
+    from paligemma_jax.retrieval import retriever
 
     predictors = {
         name: ModelOptions(name, base, dtype, numerics, quantize, mesh=mesh).load()
@@ -63,7 +75,12 @@ def demo(
     for predictor in predictors.values():  # compile before the first visitor arrives
         next(predictor.stream(SAMPLE_PICTURE, "caption en"), None)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # deletes the uploads, too
-    with serve(predictors, limits, host, port, users, hosts) as address:
+    with ExitStack() as stack:
+        searcher = None
+        if search is not None:
+            colpali = retriever.load(search, dtype=dtype, mesh=mesh)
+            searcher = stack.enter_context(open_searcher(colpali, pages))
+        address = stack.enter_context(serve(predictors, limits, host, port, users, hosts, searcher))
         print(f"{address}  (press Ctrl-C to stop)", flush=True)
         Event().wait()
 
@@ -71,8 +88,7 @@ def demo(
 def _check(port: int, users: int, limits: Limits) -> None:
     if find_spec("gradio") is None:
         raise ValueError("the demo needs Gradio: pip install 'paligemma-jax[demo]'")
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port must be from 0 (any free port) to 65535, got {port}")
+    check_port("--port", port)
     if users < 1:
         raise ValueError(f"--users must be at least 1, got {users}")
     for name, value in vars(limits).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +22,10 @@ from paligemma_jax.commands.options import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from paligemma_jax.inference.answer import Answer
+    from paligemma_jax.inference.sampling import Strategy
     from paligemma_jax.processing.locations import Detections
+    from paligemma_jax.processing.processor import Processor
 
 Images = Annotated[tuple[str, ...], flag("FILE [FILE ...]", "text alone")]
 Texts = Annotated[tuple[str, ...], flag("TEXT [TEXT ...]")]
@@ -33,6 +37,8 @@ def generate(
     source: ModelFlags = ModelOptions(),
     decoding: Decoding = DecodingFlags(),
     draw: File = None,
+    num_return: int = 1,
+    top_log_probabilities: int = 0,
     json: bool = False,
 ) -> None:
     """Answer prompts about images.
@@ -46,6 +52,9 @@ def generate(
             one prompt, write <image> into it for each.
         draw: Draw the boxes and masks of all answers about an image to this file. With several
             images, the files are boxes-1.png, boxes-2.png, ...
+        num_return: Number of answers to a prompt, best first, with --beams or --best-of.
+        top_log_probabilities: With --json, list this many most likely tokens in the place of each
+            token, with their log-probabilities under the model.
         json: Print one JSON object per line with image, prompt and answer, instead of text.
     """
     from paligemma_jax.processing.image import load_image
@@ -54,7 +63,10 @@ def generate(
     drawings = _drawings(groups, draw) if draw else {}
     # Errors come before the model is loaded. Its settings decide about transparency.
     opened = {path: load_image(path, on_white=False) for path in image}
-    options = decoding.options()
+    options = replace(decoding.options(), top_log_probabilities=top_log_probabilities)
+    options = replace(options, sampler=_with_num_return(options.sampler, num_return))
+    if top_log_probabilities and not json:
+        raise ValueError("--top-log-probabilities requires --json")
     predictor = source.load()
     answers = predictor.answers(
         [[opened[path] for path in group] for group in groups],
@@ -64,8 +76,12 @@ def generate(
     )
     for group, text, answer in zip(groups, prompts, answers, strict=True):
         images = group[0] if len(group) == 1 else group or None
-        record = {"image": images, "prompt": text, "answer": answer.text}
-        print(dumps(record) if json else answer.text)
+        if json:
+            record = {"image": images, "prompt": text, **_describe(answer, predictor.processor)}
+            print(dumps(record))
+            continue
+        for each in (answer, *answer.alternatives):
+            print(each.text)
     for path, file in drawings.items():
         detections = [
             predictor.detections(answer, opened[path])
@@ -73,6 +89,34 @@ def generate(
             if group == [path]
         ]
         _draw(opened[path], detections, file)
+
+
+def _with_num_return(sampler: Strategy, num_return: int) -> Strategy:
+    from paligemma_jax.inference.sampling import Beam, BestOf
+
+    if num_return == 1:
+        return sampler
+    if not isinstance(sampler, Beam | BestOf):
+        raise ValueError(f"--num-return {num_return} requires --beams or --best-of")
+    return replace(sampler, num_return=num_return)
+
+
+def _describe(answer: Answer, processor: Processor) -> dict[str, object]:
+    """An answer as JSON: its text, and what was asked for besides."""
+    record: dict[str, object] = {"answer": answer.text}
+    if answer.alternatives:
+        others = [_describe(other, processor) for other in answer.alternatives]
+        record |= {"score": answer.score, "alternatives": others}
+    if answer.top is not None:
+        ids, values = answer.top.ids.tolist(), answer.top.log_probabilities.tolist()
+        record["top"] = [
+            [
+                {"id": i, "text": processor.decode([i]), "log_probability": value}
+                for i, value in zip(*place, strict=True)
+            ]
+            for place in zip(ids, values, strict=True)
+        ]
+    return record
 
 
 def _drawings(groups: list[list[str]], draw: str) -> dict[str, Path]:

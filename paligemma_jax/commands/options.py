@@ -179,6 +179,12 @@ class DecodingFlags:
 Decoding = Annotated[DecodingFlags, tyro.conf.arg(name="")]  # flags without a prefix
 
 
+def check_port(flag: str, port: int) -> None:
+    """Raise ValueError unless a flag is a port."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"{flag} must be from 0 (any free port) to 65535, got {port}")
+
+
 def require_file(flag: str, file: str) -> None:
     """Raise ValueError if the file of a flag does not exist."""
     if not Path(file).is_file():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from paligemma_jax.commands.options import Dtype, Mesh, dumps, flag
+from paligemma_jax.commands.options import Base, Dtype, Mesh, dumps, flag
 
 if TYPE_CHECKING:
     from paligemma_jax.retrieval.index import Index
@@ -23,6 +23,7 @@ def embed(
     paths: Paths,
     output: Annotated[str, flag("INDEX")],
     model: Annotated[str, flag("NAME")] = PUBLISHED,
+    base: Base = None,
     dtype: Dtype = None,
     mesh: Mesh = None,
     batch_size: int = 8,
@@ -35,7 +36,8 @@ def embed(
         paths: Pictures, PDFs, and directories that contain them.
         output: Directory of the index. An index of the same model grows: pages that it has are
             not embedded again, so a stopped run continues.
-        model: ColPali checkpoint: a directory or a hub id.
+        model: ColPali checkpoint or LoRA adapter: a directory or a hub id.
+        base: Base checkpoint of an adapter, if it has moved.
         dtype: Dtype of parameters and activations.
         mesh: Devices to shard over: data=2,fsdp=4,tensor=2 (axes left out have size 1), or auto.
         batch_size: Number of pages to embed at a time.
@@ -44,7 +46,7 @@ def embed(
 
     if not paths:
         raise ValueError("no pages: give pictures, PDFs or directories")
-    index = _open(output, model, dtype, mesh)
+    index = _open(output, model, base, dtype, mesh)
     added, errors = embed_files(index, paths, batch_size)
     for page, error in errors.items():
         print(f"paligemma-jax: not embedded: {page}: {error}", file=sys.stderr)
@@ -57,6 +59,7 @@ def search(
     index: IndexPath,
     queries: Queries,
     model: Annotated[str, flag("NAME")] = PUBLISHED,
+    base: Base = None,
     top: int = 5,
     dtype: Dtype = None,
     mesh: Mesh = None,
@@ -69,7 +72,8 @@ def search(
     Args:
         index: Directory that `embed` made.
         queries: One text or several.
-        model: The ColPali checkpoint that made the index.
+        model: The ColPali checkpoint or LoRA adapter that made the index.
+        base: Base checkpoint of an adapter, if it has moved.
         top: Number of pages to list for each query.
         dtype: Dtype of parameters and activations.
         mesh: Devices to shard over: data=2,fsdp=4,tensor=2 (axes left out have size 1), or auto.
@@ -81,7 +85,7 @@ def search(
         raise ValueError("no query: give at least one after the index")
     if not (Path(index) / INDEX).is_file():
         raise ValueError(f"{index} has no {INDEX}: make an index with paligemma-jax embed")
-    found = _open(index, model, dtype, mesh).search(queries, top)
+    found = _open(index, model, base, dtype, mesh).search(queries, top)
     for query, hits in zip(queries, found, strict=True):
         for hit in hits:
             page = hit.page
@@ -89,9 +93,11 @@ def search(
             print(dumps(record) if json else f"{hit.score:8.3f}  {page}")
 
 
-def _open(directory: str, model: str, dtype: str | None, mesh: str | None) -> Index:
+def _open(
+    directory: str, model: str, base: str | None, dtype: str | None, mesh: str | None
+) -> Index:
     from convert.files import user_path
     from paligemma_jax.retrieval import retriever
     from paligemma_jax.retrieval.index import Index
 
-    return Index(user_path(directory), retriever.load(model, dtype=dtype, mesh=mesh))
+    return Index(user_path(directory), retriever.load(model, dtype=dtype, mesh=mesh, base=base))

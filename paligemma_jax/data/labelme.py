@@ -7,7 +7,7 @@ import binascii
 import math
 from collections.abc import Iterator, Sequence
 from io import BytesIO
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 
 from convert.typed_json import Positive, load_json
 from paligemma_jax.data.annotated import AnnotatedImage, AnnotatedObject, annotation_files
-from paligemma_jax.data.shapes import Runs, polygon_box
+from paligemma_jax.data.shapes import polygon_box, runs_of
 from paligemma_jax.processing.locations import Size
 
 CIRCLE = 64  # points of a circle's polygon
@@ -68,10 +68,7 @@ def _object(shape: LabelMeShape, size: Size | None, masks: bool, source: str) ->
         mask.paste(png.convert("1"), (round(box[0]), round(box[1])))
     except (binascii.Error, OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{source}: mask must be a PNG file in base64 ({error})") from None
-    pixels = np.asarray(mask).T.ravel()
-    ends = [0, *(np.flatnonzero(np.diff(pixels)) + 1).tolist(), pixels.size]
-    counts = [0] * int(pixels[0]) + [b - a for a, b in pairwise(ends)]
-    return AnnotatedObject(shape.label, box, Runs((size[1], size[0]), counts))
+    return AnnotatedObject(shape.label, box, runs_of(np.asarray(mask)))
 
 
 def _polygon(shape: LabelMeShape) -> list[float] | None:

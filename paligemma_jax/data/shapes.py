@@ -54,6 +54,14 @@ def rasterize(shape: Shape, size: Size) -> Image.Image:
     return fine.reduce(4).point([0] * 128 + [255] * 128)
 
 
+def runs_of(mask: Bool[np.ndarray, "height width"]) -> Runs:
+    """A mask as uncompressed runs."""
+    pixels = mask.ravel(order="F")
+    ends = [0, *(np.flatnonzero(np.diff(pixels)) + 1).tolist(), pixels.size]
+    counts = [0] * int(pixels[0]) + np.diff(ends).tolist()
+    return Runs((mask.shape[0], mask.shape[1]), counts)
+
+
 def _from_runs(runs: Runs, size: Size) -> Bool[np.ndarray, "height width"]:
     height, width = runs.size
     if (width, height) != size:

@@ -142,11 +142,14 @@ def _controls(running: bool = False, answered: bool = False, invite: bool = Fals
     return [gr.update(visible=shown) for shown in (not running, running, answered, invite)]
 
 
+def queue_options(users: int) -> Options:
+    """Options of the events that compute, all of which share one queue."""
+    return dict(concurrency_limit=users, concurrency_id="answer", api_visibility="private")
+
+
 def connect(parts: Parts, predictors: list[Predictor], limits: Limits, users: int) -> None:
     """Attach the handlers. Those that compute share one queue; Stop cancels the answers in it."""
-    queue: Options = dict(
-        concurrency_limit=users, concurrency_id="answer", api_visibility="private"
-    )
+    queue = queue_options(users)
     run: Options = dict(
         fn=partial(_answer, parts, predictors, limits),
         inputs=[*parts.pictures, parts.prompt, *parts.settings],

@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
-from ipaddress import ip_address
-from socket import gethostname
-from urllib.parse import urlsplit
 
 from convert.typed_json import decode
-from paligemma_jax.demo.asgi import (
+from paligemma_jax.demo.limits import Limits
+from paligemma_jax.demo.uploads import Uploads
+from paligemma_jax.serving.asgi import (
     App,
     Body,
     Message,
@@ -26,8 +25,7 @@ from paligemma_jax.demo.asgi import (
     too_large,
     with_headers,
 )
-from paligemma_jax.demo.limits import Limits
-from paligemma_jax.demo.uploads import Uploads
+from paligemma_jax.serving.hosts import Hosts
 
 # The routes that the page requests. Gradio has three times as many, for proxying, recording and
 # fetching URLs.
@@ -38,8 +36,6 @@ ROUTES = re.compile(
 )
 UPLOAD, FILE = "/gradio_api/upload", "/gradio_api/file="
 MAX_BODY = 1_000_000  # bytes of a request besides the pictures
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-WILDCARDS = {"0.0.0.0", "::"}
 # The page shows the pictures of visitors as images only. Opened by itself, a file is downloaded,
 # and nothing in it runs.
 FILE_HEADERS = {
@@ -52,31 +48,6 @@ PAGE_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """The names under which the page may be opened.
-
-    Any site can let its name point to this server, and its scripts could then read the page ("DNS
-    rebinding"). The Host header gives it away. Numeric addresses are safe.
-    """
-
-    bound: str
-    """The address that the server is bound to."""
-    others: tuple[str, ...] = ()
-    """Further names, such as that of a proxy."""
-
-    def allow(self, header: str) -> bool:
-        """Whether a Host header is allowed, with any port."""
-        try:
-            name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
-        except ValueError:
-            return False
-        names = {name.lower() for name in (self.bound, *self.others)}
-        if self.bound in WILDCARDS:
-            return name in names | LOOPBACK | {gethostname().lower()} or _is_address(name)
-        return name in (names | LOOPBACK if self.bound in LOOPBACK else names)
-
-
-@dataclass(frozen=True)
 class Gate:
     """Refuses hosts, routes, bodies and paths, and bounds the uploads."""
 
@@ -84,6 +55,14 @@ class Gate:
     limits: Limits
     hosts: Hosts
     uploads: Uploads
+    many: bool = False
+    """Whether one upload may have several pictures, up to the space of a visitor."""
+
+    @property
+    def max_upload(self) -> float:
+        """The limit on the bytes of an upload."""
+        limits = self.limits
+        return 1e6 * (limits.visitor_megabytes if self.many else limits.megabytes)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # the page uses none
@@ -102,11 +81,11 @@ class Gate:
     async def _admit(self, scope: Message, body: Body, send: Send) -> None:
         path = scope["path"]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        self._check_host(headers.get(b"host", ""))
+        self.hosts.check(headers.get(b"host", ""))
         if not ROUTES.fullmatch(path):
             raise Refusal(HTTPStatus.NOT_FOUND, "not found")
         is_upload = path.rstrip("/") == UPLOAD
-        body.limit = MAX_BODY + (self.limits.megabytes * 1e6 if is_upload else 0)
+        body.limit = MAX_BODY + (self.max_upload if is_upload else 0)
         length = headers.get(b"content-length", "0")
         if not length.isdecimal() or len(length) > 18:
             raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length must be a number of bytes")
@@ -125,14 +104,6 @@ class Gate:
         else:
             await self.app(scope, body, send)
 
-    def _check_host(self, host: str) -> None:
-        if not self.hosts.allow(host):
-            raise Refusal(
-                HTTPStatus.FORBIDDEN,
-                f"the Host header must be {self.hosts.bound}, got {host[:100]!r}: "
-                "open the page by that address, or allow the name with --hosts",
-            )
-
     def _check_paths(self, content: bytes) -> None:
         """Refuse files that were not uploaded, such as URLs, which Gradio would fetch."""
         for path in _paths(content):
@@ -145,7 +116,7 @@ class Gate:
     async def _upload(self, scope: Message, body: Body, send: Send, length: int) -> None:
         """Pass on an upload, if there is space for it, and record its files."""
         visitor, answer = scope["client"][0], bytearray()
-        size = min(length or body.limit, self.limits.megabytes * 1e6)
+        size = min(length or body.limit, self.max_upload)
         if not self.uploads.begin(visitor, int(size)):
             reason = "too many uploads at once: try again later"
             raise Refusal(HTTPStatus.TOO_MANY_REQUESTS, reason)
@@ -162,13 +133,6 @@ class Gate:
             pass
         finally:
             self.uploads.end(visitor, int(size), paths)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        return bool(ip_address(name))
-    except ValueError:
-        return False
 
 
 def _paths(content: bytes) -> Iterator[str]:

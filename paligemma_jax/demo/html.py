@@ -18,6 +18,26 @@ INVITATION = """<div class="invitation"><h2>Ask about the picture</h2>
 <p>Or try an example with the sample picture:</p></div>"""
 
 
+def search_invitation(pages: int) -> str:
+    """Return the text in place of the first results."""
+    number = "1 page" if pages == 1 else f"{pages:,} pages"
+    server = f"The server has {number}. Add your own below"
+    here = server if pages else "Add pictures of pages below"
+    return f"""<div class="invitation boxed"><h2>Search pages by what they show</h2>
+<p>{here}, write what to look for, and press Search.</p></div>"""
+
+
+def progress(text: str) -> str:
+    """Return a line about work that goes on."""
+    return f'<p class="status" aria-live="polite">{escape(text)}<b class=cursor></b></p>'
+
+
+def found(count: int, total: int) -> str:
+    """Return the line above the results."""
+    pages = "1 page" if total == 1 else f"{total:,} pages"
+    return f'<p class="status" aria-live="polite">The best {count} of {pages}, with scores</p>'
+
+
 def answer(reply: Reply) -> str:
     """Return the answer so far, or the error.
 

@@ -11,8 +11,7 @@ from PIL import Image
 
 from paligemma_jax.processing.encoded_image import check_encoded_image
 from paligemma_jax.processing.image import load_image
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # not EPS, which is a program
+from paligemma_jax.serving.pictures import FORMATS
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Limits:
     """Maximum size of a decoded picture, in megapixels."""
     images: int = 4
     """Maximum number of pictures per prompt."""
+    pages: int = 50
+    """Maximum number of pictures to search."""
     characters: int = 1000
     """Maximum length of the prompt, in characters."""
     new_tokens: int = 512
@@ -47,7 +48,7 @@ class Limits:
             raise ValueError("No picture yet. Upload, paste or take one, or try an example.")
         if len(paths) > self.images:
             raise ValueError(f"Too many pictures: got {len(paths)}, the limit is {self.images}.")
-        return [self._open_image(path) for path in paths]
+        return [self.open_image(path) for path in paths]
 
     def check_prompt(self, text: str) -> str:
         """Return the prompt without surrounding spaces, or raise ValueError."""
@@ -62,7 +63,8 @@ class Limits:
             raise ValueError("Remove <image> from the prompt: pictures are inserted automatically.")
         return text
 
-    def _open_image(self, path: Path) -> Image.Image:
+    def open_image(self, path: Path) -> Image.Image:
+        """Return a picture as `open_images` does."""
         name = path.name
         if not path.is_file():
             raise ValueError(f"{name} is no longer stored. Upload it again.")

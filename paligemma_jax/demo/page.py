@@ -11,37 +11,52 @@ from gradio.components import Component
 
 from paligemma_jax.demo import html
 from paligemma_jax.demo.ask import EXAMPLES, METHODS, SAMPLE_PICTURE, TASKS, Settings
-from paligemma_jax.demo.events import HIDDEN, Panel, Parts, connect
+from paligemma_jax.demo.events import HIDDEN, Panel, Parts, connect, queue_options
 from paligemma_jax.demo.limits import Limits
+from paligemma_jax.demo.search import Searcher
+from paligemma_jax.demo.search_tab import search_tab
 from paligemma_jax.inference.predictor import Predictor
 
 
-def build(predictors: dict[str, Predictor], limits: Limits, users: int) -> gr.Blocks:
-    """Return the page for these models, by display name, with `users` concurrent requests."""
-    names = list(predictors)
+def build(
+    predictors: dict[str, Predictor], limits: Limits, users: int, searcher: Searcher | None = None
+) -> gr.Blocks:
+    """Return the page for these models, by display name, with `users` concurrent requests; with a
+    second tab to search pages if there is a searcher."""
     with gr.Blocks(
         title="PaliGemma 2", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
-        gr.HTML(html.header(names))
-        with gr.Row(elem_id="columns"):
-            with gr.Column(elem_id="question"):
-                picture = upload(
-                    value=str(SAMPLE_PICTURE), show_label=False, height=340, elem_id="picture"
-                )
-                tasks, prompt, run, stop = _prompt()
-            with gr.Column(elem_id="answers"):
-                panels = _panels(names)
-                probabilities = gr.Button(
-                    "Token probabilities", size="sm", visible=False, elem_id="probabilities"
-                )
-                invitation, examples = _invitation()
-            with gr.Column(elem_id="options"):
-                settings = _settings(limits)
-                pictures = [picture, *_more_pictures(limits.images - 1)]
-        controls = (run, stop, probabilities, tasks, examples, gr.State())
-        parts = Parts(pictures, prompt, settings, panels, invitation, *controls)
-        connect(parts, list(predictors.values()), limits, users)
+        gr.HTML(html.header(list(predictors)))
+        if searcher is None:
+            _ask_tab(predictors, limits, users)
+        else:
+            with gr.Tab("Ask"):
+                _ask_tab(predictors, limits, users)
+            with gr.Tab("Search pages", elem_id="search-tab"):
+                search_tab(searcher, limits, queue_options(users))
     return page
+
+
+def _ask_tab(predictors: dict[str, Predictor], limits: Limits, users: int) -> None:
+    """Lay out the prompt, the answers and the settings, and connect them."""
+    with gr.Row(elem_id="columns"):
+        with gr.Column(elem_id="question"):
+            picture = upload(
+                value=str(SAMPLE_PICTURE), show_label=False, height=340, elem_id="picture"
+            )
+            tasks, prompt, run, stop = _prompt()
+        with gr.Column(elem_id="answers"):
+            panels = _panels(list(predictors))
+            probabilities = gr.Button(
+                "Token probabilities", size="sm", visible=False, elem_id="probabilities"
+            )
+            invitation, examples = _invitation()
+        with gr.Column(elem_id="options"):
+            settings = _settings(limits)
+            pictures = [picture, *_more_pictures(limits.images - 1)]
+    controls = (run, stop, probabilities, tasks, examples, gr.State())
+    parts = Parts(pictures, prompt, settings, panels, invitation, *controls)
+    connect(parts, list(predictors.values()), limits, users)
 
 
 def upload(**options: Any) -> gr.Image:  # Any: passed on to gr.Image

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from paligemma_jax.demo.gate import Gate, Hosts
+from paligemma_jax.demo.gate import Gate
 from paligemma_jax.demo.limits import Limits
+from paligemma_jax.demo.search import Searcher
 from paligemma_jax.demo.uploads import Uploads
 from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.serving.hosts import Hosts
 
 STYLE = Path(__file__).with_name("style.css")
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # no web fonts
@@ -28,6 +30,7 @@ def serve(
     port: int = 7860,
     users: int = 2,
     hosts: tuple[str, ...] = (),
+    searcher: Searcher | None = None,
 ) -> Iterator[str]:
     """Serve the page inside a `with` block and yield its address. Uploads are deleted at the end.
 
@@ -38,6 +41,7 @@ def serve(
         port: Port; 0 picks a free one.
         users: Number of concurrent requests; further ones wait in a queue.
         hosts: Names besides `host` under which visitors may open the page, such as a proxy's.
+        searcher: Finds pages on a second tab.
 
     Raises:
         ValueError: The port is in use or not permitted.
@@ -45,9 +49,10 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="paligemma-demo-") as folder, _environment(folder):
         from paligemma_jax.demo.page import build
 
-        page = build(predictors, limits, users).queue(max_size=32, api_open=False)
+        page = build(predictors, limits, users, searcher).queue(max_size=32, api_open=False)
         uploads = Uploads(Path(folder), limits)
-        gate = dict(limits=limits, hosts=Hosts(host, hosts), uploads=uploads)
+        gate: dict[str, Any] = dict(limits=limits, hosts=Hosts(host, hosts), uploads=uploads)
+        gate["many"] = searcher is not None
         try:
             _, address, _ = page.launch(**_launch_options(limits, host, port, gate))
         except OSError:

@@ -30,6 +30,12 @@ class Position:
     state: Int32[Array, " rows"]
     last: Int32[Array, "rows 2"]  # the last two tokens
 
+    def after(self, state: Int[Array, " rows"], token: Int[Array, " rows"]) -> Position:
+        """The position after a token, which leads to `state` or is REFUSED."""
+        state = jnp.where(state == REFUSED, self.state, state)
+        last = jnp.stack([self.last[:, 1], token], axis=1)
+        return Position(state.astype(jnp.int32), last.astype(jnp.int32))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -61,9 +67,7 @@ class Automaton(Constraint):
 
     def advance(self, position: Position, token: Int[Array, " rows"]) -> Position:
         state = jnp.asarray(self.table)[position.state, jnp.asarray(self.kinds)[token]]
-        state = jnp.where(state == REFUSED, position.state, state)
-        last = jnp.stack([position.last[:, 1], token], axis=1)
-        return Position(state.astype(jnp.int32), last.astype(jnp.int32))
+        return position.after(state, token)
 
     def for_rows(self, rows: Int[AnyArray, " B"]) -> Automaton:
         return replace(self, starts=self.starts[rows])

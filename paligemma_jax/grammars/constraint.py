@@ -21,9 +21,9 @@ class Constraint(ABC):
         """The position before the first token."""
 
     @abstractmethod
-    def permitted(self, position: PyTree, left: Int[Array, ""]) -> Bool[Array, "rows V"]:
+    def permitted(self, position: PyTree, left: Int[Array, "*rows"]) -> Bool[Array, "rows V"]:
         """Whether each token may follow, if `left` more tokens may come, this one included. Every
-        row has one that may."""
+        row has one that may. `left` is that of each row only in `RowAutomata`."""
 
     @abstractmethod
     def advance(self, position: PyTree, token: Int[Array, " rows"]) -> PyTree:

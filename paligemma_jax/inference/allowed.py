@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool
 
-from paligemma_jax.grammars.automaton import NEVER, compile_grammars
+from paligemma_jax.grammars.automaton import NEVER, Automaton, compile_grammars
 from paligemma_jax.grammars.constraint import Constraint
 from paligemma_jax.grammars.grammar import Grammar
 from paligemma_jax.grammars.guidance import Json, Regex, make_guide
@@ -59,10 +59,7 @@ def _compile(
     prompts: int,
     max_new_tokens: int,
 ) -> Constraint:
-    if len(grammars) != prompts:
-        raise ValueError(
-            f"allowed must have one grammar per prompt, got {len(grammars)} for {prompts} prompts"
-        )
+    check_prompts(grammars, prompts)
     vocab_size, eos_ids = config.decoder.vocab_size, config.eos_token_ids
     if all(isinstance(grammar, Json | Regex) for grammar in grammars):
         return make_guide(grammars, tokenizer, vocab_size, eos_ids)  # type: ignore[arg-type]
@@ -73,6 +70,24 @@ def _compile(
                 f"for all prompts, got {grammar!r}"
             )
     automaton = compile_grammars(grammars, tokenizer, vocab_size, eos_ids)  # type: ignore[arg-type]
+    check_length(automaton, max_new_tokens)
+    return automaton
+
+
+def check_prompts(allowed: Allowed | None, prompts: int) -> None:
+    """Raise ValueError unless grammars or masks that are one per prompt are as many as prompts."""
+    if isinstance(allowed, list | tuple) and len(allowed) != prompts:
+        raise ValueError(
+            f"allowed must have one grammar per prompt, got {len(allowed)} for {prompts} prompts"
+        )
+    if isinstance(allowed, np.ndarray) and allowed.ndim == 2 and len(allowed) != prompts:
+        raise ValueError(
+            f"allowed must have one mask per prompt, got {len(allowed)} for {prompts} prompts"
+        )
+
+
+def check_length(automaton: Automaton, max_new_tokens: int) -> None:
+    """Raise ValueError if the shortest answer of a grammar has more tokens."""
     fewest = automaton.distances[automaton.starts].max()
     if fewest > max_new_tokens:
         needed = "no number of tokens is enough" if fewest == NEVER else f"it needs {fewest}"
@@ -80,7 +95,19 @@ def _compile(
             f"max_new_tokens must suffice for the shortest answer of a grammar, "
             f"got {max_new_tokens}: {needed}"
         )
-    return automaton
+
+
+def check_least(least: int, allowed: Ids | Constraint, eos_ids: Sequence[int]) -> None:
+    """Raise ValueError if an answer of at least `least` tokens before eos need not be possible."""
+    if not least:
+        return
+    if isinstance(allowed, Constraint):
+        raise ValueError(
+            f"min_new_tokens must be 0 with a grammar, got {least}: "
+            "the grammar decides where an answer may end"
+        )
+    if not np.delete(allowed, list(eos_ids), axis=-1).any(axis=-1).all():
+        raise ValueError("allowed must permit a token besides eos if min_new_tokens is not 0")
 
 
 def rows_of(allowed: Allowed, rows: np.ndarray) -> Allowed:

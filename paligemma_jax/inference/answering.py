@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Int
 
-from paligemma_jax.inference.allowed import compile_allowed
+from paligemma_jax.data.progress import progress_bar
+from paligemma_jax.inference.allowed import check_prompts, compile_allowed
 from paligemma_jax.inference.answer import Answer, Detokenizer
-from paligemma_jax.inference.batching import pad_batch, run_batches
+from paligemma_jax.inference.batching import check_batch_size, pad_batch, run_batches
+from paligemma_jax.inference.engine import Engine
 from paligemma_jax.inference.generate import decode_chunks, generate
+from paligemma_jax.inference.jobs import sampler_of
 from paligemma_jax.inference.memory import check_logits_memory
-from paligemma_jax.inference.options import DecodingOptions
-from paligemma_jax.inference.sampling import Beam, BestOf, is_integer
+from paligemma_jax.inference.options import DecodingOptions, check_seeds
+from paligemma_jax.inference.sampling import Beam, BestOf
 from paligemma_jax.inference.streaming import StreamedToken, stream_tokens
 from paligemma_jax.interpretability.names import check_edits
 from paligemma_jax.model.edits import Edits
 from paligemma_jax.model.paligemma import PaliGemma
-from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor
+from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
+from paligemma_jax.sharding.mesh import mesh_of, padded_batch_size
 
 STREAM = 8  # tokens per dispatch while streaming
+MANY = 4  # batches from which an engine saves more time than compiling its programs takes
 
 
 def answer_batches(
@@ -34,9 +41,21 @@ def answer_batches(
     batch_size: int = 16,
     progress: bool | None = None,
 ) -> Iterator[dict[int, Answer]]:
-    """Answer prompts in batches. Yields the answers of each batch by prompt number."""
-    options = _check_prompts(model, processor, prompts, options)
+    """Answer prompts, many of them by an `Engine` if it has the options, else in batches. Yields
+    new answers by prompt number."""
     checked_seeds = check_seeds(seeds, len(prompts))
+    check_batch_size(model, "batch_size", batch_size)
+    # An engine that several processes share was not tried.
+    is_local = mesh_of(model) is None or jax.process_count() == 1
+    if is_local and len(prompts) >= MANY * batch_size and sampler_of(options):
+        # The engine compiles the grammar of each prompt, which all together may be too large.
+        _check_prompts(model, processor, prompts, replace(options, allowed=None))
+        check_prompts(options.allowed, len(prompts))
+        yield from _answer_many(
+            model, processor, prompts, options, checked_seeds, batch_size, progress
+        )
+        return
+    options = _check_prompts(model, processor, prompts, options)
     detokenizer = Detokenizer(processor.tokenizer, model.config.eos_token_ids, options.stops)
 
     def run(inputs: Inputs, features: Array | None, rows: np.ndarray) -> tuple[list[Answer]]:
@@ -60,6 +79,39 @@ def answer_batches(
         }
 
 
+def _answer_many(
+    model: PaliGemma,
+    processor: Processor,
+    prompts: Sequence[EncodedPrompt],
+    options: DecodingOptions,
+    seeds: Int[np.ndarray, " B"],
+    rows: int,
+    progress: bool | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """Answer prompts by an engine, the longest first. Yields new answers by prompt number.
+
+    Args:
+        rows: Number of rows; more on a mesh or for the samples of one prompt.
+        progress: Whether to report progress; by default on a terminal.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    slots = round_up(len(prompts[order[0]])) + options.max_new_tokens
+    rows = padded_batch_size(max(rows, options.copies), mesh_of(model))
+    show = sys.stderr.isatty() if progress is None else progress
+    top = options.top_log_probabilities
+    with (
+        Engine(model, processor, rows, slots, top) as engine,
+        progress_bar(total=len(prompts), unit="prompt", show=show) as bar,
+    ):
+        numbers = {
+            engine.submit(prompts[i], options.for_rows(np.array([i])), int(seeds[i])): i
+            for i in order
+        }
+        for answers in engine.answers():
+            bar.update(len(answers))
+            yield {numbers[number]: answer for number, answer in answers.items()}
+
+
 def stream_answer(
     model: PaliGemma,
     processor: Processor,
@@ -81,24 +133,6 @@ def stream_answer(
     inputs = replace(pad_batch(processor, [prompt]), images=processor.prompt_images([prompt]))
     chunks = decode_chunks(model, inputs, options, seeds=check_seeds([seed], 1), chunk=STREAM)
     yield from stream_tokens(detokenizer, chunks)
-
-
-def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " B"]:
-    """Return the seeds of B prompts as an array; by default 0, 1, 2, ...
-
-    Raises:
-        ValueError: They are not B 32-bit integers.
-    """
-    if seeds is None:
-        return np.arange(prompts)
-    if np.ndim(seeds) != 1:
-        raise ValueError(f"seeds must be a list with one integer per prompt, got {seeds!r}")
-    if len(seeds) != prompts:
-        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {prompts} prompts")
-    for seed in seeds:
-        if not is_integer(seed) or not -(2**31) <= seed < 2**31:
-            raise ValueError(f"seeds must be 32-bit integers, got {seed!r}")
-    return np.asarray(seeds)
 
 
 def answer_inputs(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any
 
 import jax
@@ -57,8 +58,7 @@ def run_batches(
     Yields:
         The results of a batch by prompt number.
     """
-    if not is_integer(batch_size) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_batch_size(model, "batch_size", batch_size)
     batches = _batches(prompts, batch_size)
     if progress is None:
         progress = len(batches) > 1 and sys.stderr.isatty()
@@ -71,6 +71,18 @@ def run_batches(
                 images.open([image for i in ahead for image in prompts[i].images])
             yield _run_batch(processor, prompts, batch, images, run)
             bar.update(len(batch))
+
+
+def check_batch_size(model: PaliGemma, name: str, size: int) -> None:
+    """Raise ValueError if prompts cannot be answered in batches of the size that the argument
+    `name` has."""
+    if not is_integer(size) or size < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+    if model.soft_prompt is not None and model.soft_prompt.ndim == 3:
+        raise ValueError(
+            "vectors for each row require Inputs, whose rows keep their order: pass the result of "
+            "the processor"
+        )
 
 
 def pad_batch(processor: Processor, prompts: Sequence[EncodedPrompt]) -> Inputs:
@@ -131,56 +143,92 @@ def _run_batch(
 
 @dataclass
 class ImageCache:
-    """Opened images and their features, each kept from its first prompt to its last."""
+    """Opened images and their features, each kept from its first prompt to its last.
+
+    Features of encoded images (bytes) stay for longer: those of the `kept` ones that were used
+    last.
+    """
 
     model: PaliGemma
     processor: Processor
     threads: ThreadPoolExecutor
     uses: Counter[Hashable]  # number of remaining uses of each image
-    edits: Edits
+    edits: Edits = NO_EDITS
+    kept: int = 0
     opened: dict[Hashable, Future[np.ndarray]] = field(default_factory=dict)
     encoded: dict[Hashable, Array | np.ndarray] = field(default_factory=dict)
+    # By identity, with the image itself, so that no other object gets its id.
+    keys: dict[int, tuple[ImageSource, Hashable]] = field(default_factory=dict)
 
-    def open(self, images: list[ImageSource]) -> None:
+    def add(self, images: Iterable[ImageSource]) -> None:
+        """Announce one use of each image."""
+        self.uses.update(map(self._key, images))
+
+    def open(self, images: Iterable[ImageSource]) -> None:
         """Start to open images in the background."""
         for image in images:
-            key = _key(image)
-            if key not in self.opened:
+            key = self._key(image)
+            if key not in self.opened and key not in self.encoded:
                 self.opened[key] = self.threads.submit(self.processor.pixel_values, [image])
 
     def error(self, image: ImageSource) -> ValueError | None:
         """The error of an image that cannot be read, or None."""
-        error = self.opened[_key(image)].exception()
+        if self._key(image) in self.encoded:
+            return None
+        error = self.opened[self._key(image)].exception()
         if error is not None and not isinstance(error, ValueError):
             raise error
         return error
 
     def features(self, images: list[ImageSource]) -> Float[Array, "M P D"]:
-        """The features of opened images. New ones are encoded together, in a padded batch."""
-        keys = [_key(image) for image in images]
-        new = [key for key in dict.fromkeys(keys) if key not in self.encoded]
-        if new:
-            pixels = np.concatenate([self.opened[key].result() for key in new])
-            missing = self.padded_batch_size(len(new)) - len(new)
-            padding = np.zeros((missing, *pixels.shape[1:]), pixels.dtype)
-            pixels = jnp.asarray(np.concatenate([pixels, padding]))
-            features = encode_images(self.model, pixels, self.edits)
-            if not features.is_fully_addressable:  # parts on other processes cannot be sliced
-                features = to_host(features)
-            self.encoded |= zip(new, features, strict=False)  # without the padding
-        return _stack([self.encoded[key] for key in keys])
+        """The features of opened images. New ones are encoded together."""
+        self.encode(images)
+        return _stack([self.encoded[self._key(image)] for image in images])
+
+    def is_encoded(self, image: ImageSource) -> bool:
+        return self._key(image) in self.encoded
+
+    def encode(self, images: Iterable[ImageSource]) -> None:
+        """Encode those of the opened images that are not encoded yet, in a padded batch."""
+        new = [key for key in dict.fromkeys(map(self._key, images)) if key not in self.encoded]
+        if not new:
+            return
+        pixels = np.concatenate([self.opened[key].result() for key in new])
+        missing = self.padded_batch_size(len(new)) - len(new)
+        padding = np.zeros((missing, *pixels.shape[1:]), pixels.dtype)
+        pixels = jnp.asarray(np.concatenate([pixels, padding]))
+        features = encode_images(self.model, pixels, self.edits)
+        if not features.is_fully_addressable:  # parts on other processes cannot be sliced
+            features = to_host(features)
+        self.encoded |= zip(new, features, strict=False)  # without the padding
 
     def padded_batch_size(self, size: int) -> int:
         """The size that a batch of images or prompts is padded to."""
         return padded_batch_size(size, mesh_of(self.model))
 
-    def release(self, images: list[ImageSource]) -> None:
+    def release(self, images: Sequence[ImageSource]) -> None:
         """Count one use of each image, and drop the images without further uses."""
-        self.uses.subtract(map(_key, images))
-        for key in set(map(_key, images)):
+        keys = [self._key(image) for image in images]
+        self.uses.subtract(keys)
+        for image in images:
+            self.keys.pop(id(image), None)
+        for key in dict.fromkeys(keys):
+            if key in self.encoded:  # becomes the last one used
+                self.encoded[key] = self.encoded.pop(key)
             if self.uses[key] <= 0:
-                self.encoded.pop(key, None)
+                del self.uses[key]
                 self.opened.pop(key, None)
+        idle = [key for key in self.encoded if key not in self.uses]
+        files = [key for key in idle if isinstance(key, bytes)]  # the last one used is last
+        kept = files[max(len(files) - self.kept, 0) :]
+        for key in set(idle) - set(kept):
+            del self.encoded[key]
+
+    def _key(self, image: ImageSource) -> Hashable:
+        """`_key`, computed once for an image between two releases: digests take time."""
+        if id(image) not in self.keys:
+            self.keys[id(image)] = image, _key(image)
+        return self.keys[id(image)][1]
 
 
 @jax.jit
@@ -189,5 +237,8 @@ def _stack(arrays: list[Array]) -> Array:
 
 
 def _key(image: ImageSource) -> Hashable:
-    """A key that is equal for the same image: its path, or the identity of the object."""
+    """A key that is equal for the same image: its path, a digest of its bytes, or the identity of
+    the object."""
+    if isinstance(image, bytes):
+        return blake2b(image, digest_size=16).digest()
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)

@@ -32,6 +32,22 @@ class Chosen:
     top: TopTokens | None = None  # if asked for
     logits: Float32[AnyArray, "*B N V"] | None = None  # of the model, if asked for
 
+    def room(self, size: int, pad: int) -> Chosen:
+        """Place for `size` tokens of each row of these, [B, size]: pads, and zeros about them."""
+
+        def empty(a: AnyArray) -> Array:
+            return jnp.zeros((a.shape[0], size, *a.shape[2:]), a.dtype)
+
+        room = jax.tree.map(empty, self)
+        return replace(room, tokens=jnp.full_like(room.tokens, pad))
+
+    def with_top(self, k: int) -> Chosen:
+        """The same with the k most likely tokens of those in `top`."""
+        if self.top is None:
+            return self
+        top = jax.tree.map(lambda a: a[..., :k], self.top) if k else None
+        return replace(self, top=top)
+
     def where(self, keep: Bool[AnyArray, "*B N"], pad: int) -> Chosen:
         """The same with a pad, and zeros about it, where `keep` is False."""
         numpy = np if isinstance(keep, np.ndarray) else jnp

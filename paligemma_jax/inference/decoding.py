@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float32, Int, PyTree
 
 from paligemma_jax.inference.chosen import Chosen, describe_choice
 from paligemma_jax.inference.request import Request
+from paligemma_jax.inference.row_sampling import RowSampler
 from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, choose, init_state
 from paligemma_jax.inference.sampling import Greedy, Sample
 from paligemma_jax.model.cache import KVCache
@@ -21,13 +22,15 @@ from paligemma_jax.model.stages import editing
 from paligemma_jax.processing.processor import Inputs
 from paligemma_jax.sharding.compiled import mesh_jit
 
+WITHOUT_HISTORY = (Greedy, Sample, RowSampler)  # samplers that do not read it
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
     """The state of decoding between two tokens."""
 
-    step: Int[Array, ""]  # number of tokens chosen so far
+    step: Int[Array, "*B"]  # number of tokens chosen so far, of all rows or of each
     chosen: Chosen  # the last token of each row, [B, 1], not in the cache yet
     done: Bool[Array, " B"]  # whether a row has produced eos
     history: History | None  # None if the sampler does not read it
@@ -51,10 +54,13 @@ def prefill(
     sampler: Sampler,
     copies: int = 1,
     edits: Edits = NO_EDITS,
+    sampler_state: PyTree | None = None,
 ) -> DecodeState:
     """The state after the first token of every row.
 
-    With `copies`, every prompt has that many consecutive rows.
+    Args:
+        copies: Number of consecutive rows of every prompt.
+        sampler_state: State of the sampler before the first token; by default that of its `init`.
     """
     with editing(edits):
         logits, cache = model.prefill(inputs.tokens, features, inputs.valid, inputs.prefix, slots)
@@ -69,12 +75,12 @@ def prefill(
         step=jnp.int32(0),
         chosen=Chosen(jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows, 1))),
         done=jnp.zeros(rows, bool),
-        history=None if type(sampler) in (Greedy, Sample) else history,
-        sampler=init_state(sampler, history, logits.shape[1]),
+        history=None if type(sampler) in WITHOUT_HISTORY else history,
+        sampler=init_state(sampler, history, logits.shape[1], sampler_state),
         cache=cache,
         position=request.begin(),
     )
-    return _choose(model, logits, state, request, sampler)
+    return choose_tokens(model, logits, state, request, sampler)
 
 
 @partial(mesh_jit, static_argnames=("size", "sampler"), donate_argnames="state")
@@ -93,13 +99,7 @@ def decode(
         The tokens, padded to `size`, and the new state. The state is donated and returned because
         XLA updates a cache in place only if it is both input and output.
     """
-    start = state.step
-
-    def room(a: Array) -> Array:
-        return jnp.zeros((a.shape[0], size, *a.shape[2:]), a.dtype)
-
-    empty = jax.tree.map(room, state.chosen)
-    empty = replace(empty, tokens=jnp.full_like(empty.tokens, model.config.pad_token_id))
+    start, empty = state.step, state.chosen.room(size, model.config.pad_token_id)
 
     def condition(carry: tuple[DecodeState, Chosen]) -> Array:
         state = carry[0]
@@ -109,7 +109,7 @@ def decode(
         state, chosen = carry
         with editing(edits):
             logits, cache = model.decode_step(state.token, state.cache)
-        state = _choose(model, logits, replace(state, cache=cache), request, sampler)
+        state = choose_tokens(model, logits, replace(state, cache=cache), request, sampler)
         place = state.step - 1 - start
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=place, axis=1)
         return state, jax.tree.map(put, chosen, state.chosen)
@@ -118,7 +118,7 @@ def decode(
     return chosen, state
 
 
-def _choose(
+def choose_tokens(
     model: PaliGemma,
     logits: Float32[Array, "B V"],
     state: DecodeState,

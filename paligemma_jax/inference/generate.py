@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import jax
@@ -62,6 +62,11 @@ def generate(
     if answer_lengths:  # drop the tokens that were decoded after the end
         keep = np.arange(chosen.tokens.shape[1]) < answer_lengths(chosen.tokens)[:, None]
         chosen = chosen.where(keep, model.config.pad_token_id)
+    return rank_answers(chosen, options)
+
+
+def rank_answers(chosen: Chosen, options: DecodingOptions) -> Generated:
+    """The `num_return` most likely of the `copies` answers to each prompt, [B x copies, N]."""
     scores = chosen.log_probabilities.sum(axis=1)
     best = np.argsort(-scores.reshape(-1, options.copies), axis=1, kind="stable")
     best = best[:, : options.num_return] + np.arange(len(best))[:, None] * options.copies
@@ -70,6 +75,18 @@ def generate(
     return Generated(
         chosen.tokens, chosen.log_probabilities, scores[best], chosen.top, chosen.logits
     )
+
+
+def pad_answers(rows: Sequence[Chosen], pad: int) -> Chosen:
+    """Answers [n] of several lengths as rows [B, N] of the longest."""
+    longest = max(len(row.tokens) for row in rows)
+
+    def extend(a: np.ndarray) -> np.ndarray:
+        return np.pad(a, [(0, longest - len(a)), *[(0, 0)] * (a.ndim - 1)])
+
+    padded = jax.tree.map(lambda *arrays: np.stack([extend(a) for a in arrays]), *rows)
+    lengths = np.array([len(row.tokens) for row in rows])
+    return padded.where(np.arange(longest) < lengths[:, None], pad)
 
 
 def decode_chunks(

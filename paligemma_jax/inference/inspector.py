@@ -210,7 +210,7 @@ class Inspector:
         if isinstance(images, Inputs):
             if prompts is not None:
                 raise ValueError("prompts must be left out with Inputs, which contain them")
-            scoring.check_inputs(self.model.config, images)
+            scoring.check_inputs(self.model, images)
             return images
         return self.processor(images, require_prompts(prompts), suffixes)
 

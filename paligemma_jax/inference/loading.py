@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,8 @@ def load(
         numerics: "transformers" (release 5.23) or "big_vision", which differ in details
             (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
         mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a
-            `jax.sharding.Mesh` with these axes. Each device reads its slices only.
+            `jax.sharding.Mesh` with these axes (`paligemma_jax.sharding.axes.rename_axes` renames
+            others). Each device reads its slices only.
         quantize: Weights to store in 8 or 4 bits: "int8", "w8a8", "int4" or "nf4" for the
             decoder's projections, or a list by part, such as
             "nf4-32-double,embedding=int8,vision=int8"
@@ -67,6 +69,7 @@ def load(
     enable_compilation_cache()
     checkpoint = resolve(source, base=base, revision=revision)
     processor = make_processor(checkpoint)  # before the weights, so that errors are raised early
+    processor = replace(processor, soft_tokens=checkpoint.soft_tokens)
     model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize, attention=attention)
     if layers == "stack":
         model = distribute(stack_model(model), mesh_of(model))
@@ -74,7 +77,7 @@ def load(
 
 
 def make_processor(source: CheckpointSource, config: PaliGemmaConfig | None = None) -> Processor:
-    """Make the processor of a checkpoint, or of one with another config.
+    """Make the processor of a checkpoint, without its soft prompt, or of one with another config.
 
     Raises:
         ValueError: Its tokenizer and config disagree.

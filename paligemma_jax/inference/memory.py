@@ -18,11 +18,8 @@ def check_memory(model: PaliGemma, prompts: int, copies: int, slots: int) -> Non
     Raises:
         ValueError: They need more memory than the devices have.
     """
-    decoder = model.config.decoder
-    itemsize = 1 if model.config.cache == "int8" else 2 if model.config.dtype != "float32" else 4
-    heads = decoder.num_key_value_heads * decoder.head_dim
-    cache = 2 * decoder.num_hidden_layers * heads * itemsize * slots
-    needed = prompts * copies * (cache + 4 * decoder.vocab_size)
+    logits = 4 * model.config.decoder.vocab_size
+    needed = prompts * copies * (cache_bytes(model, slots) + logits)
     mesh = mesh_of(model)
     available = devices.memory_bytes() * (mesh.size if mesh else 1)
     if needed > available:
@@ -32,6 +29,14 @@ def check_memory(model: PaliGemma, prompts: int, copies: int, slots: int) -> Non
             f"but there are {available / 1e9:,.0f} GB of memory: use fewer beams or samples, a "
             "smaller batch or fewer new tokens"
         )
+
+
+def cache_bytes(model: PaliGemma, slots: int) -> int:
+    """Bytes of the keys and values of one row."""
+    config, decoder = model.config, model.config.decoder
+    itemsize = 1 if config.cache == "int8" else 2 if config.dtype != "float32" else 4
+    heads = decoder.num_key_value_heads * decoder.head_dim
+    return 2 * decoder.num_hidden_layers * heads * itemsize * slots
 
 
 def check_logits_memory(model: PaliGemma, rows: int, tokens: int) -> None:

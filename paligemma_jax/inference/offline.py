@@ -18,9 +18,8 @@ from paligemma_jax.data.jsonl import answer_field, read_lines
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.data.rows import make_example
 from paligemma_jax.inference.answer import Answer
-from paligemma_jax.inference.answering import check_seeds
 from paligemma_jax.inference.offline_files import OutputFiles, Record
-from paligemma_jax.inference.options import DecodingOptions
+from paligemma_jax.inference.options import DecodingOptions, check_seeds
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.processing.processor import EncodedPrompt
 

@@ -10,6 +10,7 @@ from math import log
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from paligemma_jax.inference.allowed import Allowed, describe, rows_of
 from paligemma_jax.inference.sampler import is_sampler
@@ -130,16 +131,22 @@ class DecodingOptions:
         return self.sampler.num_return if isinstance(self.sampler, Beam | BestOf) else 1
 
     def settings(self) -> dict[str, object]:
-        """The options as JSON values, to compare two runs."""
+        """The options as JSON values, to compare two runs.
+
+        Options of later versions are left out at their defaults, so that older runs resume.
+        """
+        later = dict(
+            edit=repr(self.edit) if self.edit else None,
+            top_log_probabilities=self.top_log_probabilities,
+            logits=self.logits,
+        )
         return dict(
             max_new_tokens=self.max_new_tokens,
             sampler=_identify(self.sampler),
             min_new_tokens=self.min_new_tokens,
             stop=[stop if isinstance(stop, str) else _identify(stop) for stop in self.stops],
             allowed=describe(self.allowed),
-            **({"edit": repr(self.edit)} if self.edit else {}),
-            top_log_probabilities=self.top_log_probabilities,
-            logits=self.logits,
+            **{name: value for name, value in later.items() if value},
         )
 
     def for_rows(self, rows: np.ndarray) -> DecodingOptions:
@@ -147,6 +154,24 @@ class DecodingOptions:
         if self.allowed is None:
             return self
         return replace(self, allowed=rows_of(self.allowed, rows))
+
+
+def check_seeds(seeds: Sequence[int] | None, prompts: int) -> Int[np.ndarray, " B"]:
+    """Return the seeds of B prompts as an array; by default 0, 1, 2, ...
+
+    Raises:
+        ValueError: They are not B 32-bit integers.
+    """
+    if seeds is None:
+        return np.arange(prompts)
+    if np.ndim(seeds) != 1:
+        raise ValueError(f"seeds must be a list with one integer per prompt, got {seeds!r}")
+    if len(seeds) != prompts:
+        raise ValueError(f"seeds must be one per prompt, got {len(seeds)} for {prompts} prompts")
+    for seed in seeds:
+        if not is_integer(seed) or not -(2**31) <= seed < 2**31:
+            raise ValueError(f"seeds must be 32-bit integers, got {seed!r}")
+    return np.asarray(seeds)
 
 
 def _is_hashable(value: object) -> bool:
@@ -161,4 +186,4 @@ def _identify(value: object) -> str:
     """A text that is the same for the same sampler or function in another process."""
     if isfunction(value):
         return f"{value.__module__}.{value.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    return re.sub(r" at 0x[0-9a-f]+|, num_return=1\b", "", repr(value))  # as before num_return

@@ -184,9 +184,15 @@ class Predictor(Inspector):
         options: DecodingOptions,
         seed: int,
     ) -> Iterator[list[StreamedToken]]:
+        encoded = self._encode_one(image, prompt)
+        return stream_answer(self.model, self.processor, encoded, options, seed)
+
+    def _encode_one(
+        self, image: ImageSource | Sequence[ImageSource] | None, prompt: str
+    ) -> EncodedPrompt:
         is_group = isinstance(image, list | tuple) and "<image>" not in prompt
         (encoded,) = self.processor.encode([image] if is_group else image, prompt)
-        return stream_answer(self.model, self.processor, encoded, options, seed)
+        return encoded
 
     def detect(self, image: ImageSource, label: Texts, **options: Keyword) -> Detections:
         """Detect objects ("cat"; ["cat", "dog"]) in an image: boxes in pixels, with scores.

@@ -12,8 +12,10 @@ from jax import Array
 from jaxtyping import Bool, Float32, Int, Int32, Key, PyTree
 
 from paligemma_jax.grammars.constraint import Constraint
+from paligemma_jax.inference.allowed import check_least
 from paligemma_jax.inference.chosen import TopTokens
 from paligemma_jax.inference.options import DecodingOptions
+from paligemma_jax.inference.sampling import is_integer
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import AnyArray
 
@@ -48,8 +50,8 @@ class Request:
     seeds: Int[AnyArray, " B"]
     copies: Int[AnyArray, " B"]  # number of the answer among those to its prompt
     allowed: Bool[AnyArray, "*rows V"]  # [V] or [B, V]
-    min_new_tokens: Int[AnyArray, ""]  # no eos before this many tokens
-    max_new_tokens: Int[AnyArray, ""]
+    min_new_tokens: Int[AnyArray, "*B"]  # no eos before this many tokens
+    max_new_tokens: Int[AnyArray, "*B"]
     grammar: Constraint | None  # of each row
     top: int = field(default=0, metadata=dict(static=True))  # most likely tokens to keep
     logits: bool = field(default=False, metadata=dict(static=True))  # whether to keep the logits
@@ -57,7 +59,7 @@ class Request:
     def mask(
         self,
         logits: Float32[Array, "B V"],
-        step: Int[Array, ""] | int,
+        step: Int[Array, "*B"] | int,
         eos: Int[Array, " E"],
         position: PyTree | None,
     ) -> Float32[Array, "B V"]:
@@ -67,7 +69,7 @@ class Request:
             position: Where the rows are in their grammars.
         """
         is_eos = jnp.isin(jnp.arange(logits.shape[1]), eos)
-        too_early = is_eos & (step < self.min_new_tokens)
+        too_early = is_eos & jnp.asarray(step < self.min_new_tokens)[..., None]
         allowed = self.allowed & ~too_early
         if self.grammar is not None:
             allowed &= self.grammar.permitted(position, jnp.asarray(self.max_new_tokens - step))
@@ -79,18 +81,19 @@ class Request:
 
     def advance(self, position: PyTree | None, token: Int[Array, " B"]) -> PyTree | None:
         """Where the rows are in their grammars after a token."""
-        return None if self.grammar is None else self.grammar.advance(position, token)
+        return position if self.grammar is None else self.grammar.advance(position, token)
 
-    def keys(self, step: Int[Array, ""] | int) -> Key[Array, " B"]:
+    def keys(self, step: Int[Array, "*B"] | int) -> Key[Array, " B"]:
         """One random key per row for the token at `step`."""
 
-        def row_key(seed: Array, copy: Array) -> Array:
+        def row_key(seed: Array, copy: Array, step: Array) -> Array:
             key = jax.random.key(seed)
             # The first of several answers equals a single answer.
             key = jnp.where(copy, jax.random.fold_in(key, copy), key)
             return jax.random.fold_in(key, step)
 
-        return jax.vmap(row_key)(self.seeds, self.copies)
+        seeds = jnp.asarray(self.seeds)
+        return jax.vmap(row_key)(seeds, self.copies, jnp.broadcast_to(step, seeds.shape))
 
 
 def make_request(
@@ -109,20 +112,13 @@ def make_request(
         ValueError: No token is allowed, or more likely tokens are asked for than there are.
     """
     V = model.config.decoder.vocab_size
-    if options.top_log_probabilities > V:
-        raise ValueError(
-            f"top_log_probabilities must be at most {V}, the size of the vocabulary, "
-            f"got {options.top_log_probabilities}"
-        )
+    check_top(model, options.top_log_probabilities)
     seeds = np.asarray(np.arange(prompts) if seeds is None else seeds, np.int32)
     allowed, grammar = options.allowed, None
     if isinstance(allowed, Constraint):
         allowed, grammar = None, allowed
-    if options.min_new_tokens and grammar is not None:
-        raise ValueError(
-            f"min_new_tokens must be 0 with a grammar, got {options.min_new_tokens}: "
-            "the grammar decides where an answer may end"
-        )
+    if grammar is not None:
+        check_least(options.min_new_tokens, grammar, model.config.eos_token_ids)
     if allowed is None:
         allowed = np.ones(V, bool)
     if not isinstance(allowed, np.ndarray):
@@ -132,9 +128,7 @@ def make_request(
         )
     if not allowed.any(axis=-1).all():
         raise ValueError("allowed must permit at least one token")
-    eos_ids = list(model.config.eos_token_ids)
-    if options.min_new_tokens and not np.delete(allowed, eos_ids, axis=-1).any(axis=-1).all():
-        raise ValueError("allowed must permit a token besides eos if min_new_tokens is not 0")
+    check_least(options.min_new_tokens, allowed, model.config.eos_token_ids)
     copies = options.copies
     return Request(
         seeds=np.repeat(seeds, copies),
@@ -146,3 +140,12 @@ def make_request(
         top=options.top_log_probabilities,
         logits=options.logits,
     )
+
+
+def check_top(model: PaliGemma, top: int) -> None:
+    """Raise ValueError unless the model has so many tokens to return as the most likely."""
+    V = model.config.decoder.vocab_size
+    if not is_integer(top) or not 0 <= top <= V:
+        raise ValueError(
+            f"top_log_probabilities must be at most {V}, the size of the vocabulary, got {top!r}"
+        )

@@ -62,7 +62,7 @@ class History:
 class SamplerContext:
     """What a sampler may read besides the logits and its own state."""
 
-    step: Int[Array, ""]  # number of tokens of each answer so far
+    step: Int[Array, "*B"]  # number of tokens of each answer so far; of each row for `RowSampler`
     keys: Key[Array, " B"]  # one random key per row, from its seed and the step
     history: History  # empty for `Greedy` and `Sample`, which do not read it
 
@@ -105,15 +105,19 @@ def is_sampler(value: object) -> bool:
     return isinstance(value, Sampler) and not isinstance(value, type)
 
 
-def init_state(sampler: Sampler[State], history: History, vocabulary: int) -> State:
-    """The first state of a sampler, on a mesh with its rows where the batch is."""
+def init_state(
+    sampler: Sampler[State], history: History, vocabulary: int, given: State | None = None
+) -> State:
+    """The first state of a sampler, if none is given, on a mesh with its rows where the batch
+    is."""
 
     def place(x: Array | float) -> Array:
         x = jnp.asarray(x)
         x = x.astype(x.dtype)  # not weakly typed
         return constrain("B", x) if x.shape[:1] == (len(history.tokens),) else x
 
-    return jax.tree.map(place, sampler.init(history, vocabulary))
+    state = sampler.init(history, vocabulary) if given is None else given
+    return jax.tree.map(place, state)
 
 
 def choose(

@@ -12,9 +12,9 @@ from jaxtyping import Float, Float32, Int32
 
 from paligemma_jax.inference.batching import run_batches
 from paligemma_jax.inference.generate import encode_inputs
-from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.edits import NO_EDITS, Edits
 from paligemma_jax.model.paligemma import Features, PaliGemma
+from paligemma_jax.model.prefix import soft_token_count
 from paligemma_jax.model.stages import Fed, collect_stages, editing
 from paligemma_jax.processing.processor import EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.sharding.arrays import to_host
@@ -139,24 +139,25 @@ def _alternatives(
     return own, tokens, others
 
 
-def check_inputs(config: PaliGemmaConfig, inputs: Inputs) -> None:
+def check_inputs(model: PaliGemma, inputs: Inputs) -> None:
     """Check for errors that a compiled program would silently clip.
 
     Raises:
         ValueError: A token is outside the vocabulary, or image tokens do not match the images.
     """
+    config = model.config
     tokens, size = np.asarray(inputs.tokens), config.decoder.vocab_size
-    is_image = tokens == config.image_token_id
-    invalid = tokens[~is_image & ((tokens < 0) | (tokens >= size))]
+    known = [config.image_token_id, *config.soft_tokens(soft_token_count(model))]
+    invalid = tokens[~np.isin(tokens, known) & ((tokens < 0) | (tokens >= size))]
     if invalid.size:
         raise ValueError(f"token {invalid[0]} is outside the vocabulary of {size}")
     if inputs.images is None:
         return
     count, patches = len(inputs.images), config.vision.num_patches
-    if is_image.sum() != count * patches:
+    found = np.sum(tokens == config.image_token_id)
+    if found != count * patches:
         raise ValueError(
-            f"{count} images need {count * patches} image tokens ({patches} each), "
-            f"got {is_image.sum()}"
+            f"{count} images need {count * patches} image tokens ({patches} each), got {found}"
         )
 
 

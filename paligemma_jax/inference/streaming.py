@@ -36,7 +36,7 @@ def stream_tokens(
     Yields:
         The tokens that each chunk settles.
     """
-    growing = _GrowingAnswer(detokenizer)
+    growing = GrowingAnswer(detokenizer)
     for chunk in chunks:
         steps = (jax.tree.map(lambda a, n=n: a[0, n], chunk) for n in range(chunk.tokens.shape[1]))
         if any(growing.add(step) for step in steps):
@@ -46,7 +46,9 @@ def stream_tokens(
 
 
 @dataclass
-class _GrowingAnswer:
+class GrowingAnswer:
+    """An answer that gets its tokens one by one."""
+
     detokenizer: Detokenizer
     tokens: list[int] = field(default_factory=list)
     steps: list[Chosen] = field(default_factory=list)  # of each token

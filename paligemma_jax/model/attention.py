@@ -13,7 +13,7 @@ from paligemma_jax.kernels.attention import fused_attention, position_bounds
 from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.model.constrain import over_shards
 from paligemma_jax.model.masks import Mask, TokenSpan
-from paligemma_jax.model.stages import collecting_scores, stage
+from paligemma_jax.model.stages import Kind, collecting_scores, stage
 
 CHUNK = 512  # queries at a time, so that memory grows with T and not with T squared
 MASKED = -2.3819763e38  # finite: a row that attends to nothing (a pad) gets a mean, not NaN
@@ -82,18 +82,28 @@ def _attend(q, k, v, scale, softcap, mask):
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    allowed = None if mask is None else mask()[:, None]
-    weights = attention_weights(scores.reshape(B, N, T, -1), softcap, allowed)
-    weights = weights.reshape(scores.shape)
+    allowed = None if mask is None else mask()[:, None, None]
+    weights = attention_weights(scores, softcap, allowed, (B, N, T, k.shape[1]))
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)
 
 
 def attention_weights(
-    scores: Float[Array, "B N T S"], softcap: float | None, mask: Bool[Array, "B 1 T S"] | None
-) -> Float[Array, "B N T S"]:
-    """Softmax over the last axis, after the softcap and then the mask."""
+    scores: Float[Array, "*heads S"],
+    softcap: float | None,
+    mask: Bool[Array, "..."] | None,
+    stage_shape: tuple[int, int, int, int],
+) -> Float[Array, "*heads S"]:
+    """Softmax over the last axis, after the softcap and then the mask.
+
+    Stages have the shape [B, N, T, S]. The softmax keeps the shape of `scores`, because XLA sums
+    another shape in another order.
+    """
+
+    def named(name: str, a: Array, kind: Kind) -> Array:
+        return stage(name, a.reshape(stage_shape), kind).reshape(a.shape)
+
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
-    scores = stage("scores", scores, "detail")
+    scores = named("scores", scores, "detail")
     scores = scores if mask is None else jnp.where(mask, scores, MASKED)
-    return stage("weights", jax.nn.softmax(scores, axis=-1), "attention")
+    return named("weights", jax.nn.softmax(scores, axis=-1), "attention")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,30 @@ class KVCache:
         """The cache of rows order[0], order[1], ...; rows may repeat or be left out."""
         k, v = jax.tree.map(lambda a: jnp.take(a, order, axis=a.ndim - 3), (self.k, self.v))
         return replace(self, k=k, v=v, span=jax.tree.map(lambda a: a[order], self.span))
+
+    def put_rows(self, new: KVCache, rows: Int[Array, " b"]) -> KVCache:
+        """The cache with its rows `rows` replaced by those of `new`, whose slots go directly before
+        the next one, around the end of the cache if need be. Rows beyond the last are left out."""
+        S, used = self.span.valid.shape[1], new.length
+
+        def put(old: Array, value: Array, slots: int, rows_axis: int) -> Array:
+            widths = [(0, 0)] * value.ndim
+            widths[slots] = 0, S - value.shape[slots]
+            value = jnp.roll(jnp.pad(value, widths), self.length - used, slots)
+            return old.at[(slice(None),) * rows_axis + (rows,)].set(value, mode="drop")
+
+        def put_array(old: CachedArray, value: Any) -> CachedArray:
+            if not isinstance(old, Int8Array):
+                return put(old, value, -2, old.ndim - 3)
+            axis = old.codes.ndim - 3
+            codes = put(old.codes, value.codes, -2, axis)
+            return Int8Array(codes, put(old.scale, value.scale, -1, axis))
+
+        k, v = jax.tree.map(
+            put_array, (self.k, self.v), (new.k, new.v), is_leaf=lambda a: isinstance(a, Int8Array)
+        )
+        span = jax.tree.map(lambda old, value: put(old, value, -1, 0), self.span, new.span)
+        return replace(self, k=k, v=v, span=span)
 
     def extend(self, position: Int[Array, " B"]) -> KVCache:
         """Mark one more slot as valid, at `position` of each row; `write` fills it."""

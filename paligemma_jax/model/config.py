@@ -61,6 +61,11 @@ class DecoderConfig:
         """Gemma 2 also normalizes the outputs of attention and MLP, before the residual."""
         return self.model_type == "gemma2"
 
+    @property
+    def prefix_shape(self) -> tuple[int, int, int, int]:
+        """The axes L, 2, K, H of a prefix, after those of its tokens: keys, then values."""
+        return self.num_hidden_layers, 2, self.num_key_value_heads, self.head_dim
+
     def windows(self, numerics: Numerics) -> tuple[int, ...]:
         """For each layer, how many keys (itself included) a causal query attends to. Layers 0, 2,
         4, ... are local."""
@@ -131,6 +136,12 @@ class PaliGemmaConfig:
         """Tokens that the published models support, image tokens included (Gemma's
         `max_position_embeddings`)."""
         return 8192
+
+    def soft_tokens(self, count: int) -> range:
+        """The ids that stand for a soft prompt of `count` vectors: the first that are neither text
+        nor image."""
+        first = max(self.decoder.vocab_size, self.image_token_id + 1)
+        return range(first, first + count)
 
     @classmethod
     def preset(cls, name: str) -> PaliGemmaConfig:

@@ -55,8 +55,8 @@ def attend_cached(
     own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32)
     own = own.reshape(B, K * G, 1)
     scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
-    weights = attention_weights(scores[:, :, None], softcap, mask()[:, None])
-    weights = weights[:, :, 0].astype(v.dtype)
+    weights = attention_weights(scores, softcap, mask(), (B, K * G, 1, scores.shape[-1]))
+    weights = weights.astype(v.dtype)
     own = jax.lax.dynamic_slice_in_dim(weights, slot, 1, axis=2)
     weights = jax.lax.dynamic_update_slice_in_dim(weights, jnp.zeros_like(own), slot, axis=2)
     weights = (weights * by_head(v_scale)).astype(v.dtype)

@@ -17,7 +17,8 @@ from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
 from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
 from paligemma_jax.model.constrain import constrain, over_all_tokens, ways
 from paligemma_jax.model.decode_attention import attend_cached
-from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, rope
+from paligemma_jax.model.dropout import dropout, with_layer_keys
+from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, place_prefix, rope
 from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
@@ -39,6 +40,7 @@ class Attention(nnx.Module):
         self.k = Linear("KHD", (K, H, D), rngs=rngs)
         self.v = Linear("KHD", (K, H, D), rngs=rngs)
         self.o = Linear("DNH", (D, N, H), contracted=2, rngs=rngs)
+        self.prefix: nnx.Param | None = nnx.data(None)  # see `with_prefix`
 
     @over_all_tokens
     def __call__(
@@ -54,6 +56,9 @@ class Attention(nnx.Module):
         rotate = partial(rope, positions=queries.positions, theta=self.config.rope_theta)
         q, k, v = (stage(name, getattr(self, name)(x), "detail") for name in "qkv")
         q, k = rotate(q), rotate(k)
+        if self.prefix is not None and cache is None:
+            index = queries.positions - self.numerics.first_position
+            k, v = place_prefix(self.prefix[...], index, k, v)
         if self.numerics.scale_query:
             q, scale = q * scale, 1.0
         softcap = self.config.attn_logit_softcapping
@@ -105,11 +110,12 @@ class Block(nnx.Module):
     @branch("attention")
     def attend(self, x, queries, window, cache) -> tuple[Array, KeyValue]:
         y, kv = self.attention(self.pre_attention_norm(x), queries, window, cache)
-        return self.post_attention_norm(y), kv
+        return dropout(self.post_attention_norm(y), 0), kv
 
     @branch("mlp")
     def feed_forward(self, x: Array) -> Array:
-        return self.post_mlp_norm(self.mlp(self.pre_mlp_norm(x)))
+        y = dropout(self.mlp(self.pre_mlp_norm(x)), 1)  # before the norm, as in big_vision
+        return self.post_mlp_norm(y)
 
 
 class Embedder(nnx.Module):
@@ -196,7 +202,8 @@ class Decoder(nnx.Module):
             return layer(x, queries, window, (*kv, cache.span, cache.length - 1) if cache else None)
 
         cached = (cache.k, cache.v) if cache else ()
-        x, kv = scan_layers(block, x, self.layers, windows, *cached)
+        block, keys = with_layer_keys(block, len(windows))
+        x, kv = scan_layers(block, x, self.layers, windows, *cached, *keys)
         k, v = map(list, zip(*kv, strict=True)) if isinstance(kv, list) else kv
         return stage("norm", self.norm(x)), k, v
 

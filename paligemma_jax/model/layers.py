@@ -159,3 +159,15 @@ def rope(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return y.astype(x.dtype)
+
+
+def place_prefix(
+    prefix: Float[Array, "2 P K H"],
+    index: Int[Array, "B T"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+) -> tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Put the keys and values of a prefix in place of those of the first P tokens of each row."""
+    is_prefix = ((index >= 0) & (index < prefix.shape[1]))[..., None, None]
+    placed = prefix.astype(k.dtype)[:, jnp.clip(index, 0, prefix.shape[1] - 1)]
+    return jnp.where(is_prefix, placed[0], k), jnp.where(is_prefix, placed[1], v)

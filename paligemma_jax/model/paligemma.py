@@ -44,6 +44,7 @@ class PaliGemma(nnx.Module):
         self.vision = VisionEncoder(config.vision, config.attention, rngs)
         self.projector = Linear("DW", (D, W), bias=True, rngs=rngs)
         self.decoder = Decoder(config.decoder, config.profile, config.attention, rngs)
+        self.soft_prompt: nnx.Param | None = nnx.data(None)  # see `with_soft_prompt`
 
     def encode_images(self, images: Images) -> Features:
         """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in
@@ -53,11 +54,14 @@ class PaliGemma(nnx.Module):
         return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
 
     @scope("decoder")
-    def embed(self, tokens: Tokens, features: Features | None) -> Float[Array, "B T D"]:
-        """Text embeddings, with image features in place of the image tokens, in reading order.
+    def embed(
+        self, tokens: Tokens, features: Features | None, is_answer: bool = False
+    ) -> Float[Array, "B T D"]:
+        """Text embeddings, with image features in place of the image tokens, in reading order, and
+        the soft prompt in place of its tokens.
 
         An image id beyond the table looks up row 0 (transformers `PaliGemmaModel.forward`). Without
-        features, image tokens are text.
+        features, image tokens are text. Tokens of an answer are text, too.
         """
         is_image, ids = tokens == self.config.image_token_id, tokens
         if self.config.image_token_id >= self.config.decoder.vocab_size:
@@ -69,6 +73,18 @@ class PaliGemma(nnx.Module):
             order = jnp.cumsum(is_image.reshape(groups, -1), axis=1)[..., None] - 1
             placed = jnp.take_along_axis(features, order, axis=1, mode="clip").reshape(x.shape)
             x = jnp.where(is_image[..., None], placed, x)
+        if self.soft_prompt is not None and not is_answer:
+            rows = self.soft_prompt.shape[:-2]
+            if rows not in ((), (len(x),)):
+                raise ValueError(
+                    f"vectors of {rows[0]} rows need inputs of {rows[0]} rows, got {len(x)}"
+                )
+            index = (tokens - self.config.soft_tokens(0).start)[..., None]
+            vectors = jnp.broadcast_to(
+                self.soft_prompt[...], (len(x), *self.soft_prompt.shape[-2:])
+            )
+            placed = jnp.take_along_axis(vectors, index, axis=1, mode="clip")
+            x = jnp.where(index >= 0, placed.astype(x.dtype), x)
         return stage("embeddings", x)
 
     def hidden(
@@ -129,6 +145,6 @@ class PaliGemma(nnx.Module):
         cache = cache.extend(position)
         no = jnp.zeros_like(token, bool)[:, None]
         query = TokenSpan(position[:, None], prefix=no, valid=~no)
-        x, k, v = self.decoder(self.embed(token[:, None], None), query, cache)
+        x, k, v = self.decoder(self.embed(token[:, None], None, is_answer=True), query, cache)
         logits = stage("logits", self.decoder.logits(x[:, 0], self.config.profile.capped_decode))
         return logits, cache.write(k, v, after=x)

@@ -1,8 +1,8 @@
 """Look inside a forward pass: every intermediate result has a name, and can be replaced.
 
-This is the only place where a context variable changes what a model computes: the innermost
-`collect_stages` block. `Predictor.stages` and the parity report use it. A block works where the
-model is called, eagerly or within one traced function:
+Besides dropout in training, this is the only place where a context variable changes what a model
+computes: the innermost `collect_stages` block. `Predictor.stages` and the parity report use it. A
+block works where the model is called, eagerly or within one traced function:
 
     @jax.jit
     def patched(model, inputs, fed):

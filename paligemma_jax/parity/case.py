@@ -181,7 +181,12 @@ def _open_dense(source: CheckpointSource) -> Checkpoint:
     checkpoint = source.checkpoint
     if not source.has_adapter:
         return checkpoint
-    _ = source.delta  # refuses it before transformers runs
+    adapter = source.delta  # refuses it before transformers runs
+    if adapter and adapter.soft_tokens:
+        raise ValueError(
+            f"{source.reference} has a {adapter.soft_kind}, which transformers alone cannot run: "
+            f"compare its base, {source.weights}"
+        )
 
     @cache
     def merged() -> dict[str, jax.Array]:

@@ -52,7 +52,7 @@ class EncodedPrompt:
     """One prompt as token ids, with its images not opened yet."""
 
     images: tuple[ImageSource, ...]
-    prompt: list[int]  # image tokens, bos, text and newline
+    prompt: list[int]  # soft prompt, image tokens, bos, text and newline
     suffix: list[int]  # text and eos; empty without suffix
 
     def __len__(self) -> int:
@@ -68,6 +68,7 @@ class Processor:
     image_tokens: int  # per image: (S / patch size) squared
     context: int = 8192  # maximum number of tokens of a row, images included
     image_settings: ImageSettings = field(default_factory=ImageSettings)
+    soft_tokens: range = range(0)  # ids of a soft prompt, in front of each prompt
 
     def __call__(
         self,
@@ -191,7 +192,7 @@ class Processor:
         image_id = self.tokenizer.image_id
         ids = self.tokenizer.encode(f"{before}{image}{self.tokenizer.bos}{after}\n")
         repeated = ([i] * (self.image_tokens if i == image_id else 1) for i in ids)
-        return list(chain.from_iterable(repeated))
+        return [*self.soft_tokens, *chain.from_iterable(repeated)]
 
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:

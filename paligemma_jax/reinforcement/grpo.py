@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from paligemma_jax.data.rows import RowSource, example_at
+from paligemma_jax.losses.grpo import grpo
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.reinforcement.config import GRPOConfig
 from paligemma_jax.reinforcement.groups import Groups, answer_log_probabilities
-from paligemma_jax.reinforcement.objective import grpo
 from paligemma_jax.reinforcement.rewards import resolve_reward, score_answer
 from paligemma_jax.reinforcement.rollouts import GroupRollouts
 from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.ranges import flag
 from paligemma_jax.training.trainer import Trainer, TrainState
 
 
@@ -39,6 +40,13 @@ class GRPO(GRPOConfig):
             raise ValueError(
                 "--features cannot be combined with --objective grpo, which encodes images itself"
             )
+        for name in ("dropout", "lora_dropout"):
+            rate = getattr(config, name)
+            if rate:
+                raise ValueError(
+                    f"{flag(name)} must be 0 with --objective grpo, which samples answers without "
+                    f"dropout, got {rate}"
+                )
         reward = resolve_reward(self.reward)
         for i in range(len(rows) if isinstance(rows, list) else 1):
             example = example_at(rows, i)

@@ -11,10 +11,10 @@ import numpy as np
 
 from paligemma_jax.data.rows import Example, RowSource, example_at
 from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.losses.grpo import group_advantages
 from paligemma_jax.processing.processor import EncodedPrompt, Processor
 from paligemma_jax.reinforcement.config import GRPOConfig
 from paligemma_jax.reinforcement.groups import Groups, answer_log_probabilities, sample_groups
-from paligemma_jax.reinforcement.objective import group_advantages
 from paligemma_jax.reinforcement.rewards import resolve_reward, score_answer
 from paligemma_jax.sharding.arrays import to_host
 from paligemma_jax.sharding.compiled import mesh_jit

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Float32
 
-from convert import colpali
+from convert import colpali, colpali_adapter
 from convert.files import companion_files, user_path
 from paligemma_jax.checkpoints.load import read_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
@@ -57,10 +57,10 @@ class Retriever:
     @cached_property
     def digest(self) -> str:
         """A text that tells models apart whose vectors cannot be compared."""
-        head = (self.model.projection, self.model.vlm.decoder.norm)
-        arrays = [np.asarray(array, np.float32) for array in jax.tree.leaves(head)]
-        shapes = repr([leaf.shape for leaf in jax.tree.leaves(self.model)])
-        content = shapes.encode() + b"".join(array.tobytes() for array in arrays)
+        leaves = jax.tree.leaves(self.model)
+        rows = [np.asarray(leaf[(0,) * (leaf.ndim - 1)], np.float32) for leaf in leaves]
+        shapes = repr([leaf.shape for leaf in leaves])
+        content = shapes.encode() + b"".join(row.tobytes() for row in rows)
         return hashlib.sha256(content).hexdigest()[:16]
 
     def embed_pages(self, pages: Sequence[ImageSource], batch_size: int = 8) -> Embeddings:
@@ -127,8 +127,7 @@ class Retriever:
         """
         vlm = {path: np.asarray(array) for path, array in parameters(self.model.vlm).items()}
         kernel, bias = self.model.projection.kernel, self.model.projection.bias
-        source = resolve_colpali(like)
-        files = companion_files(source if isinstance(source, Path) else source.tokenizer_dir)
+        files = companion_files(resolve(like).tokenizer_dir)
         colpali.write(
             user_path(directory),
             self.model.vlm.config,
@@ -162,8 +161,10 @@ def load(
     mesh: Mesh | str | None = None,
     size: int | None = None,
     seed: int = 0,
+    base: str | Path | None = None,
 ) -> Retriever:
-    """Load a ColPali checkpoint of transformers (vidore/colpali-v1.3-hf).
+    """Load a ColPali: a checkpoint of transformers (vidore/colpali-v1.3-hf), or of colpali-engine,
+    also as a LoRA adapter (vidore/colpali-v1.3), which is merged into its base.
 
     Args:
         source: Its directory or hub id; or any PaliGemma, together with `size`.
@@ -173,21 +174,20 @@ def load(
         size: Start training from a PaliGemma with a new, random projection to vectors of this
             length.
         seed: Seed of the projection.
+        base: The base checkpoint of an adapter, if it is no longer where its config says.
 
     Raises:
         ValueError: The checkpoint or an option cannot be used.
     """
     enable_compilation_cache()
-    location = resolve_colpali(source)
+    location = resolve(source, base=base)
+    checkpoint = _open(location)
     kernel = bias = None
-    length = size or 0
-    if isinstance(location, Path):
+    if checkpoint is not None:
         if size is not None:
             raise ValueError(f"size must be left out, since {source} has a projection")
-        checkpoint = colpali.read(location)
         vlm, kernel, bias = checkpoint.vlm, checkpoint.kernel.load(), checkpoint.bias.load()
-        length = len(bias)
-        location = CheckpointSource(str(source), location, None, location, None)
+        size = len(bias)
     elif size is None:
         raise ValueError(
             f"{source} is a PaliGemma without a projection: load a ColPali such as "
@@ -199,19 +199,23 @@ def load(
         dtype = "float32" if jax.default_backend() == "cpu" else vlm.config.dtype
     config = replace(vlm.config, dtype=dtype)
     devices = resolve_mesh(mesh, config)
-    model = ColPali(read_model(vlm, config, devices), length, nnx.Rngs(seed))
+    model = ColPali(read_model(vlm, config, devices), size, nnx.Rngs(seed))
     if kernel is not None:
         model.projection.kernel = nnx.Param(jnp.asarray(kernel, dtype))
         model.projection.bias = nnx.Param(jnp.asarray(bias, dtype))
     return Retriever(distribute(model, devices), make_processor(location, config))
 
 
-def resolve_colpali(source: CheckpointSource | str | Path) -> CheckpointSource | Path:
-    """The directory of a ColPali, or the source of a PaliGemma."""
-    if isinstance(source, CheckpointSource):
-        return source
-    found = resolve(source)
-    return found.weights if colpali.is_colpali(found.weights) else found
+def _open(source: CheckpointSource) -> colpali.ColPaliCheckpoint | None:
+    """The opened ColPali, with its adapter merged; None for a PaliGemma."""
+    weights, adapter = source.weights, source.adapter
+    if source.state is not None:
+        return None
+    if adapter is not None and (
+        colpali_adapter.has_projection(adapter) or colpali.is_colpali(weights)
+    ):
+        return colpali_adapter.read(weights, adapter)
+    return colpali.read(weights) if adapter is None and colpali.is_colpali(weights) else None
 
 
 def check_vectors(queries: Embeddings, pages: Embeddings) -> None:

@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import PyTree
 
+from paligemma_jax.sharding.axes import checked_mesh
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import Leaf, partition_spec, shardings
 
@@ -69,6 +70,7 @@ def shape_struct(array: Leaf, sharding: jax.sharding.Sharding) -> jax.ShapeDtype
 
 
 def _batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    mesh = checked_mesh(mesh)
     return NamedSharding(mesh, partition_spec(["B"], shape, mesh))
 
 

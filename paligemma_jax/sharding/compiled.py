@@ -6,12 +6,13 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from paligemma_jax.model.constrain import Placement, constrain_with
@@ -25,10 +26,19 @@ R = TypeVar("R")
 
 @contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Trace for a mesh inside: the model's `constrain` takes effect. None changes nothing."""
+    """Trace for a mesh inside: the model's `constrain` takes effect. None changes nothing.
+
+    Raises:
+        ValueError: Its axes are not `AxisType.Auto`.
+    """
     if mesh is None:
         yield
         return
+    if {*mesh.axis_types} != {AxisType.Auto}:
+        raise ValueError(
+            f"mesh axes must be AxisType.Auto to compile a program, got {mesh}: place the model "
+            "with paligemma_jax.sharding.arrays.distribute(model, mesh), and use mesh_of(model)"
+        )
     with jax.set_mesh(mesh), constrain_with(MeshPlacement()):
         yield
 
@@ -41,8 +51,7 @@ class MeshPlacement(Placement):
 
     def ways(self, letter: str, size: int) -> int:
         mesh = jax.sharding.get_abstract_mesh()
-        (names,) = partition_spec([letter], [size], mesh)
-        names = (names,) if isinstance(names, str) else names or ()
+        names = jax.tree.leaves(tuple(partition_spec([letter], [size], mesh)))
         return math.prod(mesh.shape[name] for name in names)
 
     def over_shards(
@@ -68,11 +77,57 @@ def constrain_tree(tree: PyTree) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, partition_specs(tree, mesh))
 
 
+class Structure:
+    """The structure of a pytree, whose hash is computed once."""
+
+    def __init__(self, treedef: Any):
+        self.treedef, self.hash = treedef, hash(treedef)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.treedef == other.treedef)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class Flattened:
+    """A model in the form in which programs take it, as the first argument of a `mesh_jit`.
+
+    To flatten an `nnx.Module` takes milliseconds, for each call. The model must not be changed.
+    """
+
+    leaves: Sequence[Array]
+    structure: Structure
+
+    @classmethod
+    def of(cls, model: PyTree) -> Flattened:
+        leaves, treedef = jax.tree.flatten(model)
+        return cls(leaves, Structure(treedef))
+
+    def tree_flatten(self) -> tuple[Sequence[Array], Structure]:
+        return self.leaves, self.structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: Structure, leaves: Sequence[Array]) -> Flattened:
+        return cls(leaves, structure)
+
+    def restore(self) -> PyTree:
+        return jax.tree.unflatten(self.structure.treedef, self.leaves)
+
+
 class mesh_jit(Generic[P, R]):
-    """`jax.jit` that traces and runs a function on the mesh of its first argument."""
+    """`jax.jit` that traces and runs a function on the mesh of its first argument, a pytree or a
+    `Flattened` one."""
 
     def __init__(self, function: Callable[P, R], **options: object):
-        self.jitted = jax.jit(function, **options)  # type: ignore[call-overload]
+        @functools.wraps(function)
+        def traced(first: PyTree, *args: object, **kwargs: object) -> R:
+            first = first.restore() if isinstance(first, Flattened) else first
+            return function(first, *args, **kwargs)  # type: ignore[call-arg]
+
+        self.jitted = jax.jit(traced, **options)  # type: ignore[call-overload]
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

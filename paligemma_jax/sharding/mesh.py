@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import PyTree
 
 from paligemma_jax.model.config import PaliGemmaConfig
-from paligemma_jax.sharding.rules import AXIS_RULES, MESH_AXES
+from paligemma_jax.sharding.axes import MESH_AXES, checked_mesh
+from paligemma_jax.sharding.rules import AXIS_RULES
 
 Devices = Sequence[jax.Device]  # type: ignore[valid-type]  # jax defines it as a variable
 
@@ -49,8 +50,8 @@ def resolve_mesh(
     single key head (PaliGemma 1) is replicated and the query heads are split.
 
     Args:
-        mesh: Axis sizes, 1 if left out; "auto"; a `Mesh` with axes of these names, which is
-            returned unchanged; or None, for no mesh.
+        mesh: Axis sizes, 1 if left out; "auto"; a `Mesh` with axes of these names (`rename_axes`
+            renames others), whose axes become `AxisType.Auto`; or None, for no mesh.
         devices: Devices to use; by default those of all processes for training, and those of this
             process for inference, where each process answers on its own.
         rows: The batch size for "auto" in training; 0 puts all devices on `fsdp`.
@@ -61,12 +62,12 @@ def resolve_mesh(
     if mesh is None:
         return None
     if isinstance(mesh, Mesh):
-        if not {*mesh.axis_names} <= {*MESH_AXES} or {*mesh.axis_types} != {AxisType.Auto}:
-            raise ValueError(
-                f"mesh axes must be among {', '.join(MESH_AXES)} with AxisType.Auto, "
-                f"got {mesh.axis_names}; make one with paligemma_jax.sharding.mesh.make_mesh"
-            )
-        return mesh
+        return checked_mesh(mesh)
+    if not isinstance(mesh, str):
+        raise ValueError(
+            f"mesh must be auto, sizes like data=2,fsdp=4 (axes {', '.join(MESH_AXES)}), "
+            f"a jax.sharding.Mesh or None, got {mesh!r}"
+        )
     devices = devices or (jax.devices() if training else jax.local_devices())
     count = len(devices)
     if mesh != "auto":

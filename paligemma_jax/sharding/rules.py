@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+from paligemma_jax.sharding.axes import checked_mesh
 
-MESH_AXES = ("data", "fsdp", "tensor")
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 # The mesh axes that split each axis letter. Tensor parallelism splits heads, MLP and vocabulary;
 # fully sharded data parallelism splits the other axis of each matrix. Both kinds of data
@@ -80,7 +80,8 @@ def partition_spec(
     """Return the mesh axes that split each axis of an array.
 
     Each letter gets the mesh axes of `AXIS_RULES` that divide it and that no other axis of the
-    array uses. B comes last, with the data axes that the other letters leave.
+    array uses. B comes last, with the data axes that the other letters leave. Axes at the end that
+    nothing splits are left out, as in the shardings of results: programs are cached by them.
     """
     spec: list[tuple[str, ...]] = [()] * min(len(axes), len(shape))
     for i in sorted(range(len(spec)), key=lambda i: axes[i] == "B"):
@@ -90,6 +91,8 @@ def partition_spec(
             ways = size * math.prod(mesh.shape[name] for name in spec[i])
             if size > 1 and not used and shape[i] % ways == 0:
                 spec[i] += (axis,)
+    while spec and not spec[-1]:
+        spec.pop()
     return PartitionSpec(
         *(names if len(names) > 1 else names[0] if names else None for names in spec)
     )
@@ -128,4 +131,5 @@ def _warn_replicated(letter: str, size: int, axis: str, ways: int, path: str) ->
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree[NamedSharding]:
     """Return the `NamedSharding` of every array or shape of a tree (`partition_specs`)."""
+    mesh = checked_mesh(mesh)
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree, mesh))

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,9 +194,19 @@ class Checkpoints:
                 raise
             reasons = [os.strerror(code) for code in WRITE_ERRORS]
             reason = next((text for text in reasons if text in str(error)), _first_line(error))
-            for unfinished in (self.folder / CHECKPOINTS).glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+            self._remove_unfinished()
             raise ValueError(self._not_written(reason)) from None
+
+    def _remove_unfinished(self) -> None:
+        """Remove what an error left. Orbax's threads may write for a moment longer, and create
+        directories again, so look until there is nothing three times in a row."""
+        empty, deadline = 0, time.monotonic() + 10
+        while empty < 3 and time.monotonic() < deadline:
+            unfinished = list((self.folder / CHECKPOINTS).glob("*.orbax-checkpoint-tmp"))
+            empty = 0 if unfinished else empty + 1
+            for folder in unfinished:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
 
 
 @cache

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from paligemma_jax.model.precision import Quantization
 from paligemma_jax.training.ranges import check_choices, check_ranges, flag
 
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    MeshChoice = str | Mesh | None
+else:
+    MeshChoice = str | None  # all that a command line can give
+
+SOFT_PROMPT = "soft_prompt"  # its path in a model
+SOFT = "prompt", "prefix"  # choices of --train that train nothing but soft tokens
 # Names that --train accepts, and the paths of the parameters that each trains.
 TRAIN_PATTERNS = {
     "all": r".*",
@@ -19,6 +28,8 @@ TRAIN_PATTERNS = {
     "attention": r"decoder/layers/.*attention/.*",
     "projector": r"projector/.*",
     "lora": r".*/lora_\w+",
+    "prompt": SOFT_PROMPT,
+    "prefix": r"decoder/layers/attention/prefix",
 }
 
 
@@ -48,8 +59,8 @@ class FinetuneConfig:
     moved."""
 
     train: str = "all"
-    """Parameters to train: all, decoder, attention, projector, lora, or a regular expression of
-    parameter paths such as projector/.*|.*/lora_[ab]"""
+    """Parameters to train: all, decoder, attention, projector, lora, prompt or prefix
+    (--soft-prompt alone), or a regular expression of paths such as projector/.*|.*/lora_[ab]"""
     lora_rank: int = 16
     """LoRA rank in the decoder."""
     lora_vision_rank: int = 0
@@ -63,13 +74,20 @@ class FinetuneConfig:
     lora_target: str = (
         r".*(attention|mlp)/\w+"  # `lora.TARGET`; importing it would slow --help down
     )
-    """Layers to adapt: a regular expression of paths such as decoder/layers/attention/q
-    (decoder/layers/3/attention/q with --layers list)."""
+    """Layers to adapt: a regular expression of paths such as decoder/layers/attention/q (or, to
+    adapt only some layers, decoder/layers/[0-5]/attention/q with --layers list)."""
+    loraplus_lr_ratio: float = 1.0
+    """Learning rate of B, and of trained norms and biases, in units of that of A (LoRA+,
+    arXiv:2402.12354). As in peft, which advises at least 1; 16 is common."""
     dora: bool = False
     """Train the length of each row of the adapted matrices as well (DoRA, arXiv:2402.09353)."""
     modules_to_save: str | None = None
     """Modules to train in full beside LoRA and to save in the adapter, as with peft: a regular
     expression of paths such as projector|decoder/norm"""
+    soft_prompt: int = 0
+    """Number of trained vectors in front of each prompt (arXiv:2104.08691), with --train prompt or
+    lora, or keys and values (arXiv:2101.00190), with --train prefix; saved in the adapter. By
+    default those of --model, which are trained further."""
     quantize: str | None = None
     """Quantize the decoder's projections and freeze them: int8, w8a8, int4 or nf4 (QLoRA, with
     --train lora). Other parts by name: nf4-64-double,embedding=int8,vision=int8"""
@@ -103,6 +121,8 @@ class FinetuneConfig:
     """Clip gradients to this global norm; 0 disables clipping."""
     label_smoothing: float = 0.0
     """Probability mass of each target that is spread over the vocabulary."""
+    dropout: float = 0.0
+    """Dropout rate of the outputs of attention and MLP in the decoder, as in big_vision."""
     reduction: Literal["tokens", "examples"] = "tokens"
     """Loss reduction: mean over all target tokens (as in transformers), or mean over examples of
     each example's mean (as in big_vision)."""
@@ -138,9 +158,9 @@ class FinetuneConfig:
     attention: Literal["plain", "fused"] | None = None
     """Form of attention: fused keeps scores on the chip, on TPUs and GPUs; plain runs everywhere.
     By default the fastest."""
-    mesh: str | None = None
+    mesh: MeshChoice = None
     """Devices to shard model, optimizer and batch over: axis sizes such as data=2,fsdp=4,tensor=2
-    (axes left out have size 1), or auto for all devices."""
+    (axes left out have size 1), or auto for all devices. In Python also a jax.sharding.Mesh."""
     hosts: str | None = None
     """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. By default
     $PALIGEMMA_JAX_HOSTS, else a single process."""
@@ -187,9 +207,16 @@ class FinetuneConfig:
                 raise ValueError(
                     f"{flag(name)} must be {choices}a regular expression, got {value!r}: {error}"
                 ) from None
-        for name in ("dora", "modules_to_save"):
-            if getattr(self, name) and not self.lora:
+        for name in ("dora", "modules_to_save", "loraplus_lr_ratio"):
+            if getattr(self, name) != getattr(type(self), name) and not self.lora:
                 raise ValueError(f"{flag(name)} requires --train lora, got --train {self.train}")
+        if self.soft_prompt and not (self.lora or self.train in SOFT):
+            known = "--train prompt, prefix or lora"
+            raise ValueError(f"--soft-prompt requires {known}, got --train {self.train}")
+        if self.export and (self.soft_prompt or self.train in SOFT):
+            raise ValueError(
+                f"--export {self.export} must be left out with soft tokens, which no model has"
+            )
         Quantization.parse(self.quantize)
         if self.features and self.augments:
             raise ValueError(
@@ -201,20 +228,14 @@ class FinetuneConfig:
     def trainable_pattern(self) -> str:
         """Regular expression of the paths of the trainable parameters."""
         pattern = TRAIN_PATTERNS.get(self.train, self.train)
-        return f"{pattern}|{self.saved_pattern}" if self.saved_pattern else pattern
+        parts = [pattern, self.saved_pattern, SOFT_PROMPT if self.soft_prompt and self.lora else ""]
+        return "|".join(filter(None, parts))
 
     @property
     def saved_pattern(self) -> str:
         """Regular expression of the paths of the parameters of `modules_to_save`, "" for none."""
         modules = self.modules_to_save
         return rf"(?!.*/base/)(?:{modules})/(?:kernel|bias|scale|table)" if modules else ""
-
-    def matches(self, pattern: str, path: str) -> bool:
-        """Whether a pattern matches a parameter by the path that it has in training, where stacked
-        layers have no number."""
-        if self.layers == "stack":
-            path = re.sub(r"/layers/\d+/", "/layers/", path)
-        return bool(re.fullmatch(pattern, path))
 
     @property
     def loggers(self) -> list[str]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
 from convert import peft
-from convert.files import user_path
+from convert.adapter import Adapter
 from paligemma_jax import lora
 from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.checkpoints.runs import BEST
+from paligemma_jax.checkpoints.runs import ADDED, BEST
 from paligemma_jax.checkpoints.save import save_model
 from paligemma_jax.checkpoints.source import CheckpointSource
+from paligemma_jax.model.patterns import matches
+from paligemma_jax.model.prefix import prefix_of
 from paligemma_jax.model.stack import unstack_model
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.sharding import hosts
 from paligemma_jax.sharding.arrays import distribute, to_host
+from paligemma_jax.training.adapters import base_name
 from paligemma_jax.training.checkpointing import Checkpoints
 from paligemma_jax.training.trainer import Trainer, TrainState
 
@@ -27,18 +31,25 @@ def save_result(
 ) -> Path:
     """Save the trained model in `folder`, and return its directory.
 
-    If only LoRA and `modules_to_save` were trained, this is adapter/. A model/ is saved otherwise,
-    or if an export format is configured, with adapters merged into the unquantized base.
+    If only LoRA, `modules_to_save` and a soft prompt, or a prefix, were trained, this is adapter/.
+    It has what the adapter had from which a soft prompt was trained further. A model/ is saved
+    otherwise, or if an export format is configured, with adapters merged into the unquantized base.
     """
     config, model = trainer.config, trainer.result(state)
     model = unstack_model(model) if config.layers == "stack" else model
     factors = lora.lora_factors(model)
-    is_saved = partial(config.matches, config.saved_pattern)
-    if factors and all("/lora_" in path or is_saved(path) for path in trainer.trainable):
+    is_saved = partial(matches, config.saved_pattern)
+    prompt = None if model.soft_prompt is None else to_host(model.soft_prompt[...])
+    prefix = prefix_of(model)
+    prefix = None if prefix is None else to_host(prefix)
+    added = [path for path in trainer.trainable if re.fullmatch(ADDED, path)]
+    if added and all(path in added or is_saved(path) for path in trainer.trainable):
         saved = {p: to_host(value) for p, value in parameters(model).items() if is_saved(p)}
         if hosts.is_first_process():
-            base = _base_name(config.model, source)
-            peft.save_adapter(folder / "adapter", factors, model.config, base, saved)
+            before = source.delta or Adapter({})
+            saved = {path: x.numpy() for path, x in before.parameters.items()} | saved
+            kept, base = before.factors | factors, base_name(config, source)
+            peft.save_adapter(folder / "adapter", kept, model.config, base, saved, prompt, prefix)
         hosts.barrier("adapter")
         if config.export is None:
             return folder / "adapter"
@@ -79,10 +90,3 @@ def save_best(
     if hosts.is_first_process():
         measured = checkpoints.criterion.describe(checkpoints.metrics(best).best)
         print(f"best on validation: step {best}, {measured}: {result}", file=sys.stderr)
-
-
-def _base_name(model: str, source: CheckpointSource) -> str:
-    """The name of the base in the config of an adapter: a hub id, or an absolute path."""
-    if model == "tiny" or not user_path(model).exists():
-        return model
-    return str((source.state.directory if source.state else source.weights).resolve())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from paligemma_jax.processing.processor import Processor
 from paligemma_jax.sharding import devices, hosts
 from paligemma_jax.sharding.arrays import distribute, local_rows
 from paligemma_jax.sharding.mesh import check_batch_size, resolve_mesh
+from paligemma_jax.training.adapters import check_adapter
 from paligemma_jax.training.batches import Batcher, max_targets, training_batch
 from paligemma_jax.training.callbacks import Callback, check_callbacks
 from paligemma_jax.training.checkpointing import Checkpoints
@@ -84,12 +86,8 @@ def finetune(
     source = resolve(config.model, base=config.base)
     if source.note and hosts.is_first_process():
         print(f"paligemma-jax: {source.note}", file=sys.stderr)
-    if config.lora and source.has_adapter:
-        raise ValueError(
-            f"--model {config.model} is a LoRA adapter and cannot get a second one: give its base, "
-            f"{source.weights}, or train without LoRA to continue from both"
-        )
-    processor = make_processor(source)
+    soft_tokens = source.config.soft_tokens(check_adapter(config, source))
+    processor = replace(make_processor(source), soft_tokens=soft_tokens)
     _check_sizes(config, processor)
     check_callbacks(callbacks)
     measures = make_measures(config.metric, metrics, source.codec_file)

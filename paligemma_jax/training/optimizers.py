@@ -19,7 +19,8 @@ OwnOptimizer = (
     optax.GradientTransformation | Callable[[optax.Schedule], optax.GradientTransformation]
 )
 # The options that it replaces; a transformation also has a rate of its own.
-REPLACED = "optimizer weight_decay beta1 beta2 vision_rate"
+REPLACED = "optimizer weight_decay beta1 beta2 vision_rate loraplus_lr_ratio"
+VECTORS = r".*/(scale|bias|lora_magnitude)"  # of norms, linear layers and DoRA
 SCHEDULE = "learning_rate schedule warmup"
 
 
@@ -76,22 +77,27 @@ def make_optimizer(config: FinetuneConfig, steps: int) -> optax.GradientTransfor
                 weight_decay_mask=decay_mask,
                 muon_weight_dimension_numbers=muon_axes,  # type: ignore[arg-type]
             )
-    if config.vision_rate == 1:
+    if config.vision_rate == config.loraplus_lr_ratio == 1:
         return optimizer
 
-    def scale_vision(updates: PyTree, _: PyTree) -> PyTree:
-        return {
-            path: update * config.vision_rate if path.startswith("vision/") else update
-            for path, update in updates.items()
-        }
+    def scale(updates: PyTree, _: PyTree) -> PyTree:
+        return {path: update * rate_multiplier(config, path) for path, update in updates.items()}
 
-    return optax.chain(optimizer, optax.stateless(scale_vision))
+    return optax.chain(optimizer, optax.stateless(scale))
+
+
+def rate_multiplier(config: FinetuneConfig, path: str) -> float:
+    """What the learning rate of a parameter is multiplied by. As in peft's
+    `create_loraplus_optimizer`, the ratio of LoRA+ applies to B and to vectors."""
+    multiplier = config.vision_rate if path.startswith("vision/") else 1.0
+    if path.endswith("/lora_b") or re.fullmatch(VECTORS, path):
+        multiplier *= config.loraplus_lr_ratio
+    return multiplier
 
 
 def decay_mask(parameters: Mapping[str, Array]) -> dict[str, bool]:
     """Which parameters are decayed: matrices and tables, not norms, biases and magnitudes."""
-    undecayed = r".*/(scale|bias|lora_magnitude)"
-    return {path: not re.fullmatch(undecayed, path) for path in parameters}
+    return {path: not re.fullmatch(VECTORS, path) for path in parameters}
 
 
 def muon_axes(parameters: Mapping[str, Array]) -> dict[str, MuonDimensionNumbers | None]:

@@ -1,7 +1,8 @@
-"""Prepare a checkpoint for training: dtypes, quantization, stacking, LoRA."""
+"""Prepare a checkpoint for training: dtypes, quantization, stacking, LoRA, soft tokens."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,6 +12,9 @@ from paligemma_jax import lora
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.patterns import alternatives, matches, unmatched
+from paligemma_jax.model.prefix import initial_prefix, soft_token_count, with_prefix
+from paligemma_jax.model.soft_prompt import initial_soft_prompt, with_soft_prompt
 from paligemma_jax.model.stack import stack_model
 from paligemma_jax.model.tree import parameters
 from paligemma_jax.quantization.quantize import quantize_model
@@ -28,7 +32,7 @@ def load_trainable(
             features are cached.
     """
 
-    is_trainable = partial(config.matches, config.trainable_pattern)
+    is_trainable = partial(matches, config.trainable_pattern)
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(
         source,
@@ -39,20 +43,31 @@ def load_trainable(
         quantize=config.quantize,
         attention=config.attention,
     )
-    paths = list(parameters(jax.eval_shape(partial(prepare_model, config=config), model)))
-    if config.saved_pattern and not any(config.matches(config.saved_pattern, p) for p in paths):
+    shapes = parameters(jax.eval_shape(partial(prepare_model, config=config), model))
+    saved = config.saved_pattern
+    if saved and not any(matches(saved, path, shape) for path, shape in shapes.items()):
         raise ValueError(
             f"--modules-to-save {config.modules_to_save} matches no module, or only modules that "
             "LoRA adapts; paths look like projector or decoder/norm"
         )
-    for layer in (path.removesuffix("/codes") for path in paths if path.endswith("/codes")):
-        if any(is_trainable(f"{layer}/{name}") for name in ("codes", "scale", "kernel", "table")):
+    for part in alternatives(config.modules_to_save) if config.modules_to_save else ():
+        if unmatched(replace(config, modules_to_save=part).saved_pattern, shapes):
+            raise ValueError(
+                f"every alternative of --modules-to-save must match a module, got {part!r}; paths "
+                "look like projector or decoder/norm"
+            )
+    for path, codes in shapes.items():
+        layer, _, name = path.rpartition("/")
+        if name != "codes":
+            continue
+        if any(is_trainable(f"{layer}/{x}", codes) for x in ("codes", "scale", "kernel", "table")):
             reason = "by --quantize" if config.quantize else f"in --model {config.model}"
             raise ValueError(
                 f"--train {config.train} matches {layer}, which is quantized {reason}: quantized "
                 "weights cannot be trained, but --train lora adapts them"
             )
-    if config.features and any(path.startswith("vision/") and is_trainable(path) for path in paths):
+    vision = {path: shape for path, shape in shapes.items() if path.startswith("vision/")}
+    if config.features and any(is_trainable(path, shape) for path, shape in vision.items()):
         raise ValueError(
             "--features requires a frozen image encoder: choose a --train that excludes it"
         )
@@ -60,7 +75,7 @@ def load_trainable(
 
 
 def prepare_model(model: PaliGemma, config: FinetuneConfig, delete: bool = False) -> PaliGemma:
-    """Quantize, stack and add LoRA as `config` specifies.
+    """Quantize, stack, add LoRA and a soft prompt or a prefix as `config` specifies.
 
     Args:
         model: Model of arrays, or of shapes inside `jax.eval_shape`, with its layers as a list.
@@ -81,6 +96,11 @@ def prepare_model(model: PaliGemma, config: FinetuneConfig, delete: bool = False
             config.seed,
             config.dora,
         )
+    if config.soft_prompt and not soft_token_count(model):
+        if config.train == "prefix":
+            return with_prefix(model, initial_prefix(model, config.soft_prompt, config.seed))
+        vectors = initial_soft_prompt(model, config.soft_prompt, config.seed)
+        model = with_soft_prompt(model, vectors)
     return model
 
 

@@ -8,7 +8,8 @@ from numbers import Integral, Real
 from typing import Literal, get_args, get_origin, get_type_hints
 
 POSITIVE = "steps length batch_size accumulate save_every keep"
-COUNTS = "validate_every samples lora_rank lora_vision_rank"
+RATES = "learning_rate lora_alpha loraplus_lr_ratio"
+COUNTS = "validate_every samples lora_rank lora_vision_rank soft_prompt"
 FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest normal number
 NEAR_ONE = 1 - 2**-24  # the largest float32 below 1
 
@@ -19,16 +20,16 @@ RANGES: list[tuple[str, Callable[..., bool], str]] = [
     ("an integer", lambda x: isinstance(x, Integral), f"{POSITIVE} {COUNTS} seed"),
     ("below 2**31", lambda x: x < 2**31, f"{POSITIVE} {COUNTS}"),
     ("at least 0 and below 2**32", lambda x: 0 <= x < 2**32, "seed"),
-    ("positive and finite", lambda x: 0 < x < inf, "learning_rate lora_alpha epochs"),
+    ("positive and finite", lambda x: 0 < x < inf, f"{RATES} epochs"),
     (
         "from 1.2e-38 to 3.4e38, the range of float32",
         lambda x: FLOAT32[0] <= x <= FLOAT32[1],
-        "learning_rate lora_alpha",
+        RATES,
     ),
     ("from 0 to 3.4e38", lambda x: 0 <= x <= FLOAT32[1], "warmup weight_decay vision_rate"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "beta1 beta2 label_smoothing ema"),
     ("at most 0.99999994, the largest float32 below 1", lambda x: x <= NEAR_ONE, "beta1 beta2"),
-    ("at least 0 and below 1", lambda x: 0 <= x < 1, "lora_dropout color"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "dropout lora_dropout color"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "flip"),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "crop"),
 ]

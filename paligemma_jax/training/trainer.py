@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,13 +12,15 @@ from jax import Array
 from jaxtyping import PyTree
 
 from paligemma_jax.lora import lora_dropout
+from paligemma_jax.model.dropout import decoder_dropout
+from paligemma_jax.model.patterns import matches, unmatched
 from paligemma_jax.model.stack import remat
 from paligemma_jax.model.tree import parameters, with_parameters
 from paligemma_jax.sharding.arrays import distribute
 from paligemma_jax.sharding.compiled import constrain_tree, mesh_jit
 from paligemma_jax.sharding.mesh import mesh_of
 from paligemma_jax.sharding.rules import shardings
-from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.config import TRAIN_PATTERNS, FinetuneConfig
 from paligemma_jax.training.loss_function import LogitsLoss, LossFunction, make_loss
 from paligemma_jax.training.optimizers import (
     OwnOptimizer,
@@ -64,7 +65,8 @@ class Trainer:
         losses: (trainable, frozen, batch, max_targets=) -> the sum of the losses, and its divisor.
 
     Raises:
-        ValueError: No parameter is trainable, or loss or optimizer cannot be used.
+        ValueError: `train` or one of its alternatives matches no parameter, or loss or optimizer
+            cannot be used.
     """
 
     def __init__(
@@ -82,13 +84,18 @@ class Trainer:
         self.trainable = [
             path
             for path, value in values.items()
-            if re.fullmatch(config.trainable_pattern, path)
+            if matches(config.trainable_pattern, path, value)
             and jnp.issubdtype(value.dtype, jnp.floating)
         ]
         if not self.trainable:
             raise ValueError(
                 f"--train {config.train!r} matches no parameter; paths look like "
                 "decoder/layers/3/attention/q/kernel"
+            )
+        for part in unmatched(config.train, values) if config.train not in TRAIN_PATTERNS else ():
+            raise ValueError(
+                f"every alternative of --train must match a parameter, got {part!r}; paths look "
+                "like decoder/layers/3/attention/q/kernel"
             )
         self._initial = {path: values.pop(path) for path in self.trainable}
         self.frozen = values
@@ -168,7 +175,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def gradient(part: PyTree, key: Array) -> tuple[tuple[Array, Array], Parameters]:
-            with lora_dropout(key):
+            with lora_dropout(key), decoder_dropout(self.config.dropout, key):
                 return constrain_tree(value_and_grad(state.trainable, frozen, part, max_targets))
 
         count = self.config.accumulate

@@ -71,6 +71,15 @@ def test_a_changed_model_computes_the_same_after_loading(saved):
     assert (directory / "huggingface" / "tokenizer.model").exists()
 
 
+def test_stacked_layers_are_loaded_as_a_stack(tmp_path):
+    predictor = pg.load("tiny", layers="stack")
+    model = Regressor(predictor.model)
+    save_changed(tmp_path / "model", model, predictor.config)
+    inputs = jax.tree.map(jnp.asarray, predictor.processor(str(DIGITS), "ocr"))
+    loaded = load_changed(tmp_path / "model", Regressor)
+    np.testing.assert_array_equal(loaded(inputs), model(inputs))
+
+
 REFUSED = {
     "the model": (lambda model: model, "for the model itself, but build makes a class of this"),
     "a part": (Regressor, "for vlm/decoder/layers/1/mlp, but build makes a class of this project"),

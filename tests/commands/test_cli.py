@@ -107,6 +107,23 @@ def test_json_is_one_object_per_line(generate, predictor, rotated):
     ]
 
 
+def test_alternatives_and_likely_tokens(generate, predictor):
+    """Best first: a line each, or in the JSON of the best."""
+    search, prompt = ("--beams", "3", "--num-return", "2"), ("--image", IMAGE, "--prompt", "ocr")
+    (answer,) = predictor.answers(
+        IMAGE, "ocr", NEW_TOKENS, pg.Beam(3, num_return=2), top_log_probabilities=2
+    )
+    (other,) = answer.alternatives
+    assert generate(*prompt, *search) == [answer.text, other.text]
+    (line,) = generate(*prompt, *search, "--top-log-probabilities", "2", "--json")
+    record = json.loads(line)
+    assert record["score"] == pytest.approx(answer.score)
+    assert record["alternatives"][0]["answer"] == other.text
+    assert len(record["top"]) == len(answer.tokens)
+    assert [token["id"] for token in record["top"][0]] == answer.top.ids[0].tolist()
+    assert record["top"][0][0]["text"] == predictor.processor.decode([answer.tokens[0]])
+
+
 def test_json_lists_several_images_of_a_prompt(generate, rotated):
     prompts = [TWO_IMAGES, "<image>the car"]
     lines = generate("--json", "--image", IMAGE, rotated, IMAGE, "--prompt", *prompts)
@@ -160,6 +177,9 @@ def test_flags_choose_the_sampler(generate, predictor, flags, sampler, options):
         ("--beams 2 --temperature 0.7", "--beams cannot be combined with --temperature"),
         ("--beams 2 --best-of 3", "--beams cannot be combined with --best-of"),
         ("--length-penalty 2", "--length-penalty 2.0 requires --beams"),
+        ("--num-return 2", "--num-return 2 requires --beams or --best-of"),
+        ("--num-return 3 --beams 2", "num_return must be an integer from 1 to width (2), got 3"),
+        ("--top-log-probabilities 2", "--top-log-probabilities requires --json"),
         ("--temperature 0", "Sample.temperature must be a finite number of at least 1e-6"),
         ("--beams 0", "Beam.width must be a positive integer, got 0"),
     ],

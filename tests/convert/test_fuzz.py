@@ -21,7 +21,7 @@ from convert import convert, read
 from convert.config import load_config
 from convert.huggingface import canonical_name
 
-CASES = 130  # per format
+CASES = {"jax": 40}  # Orbax takes a second for each; others have 130
 SECONDS, MEGABYTES = 5, 300  # per case
 
 
@@ -130,8 +130,8 @@ def bits(arrays) -> np.ndarray:
 def test_damaged_files(intact, tmp_path, name):
     """Arrays equal those that the format's own library reads from the damaged files."""
     config = load_config(intact / "huggingface")
-    loaded, refused = 0, 0
-    for seed in range(CASES):
+    loaded, refused, cases = 0, 0, CASES.get(name, 130)
+    for seed in range(cases):
         copy, damage = damage_copy(intact, name, tmp_path, seed)
         start, before = time.monotonic(), peak_memory()
         try:
@@ -145,7 +145,7 @@ def test_damaged_files(intact, tmp_path, name):
             check_against_oracle(name, copy, arrays, damage)
         grown = peak_memory() - before
         assert time.monotonic() - start < SECONDS and grown < MEGABYTES, damage
-    assert refused > CASES / 4 and loaded + refused == CASES, (loaded, refused)
+    assert refused > cases / 4 and loaded + refused == cases, (loaded, refused)
 
 
 def peak_memory() -> float:

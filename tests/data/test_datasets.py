@@ -427,4 +427,6 @@ def test_recipes_have_the_values_of_big_vision():
         and textvqa("3b", 448)["weight_decay"] == 3e-7
     )
     assert refcoco("10b", 896)["batch_size"] == 64 and refcoco("3b", 448)["label_smoothing"] == 0.3
+    assert [refcoco("3b", size)["dropout"] for size in (224, 448, 896)] == [0.1, 0.0, 0.0]
+    assert [chartqa("3b", size)["dropout"] for size in (224, 448, 896)] == [0.1, 0.1, 0.1]
     assert chartqa("3b", 896)["epochs"] == 30 and chartqa("3b", 224)["label_smoothing"] == 0.2

@@ -216,3 +216,50 @@ def test_phone(visit):
         for selector in ("#run", "#answer-0", "#settings")
     )
     assert run < answer < settings
+
+
+@pytest.fixture(scope="module")
+def search_address(tmp_path_factory):
+    """A page with a second tab, which searches two pages of the server and uploads."""
+    from paligemma_jax.demo.search import open_searcher
+    from paligemma_jax.demo.server import serve
+    from paligemma_jax.retrieval import retriever
+
+    folder = tmp_path_factory.mktemp("pages")
+    for name in ("navy", "teal"):
+        Image.new("RGB", (60, 90), name).save(folder / f"{name}.png")
+    colpali = retriever.load("tiny", size=16)
+    with (
+        open_searcher(colpali, [str(folder)]) as searcher,
+        serve({"tiny": pg.load("tiny")}, Limits(), port=0, searcher=searcher) as address,
+    ):
+        yield address
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_pages_are_searched(browser, search_address, tmp_path, viewport):
+    """Uploads two pages, searches, and sees all four with falling scores; nothing overflows."""
+    context = browser.new_context(viewport=viewport)
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(search_address)
+    page.click("button[role=tab] >> text=Search pages")
+    expect(page, "#message").to_contain_text("The server has 2 pages")
+    page.click("#search")
+    expect(page, "#message .failed").to_contain_text("The prompt is empty")
+    shutil.copy(DIGITS, tmp_path / "mine.jpg")
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
+    page.set_input_files("#pages input[type=file]", [tmp_path / "mine.jpg", tmp_path / "red.png"])
+    expect(page, "#pages tbody tr").to_have_count(2)
+    page.fill("#query textarea, #query input", "4 3 2 3")
+    page.keyboard.press("Enter")
+    expect(page, "#message").to_contain_text("The best 4 of 4 pages")
+    expect(page, "#found .thumbnail-lg img").to_have_count(4)
+    captions = page.locator("#found .caption-label").all_inner_texts()
+    scores, names = zip(*[caption.split(" ", 1) for caption in captions], strict=True)
+    assert sorted(names) == ["mine.jpg", "navy.png", "red.png", "teal.png"]
+    assert [*map(float, scores)] == sorted(map(float, scores), reverse=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    wrap = page.locator("#found .grid-wrap")
+    assert wrap.evaluate("grid => grid.scrollHeight <= grid.clientHeight")  # nothing is cut off
+    context.close()

@@ -14,9 +14,9 @@ from PIL import Image
 from support.demo_client import FORM, exchange, file_data, form, request, run, upload
 from support.paths import DIGITS
 
-from paligemma_jax.demo.gate import Hosts
 from paligemma_jax.demo.limits import Limits
 from paligemma_jax.demo.uploads import Uploads
+from paligemma_jax.serving.hosts import Hosts
 
 LIMITS = Limits(megabytes=1, images=2, visitor_megabytes=3, total_megabytes=5)
 SIZE = 900_000
@@ -79,7 +79,7 @@ def test_a_page_under_another_name_is_refused(address):
         for route in ("", "config", "gradio_api/file=/etc/passwd", "assets/x.js"):
             status, reply = request(f"{address}/{route}", Host=host)
             assert status == 403
-            message = f"the Host header must be 127.0.0.1, got '{host}': open the page by that"
+            message = f"the Host header must be 127.0.0.1, got '{host}': use that address, or"
             assert reply.decode().startswith(message)
         assert upload(address, b"x", Host=host)[0] == 403
         assert request(f"{address}/gradio_api/queue/join", b"{}", Host=host)[0] == 403

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from support.paths import DIGITS
 
 import paligemma_jax as pg
+from paligemma_jax.inference.answer import Detokenizer
+from paligemma_jax.inference.chosen import Chosen
+from paligemma_jax.inference.streaming import stream_tokens
 from paligemma_jax.sharding import devices
 
 PHOTO = str(DIGITS)
@@ -74,6 +78,20 @@ def test_streamed_tokens_have_complete_characters(tiny):
         assert [token.text for token in tokens] == texts
 
 
+def test_text_that_may_become_a_stop_is_held_back(tiny):
+    """Token by token, for a stop text of several tokens: what was sent is never taken back."""
+    (answer,) = tiny.answers(PHOTO, "caption en", 24)
+    ids, values = np.array([answer.tokens]), np.array([answer.log_probabilities])
+    for stop, expected in ((", 2 and", "four digits: 4, 3"), (", 2 or", answer.text)):
+        detokenizer = Detokenizer(tiny.processor.tokenizer, tiny.config.eos_token_ids, (stop,))
+        chunks = (Chosen(ids[:, [n]], values[:, [n]]) for n in range(ids.shape[1]))
+        texts = [
+            "".join(token.text for token in tokens) for tokens in stream_tokens(detokenizer, chunks)
+        ]
+        assert "".join(texts) == expected
+        assert sum(map(bool, texts)) > 3  # a stream, not one text at the end
+
+
 STOPS = [
     (lambda text: text.find(",") if "," in text else None, "four digits: 4"),
     (lambda text: text.find(","), "four digits: 4"),
@@ -101,6 +119,14 @@ def test_a_stop_function_is_called_once_for_a_token_while_decoding(tiny):
     assert seen == sorted(set(seen), key=len) and seen[:2] == ["four", "four digits"]
 
 
+def test_a_stop_function_sees_the_newest_token(tiny):
+    """So that an answer ends with the token that satisfies it."""
+    (answer,) = tiny.answers(PHOTO, "caption en", 24, stop=lambda text: "digits" in text)
+    assert tiny.processor.decode(answer.tokens) == answer.text == "four digits"
+    streamed = tiny.stream_tokens(PHOTO, "caption en", 24, stop=lambda text: "digits" in text)
+    assert [token.id for token in streamed] == answer.tokens
+
+
 def test_failing_stop_functions_are_errors(tiny):
     def fails(text):
         raise KeyError("comma")
@@ -122,6 +148,21 @@ def test_logits_that_do_not_fit_the_memory_are_refused(tiny):
         ):
             tiny.answers(PHOTO, "caption en", 24, logits=True)
         tiny.answers(PHOTO, "caption en", 24)
+
+
+def test_settings_are_those_of_earlier_versions():
+    """So that a run that they started resumes."""
+    recorded = {
+        "max_new_tokens": 128,
+        "sampler": "Beam(width=3, length_penalty=1.0, early_stopping=False)",
+        "min_new_tokens": 0,
+        "stop": ["a"],
+        "allowed": None,
+    }
+    options = pg.DecodingOptions(sampler=pg.Beam(3), stop=["a"])
+    assert options.settings() == recorded
+    for change in (dict(sampler=pg.Beam(3, num_return=2)), dict(top_log_probabilities=2)):
+        assert replace(options, **change).settings() != recorded
 
 
 def test_settings_identify_functions():

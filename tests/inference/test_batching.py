@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from support.photos import crops
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.inference import answering, batching, generate, scoring
+from paligemma_jax.inference import answering, batching, engine, generate, scoring
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 from paligemma_jax.processing.image_settings import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -35,9 +36,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def photos():
-    """Forty different crops of the photo."""
-    photo = Image.open(PHOTO)
-    return [photo.crop((i, i // 2, 640 - 2 * i, 480 - i)) for i in range(40)]
+    return crops(40)
 
 
 def spy_on_encoding():
@@ -79,7 +78,12 @@ def test_image_settings_steer_batches_and_streams(tiny, photos):
     assert tiny.generate(photos[0], "ocr", 40) != [expected]
 
 
-def test_images_are_dropped_after_their_last_use(tiny, photos):
+@pytest.mark.parametrize(
+    ("module", "sampler"),
+    [(engine, Greedy()), (batching, Sample(repetition_penalty=1.1))],
+    ids=["engine", "batches"],
+)
+def test_images_are_dropped_after_their_last_use(tiny, photos, module, sampler):
     counts = []
 
     class WatchedCache(batching.ImageCache):
@@ -87,8 +91,8 @@ def test_images_are_dropped_after_their_last_use(tiny, photos):
             super().release(images)
             counts.append((len(self.encoded), len(self.opened)))
 
-    with mock.patch.object(batching, "ImageCache", WatchedCache):
-        tiny.generate(photos, ["ocr"] * 40, 4, batch_size=4)
+    with mock.patch.object(module, "ImageCache", WatchedCache):
+        tiny.generate(photos, ["ocr"] * 40, 4, sampler, batch_size=4)
     assert counts[-1] == (0, 0)
     assert max(encoded for encoded, _ in counts) == 0
     assert max(opened for _, opened in counts) <= 4 * batching.AHEAD

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import samplers
 from support.decoding import tokens_of
 from support.hf_models import hf_inputs, random_inputs
-from support.paths import ROOT
 from support.rows import one_row
 
 import paligemma_jax as pg
@@ -24,13 +23,7 @@ ROWS = ((1, 7, 0), (2, 3, 0), (1, 12, 0))
 
 @pytest.fixture(scope="module")
 def documented():
-    """The samplers that docs/generation.md defines, by name."""
-    text = (ROOT / "docs/generation.md").read_text()
-    names: dict = {"pg": pg}
-    for block in re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        if "@dataclass" in block:
-            exec(re.split(r"^(?:ban|predictor)\b", block, flags=re.MULTILINE)[0], names)
-    return names
+    return samplers.documented()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +99,40 @@ def test_the_state_of_a_sampler_reaches_the_next_token(documented, random_model)
     sampler = documented["FadingPenalty"](strength=1e4, half_life=1.0)
     tokens = tokens_of(model, inputs, 9, sampler=sampler, allowed=two)
     assert (tokens[:, 1:] != tokens[:, :-1]).all()
+
+
+@dataclass(frozen=True)
+class Mixes:
+    """A sampler that computes each token from the first and the last of the row."""
+
+    def init(self, history, vocabulary):
+        return None
+
+    def __call__(self, logits, context, state):
+        history = context.history
+        first = jnp.take_along_axis(history.tokens, history.start[:, None], axis=1)[:, 0]
+        last = jnp.take(history.tokens, history.length - 1, axis=1)
+        return mix(first, last, context.step), state
+
+
+def mix(first, last, step):
+    return 10 + (first + 3 * last + step) % 300
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_history_ends_with_the_last_token(random_model, side):
+    """For rows of different lengths, pads on either side."""
+    reference, model, _ = random_model
+    inputs = random_inputs(reference, ROWS, 3, side=side, order="mixed", length=64)
+    rows = []
+    for row, valid in zip(inputs.tokens, inputs.valid, strict=True):
+        first, *_, last = map(int, row[valid])
+        tokens = []
+        for step in range(6):
+            last = mix(first, last, step)
+            tokens.append(last)
+        rows.append(tokens)
+    np.testing.assert_array_equal(tokens_of(model, inputs, 6, sampler=Mixes()), rows)
 
 
 class Returns:

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from support.dense import dense_model
 from support.on_devices import call
 from support.paths import DIGITS
 
 import paligemma_jax as pg
 from paligemma_jax.inference import decoding
 from paligemma_jax.model.edits import AblateHeads, Add, Patch, Scale
-from paligemma_jax.model.layers import Linear
-from paligemma_jax.model.tree import modules, replace_modules
 
 PHOTO = str(DIGITS)
 LAYER = "decoder/layers/1"
@@ -131,16 +130,7 @@ def test_stacked_layers_and_devices_give_the_same(predictor):
 
 def test_a_quantized_model_is_edited_as_the_model_of_its_weights(predictor):
     quantized = pg.load("tiny", quantize="int8")
-
-    def widen(path, module):
-        if type(module).__name__ != "QuantizedLinear":
-            return None
-        linear = modules(predictor.model, Linear)[path]
-        plain = jax.tree.map(lambda x: x, linear)
-        plain.kernel = type(linear.kernel)(module.dense(jnp.float32))
-        return plain
-
-    plain = replace(predictor, model=replace_modules(quantized.model, widen))
+    plain = replace(predictor, model=dense_model(quantized.model, predictor.model))
     np.testing.assert_allclose(edited_results(quantized), edited_results(plain), atol=1e-4)
 
 

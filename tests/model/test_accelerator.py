@@ -5,6 +5,8 @@ Run by hand: `JAX_PLATFORMS=cuda,cpu pytest -m accelerator` (or tpu,cpu).
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,14 @@ import pytest
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import TINY
+from paligemma_jax.data.rows import Example
+from paligemma_jax.grammars.grammar import Boxes
 from paligemma_jax.model.codes import decode, encode, multiply, scales
+from paligemma_jax.model.edits import Scale
 from paligemma_jax.model.precision import WeightFormat
 from paligemma_jax.model.stack import stack_model
+from paligemma_jax.processing.locations import parse_detections
+from paligemma_jax.reinforcement.grpo import GRPO
 from paligemma_jax.training.batches import Batch, max_targets
 from paligemma_jax.training.config import FinetuneConfig
 from paligemma_jax.training.prepare import prepare_model
@@ -129,3 +136,52 @@ def test_list_and_stack():
     run = jax.jit(lambda model: model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix))
     expected = run(model)
     np.testing.assert_allclose(run(stack_model(model)), expected, atol=2e-4)
+
+
+def test_edits_and_stages():
+    edit = {"decoder/layers/1/mlp/output": Scale(0.5)}
+    names = ["decoder/layers/2", "decoder/layers/0/attention/scores"]
+
+    def run() -> dict[str, np.ndarray]:
+        predictor = pg.load("tiny", dtype="float32")
+        return predictor.stages(PHOTO, "ocr", "4 3 2 3", only=names, edit=edit)
+
+    actual, expected = both(run)
+    for name in names:
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(actual[name], expected[name], atol=2e-5 * scale)
+
+
+def test_answers_of_a_grammar():
+    """The automaton runs in the compiled loop: every answer is boxes, and the same ones."""
+
+    def draw() -> list[str]:
+        predictor = pg.load("tiny", dtype="float32")
+        options = dict(sampler=pg.Sample(temperature=2.0), allowed=Boxes(["4", "3"]))
+        return predictor.generate([PHOTO] * 8, ["detect 4"] * 8, seeds=range(8), **options)
+
+    actual, expected = both(draw)
+    assert actual == expected and len({*actual}) > 1
+    assert not any(parse_detections(answer, (640, 480)).skipped for answer in actual)
+
+
+def test_step_of_grpo(tmp_path):
+    """Samples, rewards and the update: the log of two steps. Masks differ between samples."""
+    rows = [{"image": str(PHOTO), "prefix": "segment 4", "suffix": ""}] * 4
+
+    def ones(answer: str, example: Example) -> float:
+        return answer.count("1")
+
+    def train(name: str) -> list[dict]:
+        output = tmp_path / name
+        options = dict(output=str(output), steps=2, batch_size=4, samples=0, dtype="float32")
+        config = FinetuneConfig("", learning_rate=1e-4, **options)
+        pg.finetune(config, data=rows, objective=GRPO(ones, group=4, max_new_tokens=12))
+        return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+    names = iter(("accelerator", "cpu"))
+    actual, expected = both(lambda: train(next(names)))
+    for a, b in zip(actual, expected, strict=True):
+        assert a.get("reward") == b.get("reward")
+        assert b.get("gradient_norm", 1) > 0
+        assert a.get("gradient_norm") == pytest.approx(b.get("gradient_norm"), rel=1e-3)

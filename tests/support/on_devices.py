@@ -1,10 +1,12 @@
 """Functions for the tests of sharding, run in a process with several CPU devices.
 
 `call` runs `python tests/support/on_devices.py FUNCTION ARGUMENTS`; arguments and results are JSON.
+FUNCTION is one below, or one of another file, such as `support.own_meshes.gradient_shardings`.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -35,10 +37,13 @@ def device_flags(count: int) -> str:
 
 
 def call(devices: int, function: str, *arguments: object, **options: object) -> Any:  # any JSON
-    """Return the result of a function below, run in a process with that many CPU devices."""
+    """Return the result of a function, run in a process with that many CPU devices."""
     flags = {
         "XLA_FLAGS": device_flags(devices),
         "JAX_PLATFORMS": "cpu",
+        # XLA starts a thread for each core. With fewer than there are devices, collectives that run
+        # at the same time can wait for each other forever.
+        "NPROC": "32",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, __file__, function, json.dumps([arguments, options])]
@@ -170,7 +175,7 @@ def fused_attention_errors(key_heads: list[int]) -> dict[str, list[float]]:
 def _compute(
     config: PaliGemmaConfig, layers: str, train: str, quantize: str | None, mesh: Mesh | None
 ) -> dict:
-    """Logits, tokens and a training step of a random model on a mesh."""
+    """Logits, tokens and a training step, with dropout, of a random model on a mesh."""
     import jax
     import numpy as np
 
@@ -196,6 +201,7 @@ def _compute(
         learning_rate=1.0,
         optimizer="sgd",
         lora_rank=2,
+        dropout=0.2,
     )
     rng = np.random.default_rng(0)
 
@@ -426,4 +432,6 @@ if __name__ == "__main__":
 
     jax.config.update("jax_default_matmul_precision", "highest")
     arguments, options = json.loads(sys.argv[2])
-    print(json.dumps(globals()[sys.argv[1]](*arguments, **options)))
+    module, _, name = sys.argv[1].rpartition(".")
+    functions = vars(importlib.import_module(module)) if module else globals()
+    print(json.dumps(functions[name](*arguments, **options)))

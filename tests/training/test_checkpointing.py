@@ -6,6 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from errno import EFBIG
+from threading import Thread
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +139,20 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
     closed = done.stderr.count("RuntimeError: Event loop is closed")
     assert done.stderr.count("Traceback") == closed
     assert steps_of(tmp_path / "run") == ["1", "2"]
+
+
+def test_what_is_written_after_an_error_is_removed_as_well(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    unfinished = tmp_path / "checkpoints/3.orbax-checkpoint-tmp"
+
+    def write():
+        for _ in range(20):
+            unfinished.mkdir(parents=True, exist_ok=True)
+            time.sleep(0.02)
+
+    thread = Thread(target=write)
+    thread.start()
+    with pytest.raises(ValueError, match="could not be written"), checkpoints._one_line_errors():
+        raise OSError(EFBIG, "File too large")
+    thread.join()
+    assert steps_of(tmp_path) == []

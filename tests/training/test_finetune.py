@@ -71,6 +71,7 @@ def test_the_command_trains_and_exports_a_model(command, data, tmp_path):
 def test_a_stopped_run_continues_bit_for_bit(data, tmp_path, monkeypatch, capsys):
     full, stopped, log = tmp_path / "full", tmp_path / "stopped", runs.Run.log
     config = small_config(data, full, steps=7, learning_rate=1e-3, save_every=2, ema=0.9)
+    config = replace(config, dropout=0.1)
     finetune(config)
 
     def log_and_terminate(self, line):
@@ -340,7 +341,7 @@ def test_the_default_lora_target_is_that_of_add_lora():
     assert FinetuneConfig("", "").lora_target == lora.TARGET
 
 
-TRAIN_CHOICES = "all, decoder, attention, projector, lora or a regular expression"
+TRAIN_CHOICES = "all, decoder, attention, projector, lora, prompt, prefix or a regular expression"
 
 
 @pytest.mark.parametrize(
@@ -348,6 +349,19 @@ TRAIN_CHOICES = "all, decoder, attention, projector, lora or a regular expressio
     [
         (["--train", "("], f"--train must be {TRAIN_CHOICES}, got '('"),
         (["--train", "nothing"], "--train 'nothing' matches no parameter"),
+        (
+            ["--train", "decoder/layers/9/.*|projector/.*"],
+            "every alternative of --train must match a parameter, got 'decoder/layers/9/.*'",
+        ),
+        (["--train", "decoder/layers/[12]/.*|decoder/norm/scale"], "add --layers list"),
+        (
+            ["--train", "lora", "--lora-target", "decoder/.*|vision/.*"],
+            "every alternative of --lora-target must match a layer in a tower with a rank",
+        ),
+        (
+            ["--train", "lora", "--modules-to-save", "projector|decoder/head"],
+            "every alternative of --modules-to-save must match a module, got 'decoder/head'",
+        ),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--batch-size", "3", "--accumulate", "2"], "must divide --batch-size 3, got 2"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),

@@ -7,7 +7,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
+from support import on_devices
 from support.finetuning import assert_equal, losses, small_config, weights
 
 import paligemma_jax as pg
@@ -179,3 +181,17 @@ def test_a_config_of_an_older_version_is_named(recorded):
         assert check_run_folder(recorded, content_of(ROWS)) == 4
     with pytest.warns(UserWarning), pytest.raises(ValueError, match=r"data was 'old/rows\.jsonl'"):
         check_run_folder(replace(recorded, data="new.jsonl"), content_of(ROWS))
+
+
+def test_a_run_on_a_mesh_of_ones_own_resumes_on_any(data, tmp_path):
+    """The mesh is a `jax.sharding.Mesh` of eight devices, then of one, as an uninterrupted run."""
+    folder = tmp_path / "run"
+    error = on_devices.call(8, "support.own_meshes.interrupted_run", str(data), str(folder))
+    assert error == "interrupted"
+    assert json.loads((folder / "config.json").read_text())["mesh"] is None
+    one = jax.make_mesh((1,), ("data",))
+    options = dict(train="projector", steps=2, learning_rate=1e-3)
+    finetune(small_config(data, folder, mesh=one, resume=True, **options))
+    finetune(small_config(data, tmp_path / "full", **options))
+    for resumed, full in zip(losses(folder), losses(tmp_path / "full"), strict=True):
+        assert resumed == pytest.approx(full, rel=2e-5)

@@ -220,10 +220,9 @@ def test_full_logits_never_exist():
     assert re.search(r"tensor<2x32x32152xf32>", program)
 
 
-def test_stacking_and_remat_do_not_change_a_step():
-    config = FinetuneConfig(
-        "", "", batch_size=2, warmup=0, learning_rate=1.0, optimizer="sgd", clip=0, beta1=0
-    )
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_stacking_and_remat_do_not_change_a_step(dropout):
+    config = replace(TOY, batch_size=2, learning_rate=1.0, dropout=dropout)
     tables = []
     for form, remat in (
         ("list", "none"),

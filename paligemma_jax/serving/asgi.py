@@ -46,13 +46,19 @@ class Body:
         self.complete = not message.get("more_body", False)
         return message if self.received <= self.limit else {"type": "http.disconnect"}
 
-    async def read(self) -> bytes:
-        """Return the complete body. Raises Refusal if it is beyond the limit."""
+    async def read(self, count: Callable[[int], None] = lambda _: None) -> bytes:
+        """Return the complete body. Raises Refusal if it is beyond the limit.
+
+        Args:
+            count: Called with the bytes of each part.
+        """
         content = bytearray()
         while not self.complete:
-            content += (await self()).get("body", b"")
+            part = (await self()).get("body", b"")
             if self.received > self.limit:
                 raise too_large(self.limit)
+            count(len(part))
+            content += part
         return bytes(content)
 
     async def drain(self) -> None:

@@ -1,4 +1,4 @@
-"""Advantages and the loss against the formulas of the paper, computed token by token."""
+"""GRPO: advantages and the loss against the formulas of the paper, token by token in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paligemma_jax.reinforcement.objective import group_advantages, grpo
+from paligemma_jax.losses.grpo import group_advantages, grpo
 
 R, N = 6, 5
 LENGTHS = [5, 1, 3, 0, 4, 2]
@@ -26,13 +26,16 @@ def case(seed=0):
 
 def expected_loss(new, old, reference, advantages, clip, kl):
     """Equation 3 of arXiv:2402.03300 with the estimator of equation 4, negated."""
+    new, old, reference, advantages = (
+        np.asarray(x, np.float64).tolist() for x in (new, old, reference, advantages)
+    )
     total = 0.0
     for row, length in enumerate(LENGTHS):
         for t in range(length):
-            ratio = exp(new[row, t] - old[row, t])
+            ratio = exp(new[row][t] - old[row][t])
             clipped = min(max(ratio, 1 - clip), 1 + clip)
             gain = min(ratio * advantages[row], clipped * advantages[row])
-            difference = reference[row, t] - new[row, t]
+            difference = reference[row][t] - new[row][t]
             total -= (gain - kl * (exp(difference) - difference - 1)) / length
     return total / R
 
@@ -45,6 +48,24 @@ def test_the_loss_is_that_of_the_paper(clip, kl):
     assert float(loss) == pytest.approx(expected, abs=1e-6)
     assert float(parts["policy"] + kl * parts["kl"]) == pytest.approx(expected, abs=1e-6)
     assert float(parts["kl"]) > 0
+
+
+def test_the_gradient_is_that_of_the_formula():
+    """Central differences in float64; no ratio is near the edge of the clipped range."""
+    new, old, reference, advantages, mask = case()
+    ratios = np.exp(new - old)[mask]
+    assert min(np.abs(ratios - 0.8).min(), np.abs(ratios - 1.2).min()) > 1e-3
+    gradient = jax.grad(lambda x: grpo(x, old, reference, advantages, mask, 0.2, 0.5)[0])(new)
+    expected = np.zeros((R, N))
+    for place in zip(*np.nonzero(mask), strict=True):
+        step = np.zeros((R, N))
+        step[place] = 1e-5
+        above, below = (
+            expected_loss(new.astype(np.float64) + x, old, reference, advantages, 0.2, 0.5)
+            for x in (step, -step)
+        )
+        expected[place] = (above - below) / 2e-5
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_gradient_follows_the_advantages_inside_the_clipped_range_only():

@@ -1,6 +1,7 @@
-"""The objective of GRPO (arXiv:2402.03300, equation 3) and its advantages.
+"""The loss of GRPO (arXiv:2402.03300, equation 3) and its advantages, from rewards of sampled
+answers.
 
-Axes: R = B G answers, N tokens of an answer.
+Axes: B prompts, G answers to each, R = B G answers, N tokens of an answer.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ def grpo(
     clip: float = 0.2,
     kl: float = 0.04,
 ) -> tuple[Float32[Array, ""], dict[str, Float32[Array, ""]]]:
-    """The loss: the mean over answers of the mean over each one's tokens.
+    """The mean over answers of the mean over each one's tokens.
+
+    Args:
+        log_probabilities: Of the sampled tokens under the model.
+        old_log_probabilities: Under the model that sampled them, without gradient.
+        reference_log_probabilities: Under the frozen reference; None for no divergence from it.
+        advantages: As of `group_advantages`, of each answer.
+        mask: Which tokens belong to an answer, its end included.
+        clip: Clip the ratio of new to old probabilities to 1 plus or minus this.
+        kl: Weight of the divergence from the reference.
 
     Returns:
         The loss, and its "policy" and "kl" parts; "kl" is not weighted.
