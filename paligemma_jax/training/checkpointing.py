@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 import jax
 import jax.numpy as jnp
@@ -211,15 +211,31 @@ class Checkpoints:
 
 @cache
 def _silence_threads() -> None:
-    """Keep Orbax's threads from printing the tracebacks of errors that are raised here as well."""
+    """Keep threads of Orbax and tensorstore from printing errors that are raised here as well.
+
+    They print through four channels: their log, asyncio's, threads' and unraisable errors.
+    """
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
-    original = sys.excepthook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not (record.exc_info and _is_echo(record.exc_info[1]))
+    )
+    in_thread, unraisable = threading.excepthook, sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":  # writes of tensorstore that finish too late
-            original(kind, error, where)
+    def in_thread_hook(error: threading.ExceptHookArgs) -> None:
+        if not _is_echo(error.exc_value):
+            in_thread(error)
 
-    sys.excepthook = hook
+    def unraisable_hook(error: sys.UnraisableHookArgs) -> None:
+        if not _is_echo(error.exc_value):
+            unraisable(error)
+
+    threading.excepthook, sys.unraisablehook = in_thread_hook, unraisable_hook
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether a background error only repeats that a write failed, or comes after it."""
+    text = str(error)
+    return text == "Event loop is closed" or any(os.strerror(code) in text for code in WRITE_ERRORS)
 
 
 @jax.jit
