@@ -82,7 +82,7 @@ class Tensor:
         return array if array.flags.owndata else array.copy()
 
     def cast(self, dtype: str) -> Tensor:
-        return replace(self, dtype=DTYPES[dtype])
+        return replace(self, dtype=np.dtype(dtype))
 
 
 def map_file(

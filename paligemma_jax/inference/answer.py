@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from paligemma_jax.inference.chosen import Chosen, TopTokens
 from paligemma_jax.inference.request import AnswerLengths, Generated
 from paligemma_jax.inference.sampling import Beam, BestOf, Strategy
 from paligemma_jax.inference.stop import Stop, end_of_answer
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.processing.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ class Answer:
     alternatives: tuple[Answer, ...] = ()  # the next best answers, for `num_return` above 1
     # In the place of each token, if asked for:
     top: TopTokens | None = field(default=None, compare=False)  # [N, k] most likely tokens
-    logits: Float32[np.ndarray, "N V"] | None = field(default=None, compare=False, repr=False)
+    logits: FullFloat[np.ndarray, "N V"] | None = field(default=None, compare=False, repr=False)
 
     def pieces(self, tokenizer: Tokenizer) -> Iterator[tuple[str, float]]:
         """The text and log-probability of each token. The texts join to the answer's.

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32
+from jaxtyping import Bool, Int, Int32
 
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.processing.processor import AnyArray
 
 
@@ -19,7 +20,7 @@ class TopTokens:
     """The k most likely tokens in the place of each token, most likely first."""
 
     ids: Int32[AnyArray, "*places k"]
-    log_probabilities: Float32[AnyArray, "*places k"]  # under the model, before any filter
+    log_probabilities: FullFloat[AnyArray, "*places k"]  # under the model, before any filter
 
 
 @jax.tree_util.register_dataclass
@@ -28,9 +29,9 @@ class Chosen:
     """The tokens of B answers; a beam search has W for each of B prompts, [B, W, ...]."""
 
     tokens: Int32[AnyArray, "*B N"]
-    log_probabilities: Float32[AnyArray, "*B N"]  # under the model, before any filter
+    log_probabilities: FullFloat[AnyArray, "*B N"]  # under the model, before any filter
     top: TopTokens | None = None  # if asked for
-    logits: Float32[AnyArray, "*B N V"] | None = None  # of the model, if asked for
+    logits: FullFloat[AnyArray, "*B N V"] | None = None  # of the model, if asked for
 
     def room(self, size: int, pad: int) -> Chosen:
         """Place for `size` tokens of each row of these, [B, size]: pads, and zeros about them."""
@@ -59,7 +60,7 @@ class Chosen:
 
 
 def top_tokens(
-    logits: Float32[Array, "*rows V"], normalizer: Float32[Array, "*rows"], k: int
+    logits: FullFloat[Array, "*rows V"], normalizer: FullFloat[Array, "*rows"], k: int
 ) -> TopTokens | None:
     """The k most likely tokens of each row; None if k is 0."""
     if not k:
@@ -76,7 +77,7 @@ def empty_top(places: tuple[int, ...], k: int) -> TopTokens | None:
 
 
 def describe_choice(
-    logits: Float32[Array, "B V"], token: Int[Array, " B"], top: int, keep_logits: bool
+    logits: FullFloat[Array, "B V"], token: Int[Array, " B"], top: int, keep_logits: bool
 ) -> Chosen:
     """The tokens of one step, [B, 1], with their log-probabilities.
 

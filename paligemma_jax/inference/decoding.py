@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Int, PyTree
+from jaxtyping import Bool, Int, PyTree
 
 from paligemma_jax.inference.chosen import Chosen, describe_choice
 from paligemma_jax.inference.request import Request
@@ -17,6 +17,7 @@ from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, ch
 from paligemma_jax.inference.sampling import Greedy, Sample
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.edits import NO_EDITS, Edits
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.model.stages import editing
 from paligemma_jax.processing.processor import Inputs
@@ -120,7 +121,7 @@ def decode(
 
 def choose_tokens(
     model: PaliGemma,
-    logits: Float32[Array, "B V"],
+    logits: FullFloat[Array, "B V"],
     state: DecodeState,
     request: Request,
     sampler: Sampler,

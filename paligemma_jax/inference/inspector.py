@@ -21,6 +21,7 @@ from paligemma_jax.interpretability.attribution import saliency
 from paligemma_jax.interpretability.lens import LogitLens, logit_lens
 from paligemma_jax.interpretability.names import check_edits, check_names, chosen, stage_shapes
 from paligemma_jax.model.edits import Change, Edits
+from paligemma_jax.model.layers import full_dtype
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stages import Fed, collect_stages
 from paligemma_jax.processing.image import ImageSource
@@ -192,7 +193,12 @@ class Inspector:
         parts = []
         for start in range(0, len(listed), batch_size):
             pixels = self.processor.pixel_values(listed[start : start + batch_size])
-            parts.append([np.asarray(array, np.float32) for array in _encode(self.model, pixels)])
+            parts.append(
+                [
+                    np.asarray(array, full_dtype(array.dtype))
+                    for array in _encode(self.model, pixels)
+                ]
+            )
         encoded, projected = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return ImageFeatures(encoded, projected)
 
@@ -202,7 +208,8 @@ class Inspector:
         tokenizer = self.processor.tokenizer
         listed = [texts] if isinstance(texts, str) else list(texts)
         rows = [np.array([tokenizer.encode(text)], np.int32) for text in listed]
-        return [np.asarray(_embed(self.model, row)[0], np.float32) for row in rows]
+        embedded = [_embed(self.model, row)[0] for row in rows]
+        return [np.asarray(x, full_dtype(x.dtype)) for x in embedded]
 
     def _inputs(
         self, images: ImageInputs | Inputs, prompts: Texts | None, suffixes: Texts | None

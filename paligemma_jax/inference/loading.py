@@ -43,7 +43,7 @@ def load(
             LoRA adapter, a run or one of its checkpoints (RUN/checkpoints/200), or a Hub id, also
             with a revision (ORG/NAME@REVISION).
         dtype: "float32", "bfloat16" or "float16"; by default that of the checkpoint, and float32 on
-            a CPU.
+            a CPU. Or "float64", a reference for the others, which needs JAX_ENABLE_X64=1.
         numerics: "transformers" (release 5.23) or "big_vision", which differ in details
             (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
         mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a

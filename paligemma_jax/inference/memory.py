@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.sharding import devices
 from paligemma_jax.sharding.mesh import mesh_of
@@ -34,7 +36,7 @@ def check_memory(model: PaliGemma, prompts: int, copies: int, slots: int) -> Non
 def cache_bytes(model: PaliGemma, slots: int) -> int:
     """Bytes of the keys and values of one row."""
     config, decoder = model.config, model.config.decoder
-    itemsize = 1 if config.cache == "int8" else 2 if config.dtype != "float32" else 4
+    itemsize = jnp.dtype(config.cache or config.dtype).itemsize
     heads = decoder.num_key_value_heads * decoder.head_dim
     return 2 * decoder.num_hidden_layers * heads * itemsize * slots
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32, Key, PyTree
+from jaxtyping import Bool, Int, Int32, Key, PyTree
 
 from paligemma_jax.grammars.constraint import Constraint
 from paligemma_jax.inference.allowed import check_least
 from paligemma_jax.inference.chosen import TopTokens
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.sampling import is_integer
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.processing.processor import AnyArray
 
@@ -31,11 +32,11 @@ class Generated:
     """
 
     tokens: Int32[np.ndarray, "B N"]  # up to and including eos, then pads
-    log_probabilities: Float32[np.ndarray, "B N"]  # under the model, before any filter; 0 on pads
-    scores: Float32[np.ndarray, " B"]  # their sum; Beam divides it by length ** length_penalty.
+    log_probabilities: FullFloat[np.ndarray, "B N"]  # under the model, before any filter; 0 on pads
+    scores: FullFloat[np.ndarray, " B"]  # their sum; Beam divides it by length ** length_penalty.
     # A beam search that ended with fewer answers gives the missing ones -inf.
     top: TopTokens | None = None  # [B, N, k], if asked for
-    logits: Float32[np.ndarray, "B N V"] | None = None  # of the model, if asked for
+    logits: FullFloat[np.ndarray, "B N V"] | None = None  # of the model, if asked for
 
 
 @jax.tree_util.register_dataclass
@@ -58,11 +59,11 @@ class Request:
 
     def mask(
         self,
-        logits: Float32[Array, "B V"],
+        logits: FullFloat[Array, "B V"],
         step: Int[Array, "*B"] | int,
         eos: Int[Array, " E"],
         position: PyTree | None,
-    ) -> Float32[Array, "B V"]:
+    ) -> FullFloat[Array, "B V"]:
         """Set the logits of tokens that are not allowed at `step` to -inf.
 
         Args:

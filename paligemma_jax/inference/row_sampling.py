@@ -14,6 +14,7 @@ from jaxtyping import Float32, Int32
 
 from paligemma_jax.inference.sampler import History, Sampler, SamplerContext
 from paligemma_jax.inference.sampling import Greedy, Sample
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.processing.processor import AnyArray
 
 
@@ -68,7 +69,7 @@ class RowSampler:
         return RowParameters.of([Greedy()] * len(history.tokens))
 
     def __call__(
-        self, logits: Float32[Array, "B V"], context: SamplerContext, state: RowParameters
+        self, logits: FullFloat[Array, "B V"], context: SamplerContext, state: RowParameters
     ) -> tuple[Int32[Array, " B"], RowParameters]:
         """Choose one token per row. Nothing is drawn or sorted if no row needs it."""
         greedy, _ = Greedy()(logits, context, None)
@@ -81,7 +82,7 @@ class RowSampler:
         return jax.lax.cond(jnp.any(state.temperature > 0), sample, lambda: greedy), state
 
 
-def _filter(logits: Float32[Array, "B V"], rows: RowParameters) -> Float32[Array, "B V"]:
+def _filter(logits: FullFloat[Array, "B V"], rows: RowParameters) -> FullFloat[Array, "B V"]:
     """`Sample.filter` with the parameters of each row."""
     V = logits.shape[1]
     logits = logits / jnp.where(rows.temperature > 0, rows.temperature, 1)[:, None]

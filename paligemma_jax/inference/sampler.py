@@ -8,9 +8,10 @@ from typing import Protocol, TypeVar, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float32, Int, Int32, Key, PyTree
+from jaxtyping import Bool, Int, Int32, Key, PyTree
 
 from paligemma_jax.model.constrain import constrain
+from paligemma_jax.model.layers import FullFloat
 from paligemma_jax.processing.processor import AnyArray
 
 State = TypeVar("State", bound=PyTree)
@@ -52,8 +53,8 @@ class History:
 
     def append(self, token: Int[Array, " B"]) -> History:
         """The history after one more token."""
-        place = (0, self.length)
-        tokens = jax.lax.dynamic_update_slice(self.tokens, token[:, None], place)
+        column, axis = token[:, None], 1
+        tokens = jax.lax.dynamic_update_slice_in_dim(self.tokens, column, self.length, axis)
         return replace(self, tokens=tokens, length=self.length + 1)
 
 
@@ -87,7 +88,7 @@ class Sampler(Protocol[State]):
         ...
 
     def __call__(
-        self, logits: Float32[Array, "B V"], context: SamplerContext, state: State
+        self, logits: FullFloat[Array, "B V"], context: SamplerContext, state: State
     ) -> tuple[Int32[Array, " B"], State]:
         """Choose one token per row.
 
@@ -121,7 +122,7 @@ def init_state(
 
 
 def choose(
-    sampler: Sampler[State], logits: Float32[Array, "B V"], context: SamplerContext, state: State
+    sampler: Sampler[State], logits: FullFloat[Array, "B V"], context: SamplerContext, state: State
 ) -> tuple[Int32[Array, " B"], State]:
     """Call a sampler.
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32
 
 from paligemma_jax.inference.sampler import History, Sampler, SamplerContext, is_sampler
+from paligemma_jax.model.layers import FullFloat
 
 
 def is_integer(value: object) -> bool:
@@ -48,7 +49,7 @@ class Greedy:
         """There is no state."""
 
     def __call__(
-        self, logits: Float32[Array, "B V"], context: SamplerContext, state: None
+        self, logits: FullFloat[Array, "B V"], context: SamplerContext, state: None
     ) -> tuple[Int32[Array, " B"], None]:
         """Choose one token per row; context and state are not used."""
         ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
@@ -105,7 +106,7 @@ class Sample:
 
     def __call__(
         self,
-        logits: Float32[Array, "B V"],
+        logits: FullFloat[Array, "B V"],
         context: SamplerContext,
         state: Bool[Array, "B V"] | None,
     ) -> tuple[Int32[Array, " B"], Bool[Array, "B V"] | None]:
@@ -117,8 +118,8 @@ class Sample:
         return tokens, state
 
     def filter(
-        self, logits: Float32[Array, "B V"], seen: Bool[Array, "B V"] | None
-    ) -> Float32[Array, "B V"]:
+        self, logits: FullFloat[Array, "B V"], seen: Bool[Array, "B V"] | None
+    ) -> FullFloat[Array, "B V"]:
         """Scale the logits, and set those of excluded tokens to -inf.
 
         Args:

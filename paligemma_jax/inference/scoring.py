@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Int32
 
 from paligemma_jax.inference.batching import run_batches
 from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.model.edits import NO_EDITS, Edits
+from paligemma_jax.model.layers import FullFloat, full_dtype
 from paligemma_jax.model.paligemma import Features, PaliGemma
 from paligemma_jax.model.prefix import soft_token_count
 from paligemma_jax.model.stages import Fed, collect_stages, editing
@@ -22,7 +23,7 @@ from paligemma_jax.sharding.compiled import mesh_jit
 
 
 @mesh_jit
-def forward(model: PaliGemma, inputs: Inputs, edits: Edits = NO_EDITS) -> Float32[Array, "B T V"]:
+def forward(model: PaliGemma, inputs: Inputs, edits: Edits = NO_EDITS) -> FullFloat[Array, "B T V"]:
     """Compute teacher-forced logits; those at t predict the token at t + 1."""
     with editing(edits):
         return model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
@@ -49,7 +50,7 @@ def forward_stages(
 
 def score(
     model: PaliGemma, inputs: Inputs, features: Features | None = None, edits: Edits = NO_EDITS
-) -> Float32[np.ndarray, " B"]:
+) -> FullFloat[np.ndarray, " B"]:
     """Compute the log-probability of each row's targets (suffix and eos).
 
     One program is compiled for each B, T and bucket of 32 targets.
@@ -68,7 +69,7 @@ def score_prompts(
     batch_size: int,
     progress: bool | None,
     edits: Edits = NO_EDITS,
-) -> Float32[np.ndarray, " N"]:
+) -> FullFloat[np.ndarray, " N"]:
     """Compute the `score` of any number of encoded prompts with suffixes, in batches.
 
     Raises:
@@ -81,7 +82,7 @@ def score_prompts(
 
     batches = run_batches(model, processor, prompts, run, batch_size, progress, edits)
     results = {i: result for batch in batches for i, result in batch.items()}
-    scores = np.zeros(len(prompts), np.float32)
+    scores = np.zeros(len(prompts), full_dtype(model.config.activation_dtype))
     for i, result in sorted(results.items()):
         if isinstance(result, ValueError):
             raise result
@@ -96,7 +97,7 @@ def _score(
     features: Features | None,
     max_targets: int,
     edits: Edits = NO_EDITS,
-) -> Float32[Array, " B"]:
+) -> FullFloat[Array, " B"]:
     with editing(edits):
         x = model.hidden(inputs.tokens, None, inputs.valid, inputs.prefix, features=features)
     places = jnp.argsort(~inputs.targets, axis=1, stable=True)[:, :max_targets]
@@ -110,7 +111,9 @@ def _score(
 
 def alternatives(
     model: PaliGemma, inputs: Inputs, count: int
-) -> tuple[Float32[np.ndarray, " N"], Int32[np.ndarray, "N count"], Float32[np.ndarray, "N count"]]:
+) -> tuple[
+    FullFloat[np.ndarray, " N"], Int32[np.ndarray, "N count"], FullFloat[np.ndarray, "N count"]
+]:
     """Compare the N targets of one row with the most likely tokens in their place.
 
     One program is compiled for each bucket of 32 targets.

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int, Int32
 
+from paligemma_jax.model.layers import FullFloat, full_dtype
+
 
 def cross_entropy(
     logits: Float[Array, "B T V"],
@@ -22,7 +24,7 @@ def cross_entropy(
     targets: Bool[Array, "B T"],
     smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> Float32[Array, ""]:
+) -> FullFloat[Array, ""]:
     """Mean cross entropy of the target tokens, as transformers' `ForCausalLMLoss`.
 
     Args:
@@ -31,7 +33,7 @@ def cross_entropy(
         z_loss: Weight of the square of the log of the softmax's denominator, which keeps logits
             from drifting (PaLM, arXiv:2204.02311, section 5: 1e-4).
     """
-    logits = logits[:, :-1].astype(jnp.float32)
+    logits = logits[:, :-1].astype(full_dtype(logits.dtype))
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     expected = (1 - smoothing) * chosen + smoothing * logits.mean(axis=-1)
@@ -102,6 +104,6 @@ def _with_rest(log_probabilities: Float32[Array, "B T k"]) -> Float32[Array, "B 
     return jnp.concatenate([log_probabilities, jnp.log(jnp.maximum(rest, 1e-7))], axis=-1)
 
 
-def _mean(values: Float32[Array, "B T1"], targets: Bool[Array, "B T"]) -> Float32[Array, ""]:
+def _mean(values: FullFloat[Array, "B T1"], targets: Bool[Array, "B T"]) -> FullFloat[Array, ""]:
     counted = targets[:, 1:]
     return jnp.where(counted, values, 0).sum() / jnp.maximum(counted.sum(), 1)

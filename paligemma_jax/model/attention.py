@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from paligemma_jax.kernels.attention import fused_attention, position_bounds
 from paligemma_jax.model.config import AttentionForm
 from paligemma_jax.model.constrain import over_shards
+from paligemma_jax.model.layers import full_dtype
 from paligemma_jax.model.masks import Mask, TokenSpan
 from paligemma_jax.model.stages import Kind, collecting_scores, stage
 
@@ -29,7 +30,8 @@ def attend(
     mask: Mask | None = None,
     form: AttentionForm = "plain",
 ) -> Float[Array, "B T N H"]:
-    """Attention with scores and softmax in float32; query heads g*G ... g*G+G-1 share key head g.
+    """Attention with scores and softmax in `full_dtype`; query heads g*G ... g*G+G-1 share key
+    head g.
 
     Args:
         scale: Factor of the scores.
@@ -81,7 +83,8 @@ def _attend(q, k, v, scale, softcap, mask):
     B, T, N, H = q.shape
     K = k.shape[2]
     q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    dtype = full_dtype(q.dtype)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=dtype) * scale
     allowed = None if mask is None else mask()[:, None, None]
     weights = attention_weights(scores, softcap, allowed, (B, N, T, k.shape[1]))
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v).reshape(B, T, N, H)

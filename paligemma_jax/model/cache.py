@@ -132,7 +132,7 @@ class KVCache:
         new = TokenSpan(position[:, None], prefix=no, valid=~no)
 
         def put(slots: Array, value: Array) -> Array:
-            return jax.lax.dynamic_update_slice(slots, value, (0, self.length))
+            return jax.lax.dynamic_update_slice_in_dim(slots, value, self.length, axis=1)
 
         return replace(self, span=jax.tree.map(put, self.span, new), length=self.length + 1)
 

@@ -119,7 +119,8 @@ class PaliGemmaConfig:
     eos_token_ids: tuple[int, ...] = (1,)  # any of them ends an answer
     pad_token_id: int = 0
     numerics: Literal["transformers", "big_vision"] = "transformers"  # a key of NUMERICS
-    dtype: str = "float32"  # of activations and KV cache: "float32", "bfloat16" or "float16"
+    # Of activations and KV cache: "float32", "bfloat16", "float16", or "float64" as a reference.
+    dtype: str = "float32"
     cache: Literal["int8"] | None = None  # dtype of the KV cache, if not `dtype`
     attention: AttentionForm = "plain"
 
@@ -129,7 +130,9 @@ class PaliGemmaConfig:
 
     @property
     def activation_dtype(self) -> str:
-        return "float32" if self.profile.float32_activations else self.dtype
+        if self.profile.float32_activations and self.dtype != "float64":
+            return "float32"
+        return self.dtype
 
     @property
     def max_context(self) -> int:

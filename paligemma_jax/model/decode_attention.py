@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from paligemma_jax.model.attention import attention_weights
 from paligemma_jax.model.cache import CachedArray, Int8Array
+from paligemma_jax.model.layers import full_dtype
 from paligemma_jax.model.masks import Mask
 
 
@@ -48,11 +49,11 @@ def attend_cached(
     def by_head(scale: Array | None) -> Array | int:  # [B, K, S] -> [B, N, S]
         return 1 if scale is None else jnp.repeat(scale, G, axis=1)
 
-    q = q.reshape(B, K, G, H)
+    q, dtype = q.reshape(B, K, G, H), full_dtype(q.dtype)
     wide = jnp.einsum("BKGH,KL->BKGLH", q, jnp.eye(K, dtype=q.dtype)).reshape(B, K * G, K * H)
-    scores = jnp.einsum("BNX,BSX->BNS", wide, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("BNX,BSX->BNS", wide, k, preferred_element_type=dtype)
     scores *= by_head(k_scale)
-    own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=jnp.float32)
+    own = jnp.einsum("BKGH,BKH->BKG", q, new[0][:, 0], preferred_element_type=dtype)
     own = own.reshape(B, K * G, 1)
     scores = jax.lax.dynamic_update_slice_in_dim(scores, own, slot, axis=2) * scale
     weights = attention_weights(scores, softcap, mask(), (B, K * G, 1, scores.shape[-1]))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
@@ -18,7 +18,16 @@ from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
 from paligemma_jax.model.constrain import constrain, over_all_tokens, ways
 from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.dropout import dropout, with_layer_keys
-from paligemma_jax.model.layers import Linear, RMSNorm, identity, matrix_product, place_prefix, rope
+from paligemma_jax.model.layers import (
+    FullFloat,
+    Linear,
+    RMSNorm,
+    full_dtype,
+    identity,
+    matrix_product,
+    place_prefix,
+    rope,
+)
 from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
@@ -141,18 +150,20 @@ class Embedder(nnx.Module):
         (in bfloat16 59.75 instead of 59.87)."""
         return self.rows(tokens, dtype) * jnp.asarray(self.shape[1] ** 0.5, dtype)
 
-    def decode(self, x: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+    def decode(self, x: Float[Array, "... D"]) -> FullFloat[Array, "... V"]:
         """Compute the logits of all tokens."""
-        return matrix_product(x, self.table[...].astype(x.dtype), jnp.float32)
+        return matrix_product(x, self.table[...].astype(x.dtype), full_dtype(x.dtype))
 
     def split(self, parts: int, dtype: DTypeLike) -> Embedder:
         """A stack of `parts` embedders, to `decode` one after the other (see `split_rows`)."""
         return jax.tree.map(lambda table: split_rows(table.astype(dtype), parts), self)
 
-    def decode_at(self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]) -> Float32[Array, "*B"]:
+    def decode_at(
+        self, x: Float[Array, "*B D"], tokens: Int[Array, "*B"]
+    ) -> FullFloat[Array, "*B"]:
         """Compute the logit of one token for each x."""
-        rows = self.rows(tokens, x.dtype)
-        return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=jnp.float32)
+        rows, dtype = self.rows(tokens, x.dtype), full_dtype(x.dtype)
+        return jnp.einsum("...D,...D->...", x, rows, preferred_element_type=dtype)
 
 
 def split_rows(table: Float[Array, "V ..."], parts: int) -> Float[Array, "parts Z ..."]:
@@ -212,7 +223,7 @@ class Decoder(nnx.Module):
         """The embedder whose table is the output head."""
         return self.embedder if self.head is None else self.head
 
-    def logits(self, x: Float[Array, "... D"], capped: bool) -> Float32[Array, "... V"]:
+    def logits(self, x: Float[Array, "... D"], capped: bool) -> FullFloat[Array, "... V"]:
         """Compute logits, with the final softcap if `capped` and the config has one."""
         return self._cap(self.output.decode(x), capped)
 
@@ -223,7 +234,7 @@ class Decoder(nnx.Module):
         capped: bool,
         chunk: int = 2**15,
         smoothing: float = 0.0,
-    ) -> Float32[Array, "*B"]:
+    ) -> FullFloat[Array, "*B"]:
         """Compute the log-probability of one token for each x. Arguments are those of
         `scores_and_normalizers`."""
         scores, normalizers = self.scores_and_normalizers(x, tokens, capped, chunk, smoothing)
@@ -236,7 +247,7 @@ class Decoder(nnx.Module):
         capped: bool,
         chunk: int = 2**15,
         smoothing: float = 0.0,
-    ) -> tuple[Float32[Array, "*B"], Float32[Array, "*B"]]:
+    ) -> tuple[FullFloat[Array, "*B"], FullFloat[Array, "*B"]]:
         """Compute the logit of one token, and the log of the softmax's denominator, for each x.
 
         The vocabulary is processed in chunks, so that [..., V] never exists, forward or backward,
@@ -259,7 +270,7 @@ class Decoder(nnx.Module):
             total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
             return (total, summed + logits.sum(axis=-1) if smoothing else summed), None
 
-        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        zeros = jnp.zeros(tokens.shape, full_dtype(x.dtype))
         start = zeros - jnp.inf, zeros
         (total, summed), _ = jax.lax.scan(accumulate, start, self.output.split(parts, x.dtype))
         chosen = self._cap(self.output.decode_at(x, tokens), capped)

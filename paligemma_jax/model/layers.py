@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import AbstractDtype, Float, Int
 
 from paligemma_jax.model.constrain import gather_weight
 
@@ -20,6 +21,32 @@ from paligemma_jax.model.constrain import gather_weight
 #   N heads   K key/value heads   G = N/K   H head size     F MLP width        L layers
 #   M images  P patches        U = patch*patch*3 pixels     W vision width   X = K*H
 #   Z part of the vocabulary, in the loss
+
+if TYPE_CHECKING:
+    from jaxtyping import Float as FullFloat
+else:
+
+    class FullFloat(AbstractDtype):
+        """A dtype that `full_dtype` returns."""
+
+        dtypes = ["float32", "float64"]
+
+
+def full_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of norms, RoPE, scores, softmax and logits for activations of `dtype`: float32, or
+    float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def available_dtype(dtype: str) -> str:
+    """Return `dtype`, if JAX computes in it.
+
+    Raises:
+        ValueError: It is float64 without 64-bit mode, where JAX would compute in float32.
+    """
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(f"dtype {dtype} needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
+    return dtype
 
 
 class Linear(nnx.Module):
@@ -66,7 +93,7 @@ class Linear(nnx.Module):
         if self.bias is None:
             return product(x, kernel, self.contracted)
         # Rounded once, after the bias is added, as torch's addmm rounds.
-        y = product(x, kernel, self.contracted, jnp.float32)
+        y = product(x, kernel, self.contracted, full_dtype(x.dtype))
         return add_bias(y, self.bias).astype(x.dtype)
 
 
@@ -114,21 +141,21 @@ def identity(x: Array) -> Array:
 
 
 class RMSNorm(nnx.Module):
-    """Gemma's norm: x / rms(x) * (1 + scale), in float32 with one cast at the end (transformers
-    `Gemma2RMSNorm`)."""
+    """Gemma's norm: x / rms(x) * (1 + scale), in `full_dtype` with one cast at the end
+    (transformers `Gemma2RMSNorm`)."""
 
     def __init__(self, size: int, eps: float):
         self.eps = eps
         self.scale = nnx.Param(jnp.zeros(size))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        y = x.astype(jnp.float32)
+        y = x.astype(full_dtype(x.dtype))
         y *= jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
-        return (y * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return (y * (1 + self.scale[...].astype(y.dtype))).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
-    """SigLIP's norm, with the biased variance; statistics in float32."""
+    """SigLIP's norm, with the biased variance; statistics in `full_dtype`."""
 
     def __init__(self, size: int, eps: float):
         self.eps = eps
@@ -136,27 +163,29 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(size))
 
     def __call__(self, x: Float[Array, "... W"]) -> Float[Array, "... W"]:
-        y = x.astype(jnp.float32)
+        y = x.astype(full_dtype(x.dtype))
         y -= jnp.mean(y, axis=-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
-        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        scale, bias = self.scale[...].astype(y.dtype), self.bias[...].astype(y.dtype)
         return (y * scale + bias).astype(x.dtype)
 
 
 def rope(
     x: Float[Array, "B T N H"], positions: Int[Array, "B T"], theta: float
 ) -> Float[Array, "B T N H"]:
-    """Rotate the halves of each head by its token's position, in float32.
+    """Rotate the halves of each head by its token's position, in `full_dtype`.
 
     Inverse frequencies are rounded as transformers rounds them. big_vision divides by the timescale
     instead; XLA compiles both to the same product.
     """
-    exponent = np.arange(0, x.shape[-1], 2, dtype=np.float32) / np.float32(x.shape[-1])
+    dtype = full_dtype(x.dtype)
+    one, size = dtype.type(1), dtype.type(x.shape[-1])
+    exponent = np.arange(0, x.shape[-1], 2, dtype=dtype) / size
     # Correctly rounded, as torch's pow nearly always is and numpy's float32 pow is not.
-    timescale = (theta ** exponent.astype(np.float64)).astype(np.float32)
-    angle = positions[..., None, None].astype(jnp.float32) * (np.float32(1) / timescale)
+    timescale = (theta ** exponent.astype(np.float64)).astype(dtype)
+    angle = positions[..., None, None].astype(dtype) * (one / timescale)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return y.astype(x.dtype)
 

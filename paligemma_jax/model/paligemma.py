@@ -8,12 +8,12 @@ from typing import TypeAlias
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 
 from paligemma_jax.model.cache import KVCache
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.model.decoder import Decoder
-from paligemma_jax.model.layers import Linear
+from paligemma_jax.model.layers import FullFloat, Linear, available_dtype
 from paligemma_jax.model.masks import TokenSpan, token_span
 from paligemma_jax.model.stages import scope, stage
 from paligemma_jax.model.vision import VisionEncoder
@@ -49,8 +49,8 @@ class PaliGemma(nnx.Module):
     def encode_images(self, images: Images) -> Features:
         """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in
         transformers 5.4 or newer."""
-        flat = images.reshape(-1, *images.shape[-3:]).astype(self.config.activation_dtype)
-        x = self.vision(flat)
+        dtype = available_dtype(self.config.activation_dtype)
+        x = self.vision(images.reshape(-1, *images.shape[-3:]).astype(dtype))
         return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
 
     @scope("decoder")
@@ -66,7 +66,7 @@ class PaliGemma(nnx.Module):
         is_image, ids = tokens == self.config.image_token_id, tokens
         if self.config.image_token_id >= self.config.decoder.vocab_size:
             ids = jnp.where(is_image, 0, ids)
-        x = self.decoder.embedder.encode(ids, self.config.activation_dtype)
+        x = self.decoder.embedder.encode(ids, available_dtype(self.config.activation_dtype))
         if features is not None:
             groups = len(tokens) if features.ndim == 4 else 1
             features = features.reshape(groups, -1, features.shape[-1]).astype(x.dtype)
@@ -116,7 +116,7 @@ class PaliGemma(nnx.Module):
         valid: Flags,
         prefix: Flags,
         segments: Int[Array, "B T"] | None = None,
-    ) -> Float32[Array, "B T V"]:
+    ) -> FullFloat[Array, "B T V"]:
         """Teacher-forced logits: those at t predict the token at t + 1. `segments` are those of
         `hidden`."""
         x = self.hidden(tokens, images, valid, prefix, segments=segments)
@@ -124,7 +124,7 @@ class PaliGemma(nnx.Module):
 
     def prefill(
         self, tokens: Tokens, features: Features | None, valid: Flags, prefix: Flags, slots: int
-    ) -> tuple[Float32[Array, "B V"], KVCache]:
+    ) -> tuple[FullFloat[Array, "B V"], KVCache]:
         """Logits for the token after each row's last valid one, and a cache of `slots` slots.
 
         Takes features, not images, so that an image is encoded once for all of its prompts.
@@ -138,7 +138,7 @@ class PaliGemma(nnx.Module):
 
     def decode_step(
         self, token: Int[Array, " B"], cache: KVCache
-    ) -> tuple[Float32[Array, "B V"], KVCache]:
+    ) -> tuple[FullFloat[Array, "B V"], KVCache]:
         """Append one token to every row. Returns the logits for the next one and the new cache."""
         first = self.config.profile.first_position
         position = cache.span.valid.sum(axis=1, dtype=jnp.int32) + first
