@@ -41,6 +41,7 @@ def parity(
     depth: Depth = None,
     against: Against = None,
     attention: Attention = None,
+    float64: bool = False,
     html: File = None,
     json: bool = False,
 ) -> None:
@@ -69,6 +70,7 @@ def parity(
             as the original of a converted or fine-tuned copy.
         attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
             Attention weights are compared in the plain form only.
+        float64: Run this model in float64 too, on a CPU, and show how far both models are from it.
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
@@ -78,7 +80,8 @@ def parity(
     from paligemma_jax.parity.run import ParityConfig, run
 
     config = ParityConfig(
-        model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against, attention
+        *(model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against),
+        *(attention, float64),
     )
     report = run(config)
     print(dumps(as_dict(report)) if json else format_report(report))

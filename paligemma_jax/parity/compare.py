@@ -47,6 +47,16 @@ class StageError:
     limits: tuple[float, float]  # of the checked values: accumulated, local
     baseline: tuple[Error | None, Error | None] = (None, None)  # accumulated, local
     details: tuple[str, ...] = ()  # what differs, where numbers alone do not tell
+    # Accumulated errors of both models against this model in float64, if that was computed.
+    ours_from_float64: Error | None = None
+    transformers_from_float64: Error | None = None
+
+    @property
+    def float64_ratio(self) -> float | None:
+        """Our distance from float64 over transformers' own."""
+        if self.ours_from_float64 is None:
+            return None
+        return _checked(self.ours_from_float64, self.transformers_from_float64)
 
     @property
     def checked(self) -> tuple[float, float]:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from html import escape
 
 from convert.files import user_path
-from paligemma_jax.parity import plots
+from paligemma_jax.parity import float64_report, plots
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.report import (
     adaptations,
     cost,
     details,
+    float64_lines,
     format_number,
     note,
     ratio_numbers,
@@ -91,6 +92,7 @@ def render_page(report: Report) -> str:
         f"<p>{'.<br>'.join(map(escape, lines))}.</p>",
         f'<div class="verdict {"bad" if report.first_divergence else "good"}">'
         f"{escape(verdict(report))}</div>",
+        *(f"<p>{escape(line)}.</p>" for line in float64_lines(report)),
     ]
     if details(report):
         items = "".join(f"<li>{escape(line)}</li>" for line in details(report))
@@ -126,12 +128,18 @@ def _answers_table(report: Report) -> str:
 
 def _stages_table(report: Report) -> str:
     columns = RATIO_COLUMNS if report.by_ratio else FLOAT32_COLUMNS
+    if report.config.float64:
+        columns += tuple((title, False) for title in float64_report.COLUMNS)
     classes = [' class="detail"' if detail else "" for _, detail in columns]
     titles = "".join(f"<th{c}>{title}" for c, (title, _) in zip(classes, columns, strict=True))
     lines = []
     for row in report.rows:
-        numbers = map(format_number, _numbers(row, report.by_ratio))
-        cells = "".join(f"<td{c}>{number}" for c, number in zip(classes, numbers, strict=True))
+        numbers = _numbers(row, report.by_ratio)
+        numbers += float64_report.numbers(row) if report.config.float64 else []
+        cells = "".join(
+            f"<td{c}>{number}"
+            for c, number in zip(classes, map(format_number, numbers), strict=True)
+        )
         stage = escape(row.stage).replace("/", "/<wbr>")
         lines.append(f'<tr class="{_row_class(row)}"><td>{stage}{cells}')
     head = f"<thead><tr><th>stage{titles}</thead>"

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from convert.checkpoint import Checkpoint
 from paligemma_jax.checkpoints.load import abstract_model
+from paligemma_jax.model.layers import full_dtype
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.model.stages import collect_stages, stage
 from paligemma_jax.model.tree import copy_tree, with_parameters
@@ -92,8 +93,8 @@ def compute_stages(
     attention: bool,
     fed: Arrays | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every stage's output as float32, in order of computation. `attention` and `fed` are as in
-    `collect_stages`."""
+    """Every stage's output as float32, or as float64 of a model in float64, in order of
+    computation. `attention` and `fed` are as in `collect_stages`."""
     fed = fed or {}
     model = copy_tree(model)
     for name in ("vision", "decoder"):
@@ -111,4 +112,4 @@ def compute_stages(
     inputs = jax.tree.map(jnp.asarray, inputs)
     with collect_stages(attention, branches=True, fed=fed) as stages:
         model(inputs.tokens, inputs.images, inputs.valid, inputs.prefix)
-    return {name: np.asarray(value, np.float32) for name, value in stages.items()}
+    return {name: np.asarray(value, full_dtype(value.dtype)) for name, value in stages.items()}

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from paligemma_jax.model.config import NUMERICS, Numerics
+from paligemma_jax.parity import float64_report
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.run import Report
 
@@ -59,6 +60,7 @@ def as_dict(report: Report) -> dict:
             "texts": tokens.texts,
             "first_differences": tokens.first_differences,
         },
+        "float64_verdict": float64_report.verdict(report.rows),
         "adaptations": adaptations(report),
         "transformers": version("transformers"),
         "seconds": report.seconds,
@@ -98,7 +100,7 @@ def format_report(report: Report) -> str:
         parts.append("\n".join(details(report)))
     if report.tokens:
         parts.append("\n".join(_greedy_lines(report)))
-    return "\n\n".join([*parts, verdict(report)])
+    return "\n\n".join([*parts, verdict(report), *float64_lines(report)])
 
 
 def summary(report: Report) -> str:
@@ -142,7 +144,14 @@ def details(report: Report) -> list[str]:
 
 def note(report: Report) -> str:
     """Explain the columns."""
-    return RATIO_NOTE if report.by_ratio else FLOAT32_NOTE
+    text = RATIO_NOTE if report.by_ratio else FLOAT32_NOTE
+    return f"{text}\n{float64_report.NOTE}" if report.config.float64 else text
+
+
+def float64_lines(report: Report) -> list[str]:
+    """The closing line, if float64 was computed."""
+    line = float64_report.verdict(report.rows)
+    return [line] if line else []
 
 
 def verdict(report: Report) -> str:
@@ -183,15 +192,20 @@ def _table(report: Report) -> list[tuple[str, ...]]:
     """A line for each layer, with its worst local error, and for each part that diverges."""
     columns = RATIO_COLUMNS if report.by_ratio else FLOAT32_COLUMNS
     lines: list[tuple[str, ...]] = [("stage", *columns, "worst part")]
+    if report.config.float64:
+        columns = float64_report.make_room(columns, report.by_ratio)
+        owners, below = zip(*(title.split(" ", 1) for title in float64_report.COLUMNS), strict=True)
+        lines = [("", *("" for _ in columns), *owners, "")]
+        lines.append(("stage", *columns, *below, "worst part"))
     parts: list[StageError] = []
     for row in report.rows:
         if re.search(r"^\w+/layers/\d+/.*(weights|output)$", row.stage):
             parts.append(row)
             if row.diverges:
-                lines.append(_line(row, row, report.by_ratio))
+                lines.append(_line(row, row, report))
         else:
             worst = max([*parts, row], key=_local_over_limit)
-            lines.append(_line(row, worst, report.by_ratio))
+            lines.append(_line(row, worst, report))
             parts = []
     return lines
 
@@ -200,16 +214,18 @@ def _local_over_limit(row: StageError) -> float:
     return row.checked[1] / row.limits[1] if row.limits[1] else 0
 
 
-def _line(row: StageError, worst: StageError, by_ratio: bool) -> tuple[str, ...]:
+def _line(row: StageError, worst: StageError, report: Report) -> tuple[str, ...]:
     error, local = row.accumulated, worst.local
     last = "" if worst is row else worst.stage.removeprefix(row.stage).strip("/")
     if row.diverges or row.over_limit:
         last = "<- diverges" if row.diverges else "<- over limit"
-    if by_ratio:
+    if report.by_ratio:
         numbers = [*ratio_numbers(row, 0), *ratio_numbers(worst, 1)]
     else:
         numbers = [error.max, error.mean, error.relative, error.cosine, row.limits[0]]
         numbers += [local.relative, worst.limits[1]] if local else [None, None]
+    if report.config.float64:
+        numbers = float64_report.make_room(numbers, report.by_ratio) + float64_report.numbers(row)
     return (row.stage, *map(format_number, numbers), last)
 
 

@@ -17,6 +17,7 @@ from paligemma_jax.parity import end_to_end, jax_model
 from paligemma_jax.parity.case import ParityCase, load_parity_case
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.end_to_end import GreedyTokens
+from paligemma_jax.parity.float64 import float64_gradients, float64_stages
 from paligemma_jax.parity.input_errors import input_errors
 from paligemma_jax.parity.reference import (
     WEIGHTS_FACTOR,
@@ -44,6 +45,7 @@ class ParityConfig:
     depth: int | None = None
     against: str | None = None  # what transformers loads, if not `model`
     attention: str | None = None  # form of attention, by default the fastest
+    float64: bool = False  # also run this model in float64, and measure both models against it
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
@@ -124,7 +126,7 @@ def compare(config: ParityConfig, case: ParityCase) -> Report:
         gc.collect()  # frees transformers' model
         model, read = jax_model.build_model(case.checkpoint, config.dtype)
 
-        # Attention weights exist in the plain form only.
+        # Attention weights exist in the plain form only, the only one in float64.
         weights = reference.attention and case.checkpoint.config.attention == "plain"
 
         def compute(fed: Stages | None = None) -> Stages:
@@ -137,13 +139,16 @@ def compare(config: ParityConfig, case: ParityCase) -> Report:
             if weights or not name.endswith("attention/weights")
         }
         rows = list(input_errors(case))
-        rows += stage_errors(case, stages, compute(fed), reference, by_ratio)
+        float64 = float64_stages(case, reference.attention) if config.float64 else None
+        rows += stage_errors(case, stages, compute(fed), reference, by_ratio, float64)
         tokens = None
         if config.new or config.gradients:
             model = with_parameters(model, read)
-            rows.append(compiled_logits_error(case, model, reference, by_ratio))
+            rows.append(compiled_logits_error(case, model, reference, by_ratio, float64))
         if reference.gradients is not None:
-            rows += gradient_errors(end_to_end.compute_gradients(model, case), reference.gradients)
+            gradients = end_to_end.compute_gradients(model, case)
+            exact = float64_gradients(case) if config.float64 else None
+            rows += gradient_errors(gradients, reference.gradients, exact)
         if reference.greedy is not None:
             tokens = end_to_end.compare_greedy(model, case, reference.greedy)
     drawn = r"decoder/layers/\d+(/attention/weights)?|logits"
@@ -158,9 +163,9 @@ def compare(config: ParityConfig, case: ParityCase) -> Report:
 
 
 def _check_memory(config: ParityConfig, case: ParityCase) -> None:
-    """Raise ValueError if the complete model is needed (four of them for gradients) and does not
-    fit in memory."""
-    copies = 4 if config.gradients else 1 if config.new else 0
+    """Raise ValueError if the complete model is needed (four of them for gradients, eight more in
+    float64) and does not fit in memory."""
+    copies = 4 + 8 * config.float64 if config.gradients else 1 if config.new else 0
     needed = copies * WEIGHTS_FACTOR * weight_bytes(case, config.dtype)
     available = available_memory()
     if needed > available:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,7 +29,12 @@ from paligemma_jax.parity.reference import Reference, Stages
 
 
 def stage_errors(
-    case: ParityCase, stages: Stages, local: Stages, reference: Reference, by_ratio: bool = False
+    case: ParityCase,
+    stages: Stages,
+    local: Stages,
+    reference: Reference,
+    by_ratio: bool = False,
+    float64: Stages | None = None,
 ) -> Iterator[StageError]:
     """Yield the errors of every stage and of the loss.
 
@@ -36,6 +43,7 @@ def stage_errors(
         local: Our stages, each computed from transformers' stages.
         reference: transformers' stages.
         by_ratio: Compare with transformers' own errors, in bfloat16.
+        float64: Our stages in float64, computed from the inputs on.
     """
     layers, layer = [name for name in stages if re.search(r"layers/\d+$", name)], 0
     for name in stages:
@@ -47,7 +55,7 @@ def stage_errors(
         baseline = (None, None)
         if by_ratio:
             baseline = (measure_error(theirs, exact), measure_error(theirs, exact_local))
-        yield StageError(
+        row = StageError(
             name,
             measure_error(ours, exact),
             measure_error(ours_local, exact_local),
@@ -55,12 +63,27 @@ def stage_errors(
             baseline,
             () if ours.shape == theirs.shape else (describe_shapes(ours, theirs),),
         )
+        if float64:
+            row = with_float64(row, ours, theirs, without_padding(name, float64[name], case.inputs))
+        yield row
     if case.inputs.targets.any():
-        yield loss_error(case, stages["logits"], reference, by_ratio)
+        yield loss_error(case, stages["logits"], reference, by_ratio, float64)
+
+
+def with_float64(
+    row: StageError, ours: np.ndarray, theirs: np.ndarray, float64: np.ndarray
+) -> StageError:
+    """The row with the errors of both models against float64."""
+    errors = measure_error(ours, float64), measure_error(theirs, float64)
+    return replace(row, ours_from_float64=errors[0], transformers_from_float64=errors[1])
 
 
 def loss_error(
-    case: ParityCase, logits: np.ndarray, reference: Reference, by_ratio: bool
+    case: ParityCase,
+    logits: np.ndarray,
+    reference: Reference,
+    by_ratio: bool,
+    float64: Stages | None = None,
 ) -> StageError:
     """The loss of our logits (accumulated) and of transformers' logits (local).
 
@@ -76,17 +99,27 @@ def loss_error(
 
     exact = torch_model.compute_loss(reference.exact["logits"], inputs)
     theirs = torch_model.compute_loss(own, inputs)
-    errors = measure_error(loss(logits), exact), measure_error(loss(own), theirs)
-    if by_ratio:
-        # The ratio of two single numbers is meaningless. Instead, allow for rounding to bfloat16.
-        return StageError("loss", *errors, (2**-8, LOSS_LIMIT))
-    rounding = np.finfo(np.float32).eps * np.abs(own).max() / inputs.targets.sum() ** 0.5
-    floor = float(rounding / np.abs(theirs[0]))
-    return StageError("loss", *errors, (max(ACCUMULATED_LIMIT, floor), max(LOSS_LIMIT, floor)))
+    ours = loss(logits)
+    errors = measure_error(ours, exact), measure_error(loss(own), theirs)
+    # The ratio of two single numbers is meaningless. Instead, allow for rounding to bfloat16.
+    limits = 2**-8, LOSS_LIMIT
+    if not by_ratio:
+        rounding = np.finfo(np.float32).eps * np.abs(own).max() / inputs.targets.sum() ** 0.5
+        floor = float(rounding / np.abs(theirs[0]))
+        limits = max(ACCUMULATED_LIMIT, floor), max(LOSS_LIMIT, floor)
+    row = StageError("loss", *errors, limits)
+    if float64:
+        with jax.enable_x64(True):
+            row = with_float64(row, ours, theirs, loss(float64["logits"]))
+    return row
 
 
 def compiled_logits_error(
-    case: ParityCase, model: PaliGemma, reference: Reference, by_ratio: bool
+    case: ParityCase,
+    model: PaliGemma,
+    reference: Reference,
+    by_ratio: bool,
+    float64: Stages | None = None,
 ) -> StageError:
     """The error of the logits of the complete model in one program, as `generate` compiles it, from
     the inputs made here. The stages come from one program per layer.
@@ -96,19 +129,24 @@ def compiled_logits_error(
     logits = np.asarray(scoring.forward(model, case.own_inputs), np.float32)
     length = min(case.own_inputs.tokens.shape[1], case.inputs.tokens.shape[1])
     valid = case.own_inputs.valid[:, -length:] & case.inputs.valid[:, -length:]
-    ours, theirs, exact = (
-        array[:, -length:][valid]
-        for array in (logits, reference.stages["logits"], reference.exact["logits"])
-    )
+
+    def common(logits: np.ndarray) -> np.ndarray:
+        return logits[:, -length:][valid]
+
+    ours, theirs = common(logits), common(reference.stages["logits"])
+    exact = common(reference.exact["logits"])
     config = case.checkpoint.config
     depth = config.vision.num_hidden_layers + config.decoder.num_hidden_layers
     limit, _ = error_limits("logits", depth, by_ratio)
     baseline = measure_error(theirs, exact) if by_ratio else None
     error = measure_error(ours, exact)
-    return StageError("logits, one program", error, None, (limit, 0.0), (baseline, None))
+    row = StageError("logits, one program", error, None, (limit, 0.0), (baseline, None))
+    return with_float64(row, ours, theirs, common(float64["logits"])) if float64 else row
 
 
-def gradient_errors(ours: Stages, theirs: Stages) -> Iterator[StageError]:
+def gradient_errors(
+    ours: Stages, theirs: Stages, float64: Stages | None = None
+) -> Iterator[StageError]:
     """The worst gradient of each layer and of each module outside the layers, in the order of the
     backward pass."""
     groups: dict[str, list[StageError]] = {}
@@ -117,6 +155,8 @@ def gradient_errors(ours: Stages, theirs: Stages) -> Iterator[StageError]:
             continue  # zero except for rounding: softmax ignores what all keys have in common
         error = measure_error(ours[path], theirs[path])
         row = StageError(f"gradient, {path}", error, None, (GRADIENT_LIMIT, 0.0))
+        if float64:
+            row = with_float64(row, ours[path], theirs[path], float64[path])
         layer = re.match(r"\w+/layers/\d+", path)
         groups.setdefault(layer[0] if layer else path.split("/")[0], []).append(row)
     for rows in reversed(groups.values()):
