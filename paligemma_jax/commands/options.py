@@ -56,7 +56,8 @@ class ModelOptions:
     base: Base = None
     """Base checkpoint of an adapter or a run, if it has moved."""
     dtype: Dtype = None
-    """Dtype of parameters and activations: float32, bfloat16 or float16."""
+    """Dtype of parameters and activations: float32, bfloat16 or float16; or float64, as a
+    reference, with JAX_ENABLE_X64=1."""
     numerics: Numerics = None
     """Implementation to match where the two differ: transformers or big_vision."""
     quantize: Quantize = None

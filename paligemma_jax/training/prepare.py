@@ -33,6 +33,8 @@ def load_trainable(
     """
 
     is_trainable = partial(matches, config.trainable_pattern)
+    if config.dtype == "float64":
+        raise ValueError("--dtype must be bfloat16, float32 or float16 to train, got float64")
     dtype = config.dtype or (None if jax.default_backend() == "cpu" else "bfloat16")
     model = load_model(
         source,

@@ -17,10 +17,8 @@ from paligemma_jax.parity.stage_errors import stage_errors
 
 @pytest.fixture(scope="module")
 def report():
-    picture, texts = str(GOLDEN / "image.png"), (("caption en",), ("a cat",))
-    return run(
-        ParityConfig(str(GOLDEN / "pg2"), "float32", None, (picture,), *texts, 0, float64=True)
-    )
+    inputs = dict(images=(str(GOLDEN / "image.png"),), prompts=("caption en",), suffixes=("a cat",))
+    return run(ParityConfig(str(GOLDEN / "pg2"), **inputs, new=0, float64=True))
 
 
 def test_every_stage_has_both_distances(report, monkeypatch):
@@ -45,14 +43,14 @@ def test_every_stage_has_both_distances(report, monkeypatch):
 
 
 def test_the_model_that_rounds_is_farther_from_float64(report):
-    """The weights of one MLP are rounded to bfloat16 in this model alone."""
+    """The weights of one MLP are rounded to 8 bits in this model alone."""
     case = report.case
     model, read = jax_model.build_model(case.checkpoint, "float32")
 
     def rounded(path):
         value = read(path)
         is_rounded = path.startswith("decoder/layers/2/mlp")
-        return value.astype(jnp.bfloat16).astype(jnp.float32) if is_rounded else value
+        return value.astype(jnp.float8_e4m3fn).astype(jnp.float32) if is_rounded else value
 
     stages = jax_model.compute_stages(model, rounded, case.inputs, True)
     float64, reference = float64_stages(case, True), compute_reference(case)
