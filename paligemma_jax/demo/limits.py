@@ -9,9 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from paligemma_jax.processing.encoded_image import check_encoded_image
 from paligemma_jax.processing.image import load_image
-from paligemma_jax.serving.pictures import FORMATS
+from paligemma_jax.serving.pictures import check_picture
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,7 @@ class Limits:
             raise ValueError(
                 f"{name} is too large: {megabytes:.1f} MB, the limit is {self.megabytes:g} MB."
             )
-        limit = f"the limit is {self.megapixels:g} megapixels"
-        try:
-            with Image.open(path, formats=FORMATS) as image:  # reads the header only
-                megapixels = image.width * image.height / 1e6
-        except Image.DecompressionBombError:
-            raise ValueError(f"{name} has too many pixels: {limit}.") from None
-        except Exception:
-            raise ValueError(
-                f"{name} is not a supported picture. Use JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
-            ) from None
-        if megapixels > self.megapixels:
-            raise ValueError(f"{name} is too large: {megapixels:.0f} megapixels, {limit}.")
-        check_encoded_image(path.read_bytes(), name)
+        check_picture(path.read_bytes(), name, self.megapixels)
         try:
             return load_image(path, on_white=False)  # the checkpoint's settings decide
         except ValueError:

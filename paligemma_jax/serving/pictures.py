@@ -40,29 +40,39 @@ def open_picture(url: str, name: str, limits: PictureLimits, allow_urls: bool = 
         )
     else:
         content = download(url, limit, limits.fetch_seconds)
-    _check(content, name, limits)
+    check_picture(content, name, limits.megapixels)
     return content
 
 
-def _check(content: bytes, name: str, limits: PictureLimits) -> None:
-    """Raise ValueError unless the header is that of a picture within the limits."""
+def check_picture(content: bytes, name: str, megapixels: float) -> None:
+    """Check the header of an image file, before anything is decoded.
+
+    Args:
+        content: The bytes of the file.
+        name: Its name in errors.
+        megapixels: Maximum size of the decoded picture.
+
+    Raises:
+        ValueError: It is not a picture of the `FORMATS`, or takes too much memory or time to
+            decode.
+    """
     if not content:
         raise ValueError(f"{name} must be a picture, got no bytes")
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
-            megapixels = image.width * image.height / 1e6
+            size = image.width * image.height / 1e6
     except Image.DecompressionBombError:
+        largest = 2e-6 * (Image.MAX_IMAGE_PIXELS or 0)  # PIL opens no larger ones
+        limit = min(megapixels, largest)
         raise ValueError(
-            f"{name} must have at most {limits.megapixels:g} megapixels, got many more"
+            f"{name} must have at most {limit:g} megapixels, got more than {largest:g}"
         ) from None
     except Exception:  # of PIL's decoders: OSError, SyntaxError, struct.error, ...
         raise ValueError(
             f"{name} must be a {NAMES} file, got {len(content)} bytes of something else"
         ) from None
-    if megapixels > limits.megapixels:
-        raise ValueError(
-            f"{name} must have at most {limits.megapixels:g} megapixels, got {megapixels:.1f}"
-        )
+    if size > megapixels:
+        raise ValueError(f"{name} must have at most {megapixels:g} megapixels, got {size:.1f}")
     check_encoded_image(content, name)
 
 

@@ -136,9 +136,8 @@ def test_errors_are_shown_as_messages(visit, tmp_path):
     page.set_input_files("#picture input[type=file]", tmp_path / "note.png")
     page.wait_for_selector("#picture img")
     page.click("#run")
-    expect_answer(
-        page, "note.png is not a supported picture. Use JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF."
-    )
+    formats = "JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+    expect_answer(page, f"note.png must be a {formats} file, got 10 bytes of something else")
     expect(page, "#answer-0 [role=alert]").to_have_count(1)
     page.click("#examples >> text=ocr")  # the invitation stays below an error
     expect_answer(page, "4 3 2 3")

@@ -80,12 +80,10 @@ def test_decompression_bombs(picture, monkeypatch):
     """Neither is decoded: one exceeds our limit, one twice the limit of Pillow, where Pillow
     raises."""
     monkeypatch.setattr("paligemma_jax.demo.limits.load_image", lambda file: pytest.fail("decoded"))
-    with pytest.raises(
-        ValueError, match=r"bomb\.png is too large: 2 megapixels, the limit is 1 meg"
-    ):
+    with pytest.raises(ValueError, match=r"^bomb\.png must have at most 1 megapixels, got 2\.0"):
         Limits(megapixels=1).open_images([picture("bomb.png", (2000, 1000))])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
-    with pytest.raises(ValueError, match=r"bomb\.png has too many pixels"):
+    with pytest.raises(ValueError, match=r"at most 0\.2 megapixels, got more than 0\.2"):
         Limits(megapixels=1000).open_images([picture("bomb.png", (2000, 1000))])
 
 
@@ -101,7 +99,7 @@ def test_decompression_bombs(picture, monkeypatch):
 def test_files_that_are_not_pictures(content, tmp_path):
     """This includes EPS, which Pillow would pass to Ghostscript."""
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^x\.png is not a supported picture"):
+    with pytest.raises(ValueError, match=r"^x\.png must be a (JPEG, PNG|picture, got no bytes)"):
         Limits().open_images([str(tmp_path / "x.png")])
 
 

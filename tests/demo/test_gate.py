@@ -140,7 +140,7 @@ def test_the_space_of_a_visitor_is_bounded(address, other):
         content = bytes([n]) * SIZE
         paths += json.loads(upload(address, content, f"{n}.png", visitor=other)[1])
         if n:  # the first picture is in use
-            assert "is not a supported picture" in run(address, file_data(paths[0]))
+            assert "must be a JPEG, PNG" in run(address, file_data(paths[0]))
     present = [Path(path).exists() for path in paths]
     assert present == [True] + [False] * 7 + [True] * 2
     assert Path(kept).exists()
