@@ -12,16 +12,14 @@ from jax.sharding import Mesh
 
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.source import CheckpointSource, resolve
+from paligemma_jax.checkpoints.stacked import stack_loaded
 from paligemma_jax.inference.predictor import Predictor
 from paligemma_jax.model.config import AttentionForm, PaliGemmaConfig
-from paligemma_jax.model.stack import stack_model
 from paligemma_jax.processing.image_settings import read_image_settings
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.processing.tokenizer import Tokenizer
 from paligemma_jax.processing.vocabulary import find_tokenizer
 from paligemma_jax.sharding import devices
-from paligemma_jax.sharding.arrays import distribute
-from paligemma_jax.sharding.mesh import mesh_of
 
 
 def load(
@@ -72,7 +70,7 @@ def load(
     processor = replace(processor, soft_tokens=checkpoint.soft_tokens)
     model = load_model(checkpoint, dtype, numerics, mesh, quantize=quantize, attention=attention)
     if layers == "stack":
-        model = distribute(stack_model(model), mesh_of(model))
+        model = stack_loaded(model)
     return Predictor(model, processor, checkpoint.codec_file)
 
 

@@ -93,14 +93,32 @@ def unstack_layers(layers: PyTree) -> nnx.List:
 
 def stack_model(model: Model, delete: bool = True) -> Model:
     """The model with the layers of both towers stacked. With `delete`, the arrays of the list are
-    freed tower by tower, which keeps peak memory close to one copy of the weights."""
+    freed tower by tower, which keeps peak memory close to one copy of the weights.
+
+    Raises:
+        ValueError: The layers of a tower have other modules or shapes than its first.
+    """
     model = copy_tree(model)
-    for tower in (model.vision, model.decoder):  # type: ignore[attr-defined]
+    for name in ("vision", "decoder"):
+        tower = getattr(model, name)
+        forms = [_form(layer) for layer in tower.layers]
+        for i, form in enumerate(forms):
+            if form != forms[0]:
+                raise ValueError(
+                    f"layers to stack must be alike, but layer {i} of {name} has other modules or "
+                    "shapes than layer 0: use a list of layers"
+                )
         layers, tower.layers = tower.layers, stack_layers(tower.layers)
         if delete:
             jax.block_until_ready(tower.layers)
             jax.tree.map(lambda array: array.delete(), layers)
     return model
+
+
+def _form(layer: PyTree) -> tuple[PyTree, list[tuple[int, ...]]]:
+    """The modules of a layer, and the shapes of its arrays."""
+    leaves, structure = jax.tree.flatten(layer)
+    return structure, [leaf.shape for leaf in leaves]
 
 
 def unstack_model(model: Model) -> Model:
