@@ -15,6 +15,7 @@ def finetune(
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")],
     objective: Literal["suffixes", "grpo"] = "suffixes",
     grpo: Annotated[GRPOConfig, tyro.conf.arg(name="")] = GRPOConfig(),
+    deterministic: bool = False,
 ) -> None:
     """Fine-tune on images and texts. An interrupted run continues with --resume.
 
@@ -23,6 +24,8 @@ def finetune(
     Args:
         objective: What to learn from: suffixes, the answers of the rows; or grpo, rewards of
             sampled answers (--reward, --group, --max-new-tokens, --ratio-clip, --kl, --std).
+        deterministic: On GPUs, exclude kernels whose results vary between runs; slower. CPUs and
+            TPUs need no flag.
     """
     default = GRPOConfig()
     names = [field.name for field in fields(GRPOConfig)]
@@ -32,7 +35,11 @@ def finetune(
         raise ValueError(f"--{flag} requires --objective grpo, got --objective {objective}")
     from paligemma_jax.reinforcement.grpo import GRPO
     from paligemma_jax.sharding import hosts
+    from paligemma_jax.sharding.deterministic import require_deterministic_programs
     from paligemma_jax.training.finetune import finetune
+
+    if deterministic:
+        require_deterministic_programs()
 
     folder = finetune(config, objective=GRPO(**asdict(grpo)) if objective == "grpo" else None)
     if hosts.is_first_process():

@@ -71,6 +71,9 @@ class ModelOptions:
     hosts: Hosts = None
     """Multi-process setup: auto (TPU pod, Slurm, Open MPI), or HOST:PORT,COUNT,INDEX. Also read
     from PALIGEMMA_JAX_HOSTS."""
+    deterministic: bool = False
+    """On GPUs, exclude kernels whose results vary between runs; slower. CPUs and TPUs need no
+    flag."""
 
     def load(self) -> Predictor:
         """Load the model."""
@@ -97,14 +100,17 @@ class ModelOptions:
 
     def process_part(self) -> tuple[int, int]:
         """Return (index, count) of this process among those that share the work."""
-        from paligemma_jax.sharding import hosts
+        from paligemma_jax.sharding import deterministic, hosts
 
+        if self.deterministic:
+            deterministic.require_deterministic_programs()
         return hosts.process_part(self.hosts)
 
     def settings(self) -> dict[str, str | None]:
         """Return the options that must not change on resume; devices may."""
         options = asdict(self)
-        del options["attention"], options["mesh"], options["hosts"], options["base"]
+        for name in ("attention", "mesh", "hosts", "base", "deterministic"):
+            del options[name]
         return options
 
 
