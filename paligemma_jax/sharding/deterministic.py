@@ -23,7 +23,7 @@ def require_deterministic_programs() -> None:
     """
     given = os.environ.get("XLA_FLAGS", "")
     missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
-    if not missing or jax.config.values["jax_platforms"] in ("cpu", "tpu"):
+    if not missing or not _may_use_gpu():
         return
     if not backends_are_initialized():
         os.environ["XLA_FLAGS"] = " ".join([*given.split(), *missing])
@@ -32,3 +32,7 @@ def require_deterministic_programs() -> None:
             "--deterministic must be given before JAX starts, but it already runs: "
             f"set XLA_FLAGS='{' '.join(FLAGS)}' in the environment"
         )
+
+
+def _may_use_gpu() -> bool:
+    return jax.config.values["jax_platforms"] not in ("cpu", "tpu")

@@ -33,19 +33,21 @@ def compute() -> Results:
     from paligemma_jax.bench.training import with_targets
     from paligemma_jax.checkpoints.synthetic import SMALL_CONFIG, random_model, synthetic_inputs
     from paligemma_jax.inference import scoring
+    from paligemma_jax.model.paligemma import PaliGemma
     from paligemma_jax.model.stack import stack_model
     from paligemma_jax.training.losses import answer_loss
 
     inputs, results = with_targets(synthetic_inputs(SMALL_CONFIG, 4, 16), 8), {}
-    for dtype in ("float32", "bfloat16"):
+    arrays = jax.tree.map(jnp.asarray, inputs)
+    for dtype in ("bfloat16", "float32"):
         model = stack_model(random_model(replace(SMALL_CONFIG, dtype=dtype)))
-        results[dtype] = np.asarray(scoring.forward(model, inputs))
-        if dtype == "float32":
-            inputs = jax.tree.map(jnp.asarray, inputs)
-            loss = lambda model: answer_loss(model, inputs, jnp.ones(4), 8)[0]  # noqa: E731
-            leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
-            results["gradient"] = np.concatenate([np.asarray(x).ravel() for x in leaves])
-    return results
+        results[dtype] = np.asarray(scoring.forward(model, inputs), np.float32)
+
+    def loss(model: PaliGemma) -> jax.Array:
+        return answer_loss(model, arrays, jnp.ones(4), 8)[0]
+
+    leaves = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+    return results | {"gradient": np.concatenate([np.asarray(x).ravel() for x in leaves])}
 
 
 if __name__ == "__main__":
