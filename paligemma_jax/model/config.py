@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from paligemma_jax.model.numerics import NUMERICS, Numerics
+
 # How attention over whole sequences is computed: in plain JAX, which runs everywhere, or by kernels
 # that keep the scores on the chip (`kernels/attention.py`), on TPUs and GPUs.
 AttentionForm = Literal["plain", "fused"]
@@ -66,47 +68,12 @@ class DecoderConfig:
         """The axes L, 2, K, H of a prefix, after those of its tokens: keys, then values."""
         return self.num_hidden_layers, 2, self.num_key_value_heads, self.head_dim
 
-    def windows(self, numerics: Numerics) -> tuple[int, ...]:
-        """For each layer, how many keys (itself included) a causal query attends to. Layers 0, 2,
-        4, ... are local."""
-        local = (self.sliding_window if numerics.sliding_window else None) or NO_WINDOW
+    def windows(self, numerics: Numerics, decoding: bool = False) -> tuple[int, ...]:
+        """For each layer, how many keys (itself included) a query attends to. Layers 0, 2, 4, ...
+        are local."""
+        windowed = numerics.window_decode if decoding else numerics.window != "none"
+        local = (self.sliding_window if windowed else None) or NO_WINDOW
         return tuple(local if i % 2 == 0 else NO_WINDOW for i in range(self.num_hidden_layers))
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """Where transformers 5.23 and big_vision compute different numbers from the same weights.
-
-    Sources: transformers `models/gemma2/modeling_gemma2.py` and
-    `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
-    """
-
-    sliding_window: bool  # big_vision has none; matters beyond 4,096 tokens (896 pixels)
-    capped_prefill: bool  # final softcap on teacher-forced logits and the first generated token's
-    capped_decode: bool  # and on later tokens' (big_vision caps there if the config says so)
-    first_position: int  # RoPE position of the first token; equal in exact arithmetic
-    scale_query: bool  # scale the query (big_vision) or the scores
-    float32_activations: bool  # big_vision computes in float32 for any weight dtype
-
-
-NUMERICS = {
-    "transformers": Numerics(
-        sliding_window=True,
-        capped_prefill=True,
-        capped_decode=True,
-        first_position=1,
-        scale_query=False,
-        float32_activations=False,
-    ),
-    "big_vision": Numerics(
-        sliding_window=False,
-        capped_prefill=False,
-        capped_decode=True,
-        first_position=0,
-        scale_query=True,
-        float32_activations=True,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +85,7 @@ class PaliGemmaConfig:
     image_token_id: int = 257152
     eos_token_ids: tuple[int, ...] = (1,)  # any of them ends an answer
     pad_token_id: int = 0
-    numerics: Literal["transformers", "big_vision"] = "transformers"  # a key of NUMERICS
+    numerics: str = "transformers"  # a key of NUMERICS
     # Of activations and KV cache: "float32", "bfloat16", "float16", or "float64" as a reference.
     dtype: str = "float32"
     cache: Literal["int8"] | None = None  # dtype of the KV cache, if not `dtype`

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from paligemma_jax.model.attention import attend
 from paligemma_jax.model.cache import CachedArray, CachedLayers, KVCache
-from paligemma_jax.model.config import AttentionForm, DecoderConfig, Numerics
+from paligemma_jax.model.config import AttentionForm, DecoderConfig
 from paligemma_jax.model.constrain import constrain, over_all_tokens, ways
 from paligemma_jax.model.decode_attention import attend_cached
 from paligemma_jax.model.dropout import dropout, with_layer_keys
@@ -28,7 +28,8 @@ from paligemma_jax.model.layers import (
     place_prefix,
     rope,
 )
-from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask
+from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask, windowed_mask
+from paligemma_jax.model.numerics import Numerics
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
 
@@ -42,7 +43,7 @@ class Attention(nnx.Module):
     ):
         self.config, self.numerics = config, numerics
         self.form: AttentionForm = form
-        self.mask_rule: MaskRule = prefix_lm_mask
+        self.mask_rule: MaskRule = windowed_mask if numerics.window == "all" else prefix_lm_mask
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q = Linear("NHD", (N, H, D), rngs=rngs)
@@ -207,7 +208,7 @@ class Decoder(nnx.Module):
         Returns:
             Hidden states, and every layer's keys and values of these tokens (see `KVCache`).
         """
-        windows = jnp.array(self.config.windows(self.numerics), jnp.int32)
+        windows = jnp.array(self.config.windows(self.numerics, cache is not None), jnp.int32)
 
         def block(layer, x, window, *kv):
             return layer(x, queries, window, (*kv, cache.span, cache.length - 1) if cache else None)

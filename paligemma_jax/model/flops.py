@@ -39,7 +39,7 @@ def decode_bytes(config: PaliGemmaConfig, cached: int, rows: int, itemsize: int)
     head = decoder.vocab_size * decoder.hidden_size
     weights = _matrix_size(config) + norms * decoder.hidden_size + head
     heads = decoder.num_key_value_heads * decoder.head_dim
-    slots = sum(min(cached, window) for window in decoder.windows(config.profile))
+    slots = sum(min(cached, window) for window in decoder.windows(config.profile, decoding=True))
     return itemsize * (weights + rows * slots * 2 * heads)
 
 

@@ -55,6 +55,15 @@ def prefix_lm_mask(
     return allowed & (queries.segment[:, :, None] == keys.segment[:, None, :])
 
 
+def windowed_mask(
+    queries: TokenSpan, keys: TokenSpan, window: Int[Array, ""] | int
+) -> Bool[Array, "B T S"]:
+    """`prefix_lm_mask`, where the window narrows image and prompt as well: no query attends to a
+    key that is `window` or more tokens before it (transformers 4.47 to 4.52)."""
+    t, s = queries.positions[:, :, None], keys.positions[:, None, :]
+    return prefix_lm_mask(queries, keys, window) & (s > t - window)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:

@@ -47,11 +47,15 @@ class PaliGemma(nnx.Module):
         self.soft_prompt: nnx.Param | None = nnx.data(None)  # see `with_soft_prompt`
 
     def encode_images(self, images: Images) -> Features:
-        """Encode and project images. Features are not scaled by sqrt(D), as in big_vision and in
-        transformers 5.4 or newer."""
+        """Encode and project images. Only transformers before 5.4 scales the features, by a sqrt(D)
+        that it multiplies rounded to their dtype (see `Embedder.encode`)."""
         dtype = available_dtype(self.config.activation_dtype)
         x = self.vision(images.reshape(-1, *images.shape[-3:]).astype(dtype))
-        return stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
+        x = stage("projector", self.projector(x.reshape(*images.shape[:-3], *x.shape[1:])))
+        if self.config.profile.scaled_features:
+            scale = self.config.decoder.hidden_size**0.5
+            x = x / scale * jnp.asarray(scale, x.dtype)
+        return x
 
     @scope("decoder")
     def embed(

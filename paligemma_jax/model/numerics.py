@@ -1,0 +1,69 @@
+"""Profiles: what each program, and each release of transformers, computes from the same weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+# Which queries the window of local layers narrows: none; "causal": those of the answer, since image
+# and prompt attend to each other at any distance; "all": those of image and prompt, too.
+Window = Literal["none", "causal", "all"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What differs between programs. Each row of `NUMERICS` is tested against the program itself
+    (`tests/parity/engines`).
+
+    Sources: transformers `models/gemma2/modeling_gemma2.py` and
+    `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
+    """
+
+    window: Window  # over complete sequences; matters beyond 4,096 tokens (896 pixels)
+    window_decode: bool  # and whether generated tokens have one
+    capped_prefill: bool  # final softcap on teacher-forced logits and the first generated token's
+    capped_decode: bool  # and on later tokens' (big_vision caps there if the config says so)
+    scaled_features: bool  # image features are divided by sqrt(D), then multiplied by it, rounded
+    first_position: int  # RoPE position of the first token; equal in exact arithmetic
+    scale_query: bool  # scale the query (big_vision) or the scores
+    float32_activations: bool  # big_vision computes in float32 for any weight dtype
+
+
+def _profiles() -> dict[str, Numerics]:
+    """transformers by its releases, each with what changed in it; then other programs."""
+    profiles = {}
+    profiles["transformers-4.47"] = Numerics(
+        window="all",
+        window_decode=True,
+        capped_prefill=True,
+        capped_decode=True,
+        scaled_features=True,
+        first_position=1,
+        scale_query=False,
+        float32_activations=False,
+    )
+
+    def release(name: str, since: str, **changes) -> None:
+        profiles[name] = replace(profiles[since], **changes)
+
+    release(
+        "transformers-4.52", "transformers-4.47", capped_prefill=False, capped_decode=False
+    )
+    release("transformers-4.53", "transformers-4.52", window="none", window_decode=False)
+    release("transformers-4.56", "transformers-4.53", window_decode=True)
+    release("transformers-5.0", "transformers-4.56", window="causal")
+    release("transformers-5.4", "transformers-5.0", scaled_features=False)
+    release("transformers", "transformers-5.4", capped_prefill=True, capped_decode=True)
+    profiles["big_vision"] = replace(
+        profiles["transformers"],
+        window="none",
+        window_decode=False,
+        capped_prefill=False,
+        first_position=0,
+        scale_query=True,
+        float32_activations=True,
+    )
+    return profiles
+
+
+NUMERICS = _profiles()
