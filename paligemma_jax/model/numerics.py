@@ -27,6 +27,10 @@ class Numerics:
     first_position: int  # RoPE position of the first token; equal in exact arithmetic
     scale_query: bool  # scale the query (big_vision) or the scores
     float32_activations: bool  # big_vision computes in float32 for any weight dtype
+    # How transformers masks prompt and answer in one call without labels, and one without token
+    # types (`visible_prefix`). Arguments of this project's model say it themselves.
+    prefix_without_labels: bool  # the answer is causal; before 5.0 it is part of the prefix
+    bidirectional_without_types: bool  # all tokens are prefix; since 5.9 all are causal
 
 
 def _profiles() -> dict[str, Numerics]:
@@ -41,19 +45,20 @@ def _profiles() -> dict[str, Numerics]:
         first_position=1,
         scale_query=False,
         float32_activations=False,
+        prefix_without_labels=False,
+        bidirectional_without_types=True,
     )
 
     def release(name: str, since: str, **changes) -> None:
         profiles[name] = replace(profiles[since], **changes)
 
-    release(
-        "transformers-4.52", "transformers-4.47", capped_prefill=False, capped_decode=False
-    )
+    release("transformers-4.52", "transformers-4.47", capped_prefill=False, capped_decode=False)
     release("transformers-4.53", "transformers-4.52", window="none", window_decode=False)
     release("transformers-4.56", "transformers-4.53", window_decode=True)
-    release("transformers-5.0", "transformers-4.56", window="causal")
+    release("transformers-5.0", "transformers-4.56", window="causal", prefix_without_labels=True)
     release("transformers-5.4", "transformers-5.0", scaled_features=False)
-    release("transformers", "transformers-5.4", capped_prefill=True, capped_decode=True)
+    release("transformers-5.9", "transformers-5.4", bidirectional_without_types=False)
+    release("transformers", "transformers-5.9", capped_prefill=True, capped_decode=True)
     profiles["big_vision"] = replace(
         profiles["transformers"],
         window="none",

@@ -3,7 +3,8 @@ runs in an environment without this project.
 
     python run_transformers.py JOB
 
-A job is a directory with inputs.npz (see `job.py`) and job.json: checkpoint, dtype, call, new.
+A job is a directory with job.json (checkpoint, dtype, calls, new) and inputs.npz: tokens, valid and
+targets [B, T], images [M, S, S, 3], and for `new` also prompt_tokens, prompt_valid, prompt_targets.
 Calls of the model:
 
     labels   forward(..., token_type_ids, labels)
@@ -18,7 +19,6 @@ float32[B, new - 1, V]. Stages are captured by hooks.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import sys
@@ -34,7 +34,7 @@ STAGES = (
     (r"(?:.*\.)?vision_tower\.(?:.*\.)?layers\.(\d+)", "vision/layers/{}"),
     (r"(?:.*\.)?multi_modal_projector", "projector"),
     (r"(?:.*\.)?language_model\.(?:model\.)?layers\.(\d+)", "decoder/layers/{}"),
-    (r"(?:.*\.)?language_model\.(?:model\.)?norm", "norm"),
+    (r"(?:.*\.)?language_model\.(?:model\.)?norm", "decoder/norm"),
 )
 
 
@@ -61,7 +61,9 @@ def forward(model, inputs, call: str) -> dict[str, np.ndarray]:
         for pattern, stage in STAGES:
             match = re.fullmatch(pattern, name)
             if match:
-                hooks.append(module.register_forward_hook(keep(stages, stage.format(*match.groups()))))
+                hooks.append(
+                    module.register_forward_hook(keep(stages, stage.format(*match.groups())))
+                )
     batch = arguments(inputs)
     if call == "plain":
         del batch["token_type_ids"]
@@ -95,22 +97,21 @@ def generate(model, inputs, new: int) -> dict[str, np.ndarray]:
             return_dict_in_generate=True,
             output_logits=True,
         )
-    steps = [as_numpy(step) for step in output.logits]
+    steps = np.stack([as_numpy(step) for step in output.logits], axis=1)
     length = inputs["tokens"].shape[1]
-    return {
-        "tokens": output.sequences[:, length:].numpy().astype(np.int32),
-        "prefill": steps[0],
-        "decode": np.stack(steps[1:], 1) if steps[1:] else np.zeros((len(steps[0]), 0, steps[0].shape[-1])),
-    }
+    tokens = output.sequences[:, length:].numpy().astype(np.int32)
+    return {"tokens": tokens, "prefill": steps[:, 0], "decode": steps[:, 1:]}
 
 
 def arguments(inputs) -> dict[str, torch.Tensor]:
-    return {
+    batch = {
         "input_ids": torch.from_numpy(inputs["tokens"]).long(),
         "attention_mask": torch.from_numpy(inputs["valid"]).long(),
         "token_type_ids": torch.from_numpy(inputs["targets"]).long(),
-        "pixel_values": torch.from_numpy(np.moveaxis(inputs["images"], 3, 1).copy()),
     }
+    if "images" in inputs:
+        batch["pixel_values"] = torch.from_numpy(np.moveaxis(inputs["images"], 3, 1).copy())
+    return batch
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -126,8 +127,8 @@ def main(folder: Path) -> None:
     for call in job["calls"]:
         outputs |= {f"{call}/{name}": value for name, value in forward(model, inputs, call).items()}
     if job["new"]:
-        length = inputs["prompt_length"].item()
-        prompts = {k: v[:, :length] if v.ndim == 2 else v for k, v in inputs.items()}
+        names = ("tokens", "valid", "targets")
+        prompts = inputs | {name: inputs[f"prompt_{name}"] for name in names}
         outputs |= generate(model, prompts, job["new"])
     np.savez(folder / "outputs.npz", **outputs)
 
