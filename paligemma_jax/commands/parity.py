@@ -26,7 +26,7 @@ Texts = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint=EMBEDDED)
 ]
 
-Against = Annotated[str | None, flag("DIR", "MODEL itself")]
+Against = Annotated[str | None, flag("DIR or transformers==VERSION", "MODEL itself")]
 
 
 def parity(
@@ -40,6 +40,8 @@ def parity(
     gradients: bool = False,
     depth: Depth = None,
     against: Against = None,
+    python: File = None,
+    identify: File = None,
     attention: Attention = None,
     float64: bool = False,
     html: File = None,
@@ -67,13 +69,19 @@ def parity(
         gradients: Compare the gradient of every parameter too. Both models must fit in memory.
         depth: Number of layers of each tower, for a preset.
         against: Hugging Face directory or adapter for transformers to load in place of MODEL, such
-            as the original of a converted or fine-tuned copy.
+            as the original of a converted or fine-tuned copy. Or another release, as
+            transformers==4.57.1, which is installed in an environment of its own.
+        python: Python of an environment that has the release of --against.
+        identify: A .npz of logits and inputs: name the program that computed them from MODEL.
         attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
             Attention weights are compared in the plain form only.
         float64: Run this model in float64 too, on a CPU, and show how far both models are from it.
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
+    if identify or python or is_engine(against):
+        others = (numerics, image and "image", gradients, attention, float64, html)
+        return _engines(model, dtype, new, against, python, identify, others, json)
     require_parent("--html", html)
     from paligemma_jax.parity.html import write_html
     from paligemma_jax.parity.report import as_dict, format_report, verdict
@@ -89,4 +97,50 @@ def parity(
         write_html(report, html)
     if report.first_divergence is not None:
         print(f"paligemma-jax: {verdict(report).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def is_engine(against: str | None) -> bool:
+    """Whether `--against` names a release, and no directory."""
+    return against is not None and "==" in against
+
+
+def _engines(
+    model: str,
+    dtype: str,
+    new: int,
+    against: str | None,
+    python: str | None,
+    identify: str | None,
+    others: tuple,
+    json: bool,
+) -> None:
+    """Compare with another release, or identify a program."""
+    if any(others):
+        raise ValueError(
+            "--identify and --against transformers==VERSION cannot be combined with --numerics, "
+            "--image, --gradients, --attention, --float64 or --html"
+        )
+    if identify:
+        from paligemma_jax.parity.engines import identify as identification
+
+        if against or python:
+            raise ValueError("--identify cannot be combined with --against or --python")
+        found = identification.identify(model, identify)
+        text = identification.format_identified(found)
+        print(dumps(identification.as_dict(found)) if json else text)
+        failure = None if found.found else identification.verdict(found)
+    else:
+        from paligemma_jax.parity.case import load_parity_case
+        from paligemma_jax.parity.engines import against as engines
+
+        if not is_engine(against):
+            raise ValueError("--python needs --against transformers==VERSION")
+        case = load_parity_case(model)
+        report = engines.compare_with_engine(case, str(against), dtype, new, python)
+        text = engines.format_engine_report(report)
+        print(dumps(engines.as_dict(report)) if json else text)
+        failure = engines.engine_verdict(report) if report.first_divergence else None
+    if failure:
+        print(f"paligemma-jax: {failure}", file=sys.stderr)
         raise SystemExit(1)

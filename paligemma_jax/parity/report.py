@@ -9,14 +9,15 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from typing import Any
 
-from paligemma_jax.model.config import NUMERICS, Numerics
+from paligemma_jax.model.numerics import NUMERICS, Numerics
 from paligemma_jax.parity import float64_report
 from paligemma_jax.parity.compare import StageError
 from paligemma_jax.parity.run import Report
 
 # Changes that make transformers compute the other profile, by field of `Numerics`.
 ADAPTATIONS = {
-    "sliding_window": "every layer of transformers uses full attention",
+    "window": "every layer of transformers uses full attention",
+    "window_decode": "likewise",
     "capped_prefill": "the final softcap is removed from transformers' config",
     "capped_decode": "not compared: the softcap does not change greedy tokens",
     "first_position": "transformers gets positions from 0 (its generate counts from 1; equal in "

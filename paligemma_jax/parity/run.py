@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import jax
 import numpy as np
 
-from paligemma_jax.model.config import NUMERICS
 from paligemma_jax.model.tree import with_parameters
 from paligemma_jax.parity import end_to_end, jax_model
 from paligemma_jax.parity.case import ParityCase, load_parity_case
@@ -28,6 +27,8 @@ from paligemma_jax.parity.reference import (
 )
 from paligemma_jax.parity.stage_errors import compiled_logits_error, gradient_errors, stage_errors
 from paligemma_jax.sharding.devices import choose_attention
+
+ADAPTED = "transformers", "big_vision"  # profiles that the installed transformers can compute
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,11 @@ class ParityConfig:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        if self.numerics not in (None, *NUMERICS):
-            known = ", ".join(NUMERICS)
-            raise ValueError(f"numerics must be one of {known}, got {self.numerics!r}")
+        if self.numerics not in (None, *ADAPTED):
+            raise ValueError(
+                f"numerics must be {' or '.join(ADAPTED)}, got {self.numerics!r}: compare with "
+                "another release by --against transformers==VERSION"
+            )
         if self.gradients and self.dtype != "float32":
             raise ValueError(f"--gradients needs --dtype float32, got {self.dtype}")
         if self.new < 0:

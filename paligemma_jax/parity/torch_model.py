@@ -12,7 +12,7 @@ from convert.config import config_to_json
 from convert.huggingface import canonical_name
 from convert.match import huggingface_weights
 from convert.tensor import Tensor, from_array
-from paligemma_jax.model.config import Numerics
+from paligemma_jax.model.numerics import Numerics
 from paligemma_jax.parity.case import ParityCase
 from paligemma_jax.parity.torch_loading import check_sizes, load_reference
 from paligemma_jax.processing.processor import Inputs
@@ -135,7 +135,7 @@ def adapt_model(model: TorchModel, numerics: Numerics) -> None:
     """Make transformers compute a profile, as far as its config can express it. Positions are
     passed with the batch."""
     text = model.config.get_text_config()
-    if not numerics.sliding_window and getattr(text, "layer_types", None):
+    if numerics.window == "none" and getattr(text, "layer_types", None):
         text.layer_types[:] = ["full_attention"] * len(text.layer_types)
     if not numerics.capped_prefill and hasattr(text, "final_logit_softcapping"):
         text.final_logit_softcapping = None

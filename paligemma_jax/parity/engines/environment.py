@@ -13,11 +13,6 @@ RUNNERS = {"transformers": "run_transformers.py"}
 TIMEOUT = 900  # seconds for an installation
 
 
-def is_engine(reference: str) -> bool:
-    """Whether `--against` names a program, as in transformers==4.57.1, and no directory."""
-    return "==" in reference and not Path(reference).exists()
-
-
 def parse_engine(reference: str) -> tuple[str, str]:
     """The package and version of "transformers==4.57.1". ValueError for others."""
     package, _, version = reference.partition("==")

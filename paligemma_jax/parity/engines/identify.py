@@ -152,7 +152,9 @@ def read_sample(file: Path, config: PaliGemmaConfig) -> Sample:
     )
     for name, array in (("valid", valid), ("targets", targets)):
         if array.shape != tokens.shape:
-            raise ValueError(f"{file}: {name} must be {list(tokens.shape)}, got {array.shape}")
+            raise ValueError(
+                f"{file}: {name} must be {list(tokens.shape)}, got {list(array.shape)}"
+            )
     images = _images(file, arrays, config, int((tokens == config.image_token_id).sum()))
     inputs = Inputs(tokens=tokens, images=images, valid=valid, prefix=~targets, targets=targets)
     dtype = "bfloat16" if _is_bfloat16(logits) else "float32"
