@@ -41,12 +41,13 @@ STAGES = (
 def load(checkpoint: str, dtype: str) -> PaliGemmaForConditionalGeneration:
     """Read a checkpoint. transformers fills missing parameters at random; here that is an error."""
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+    loaded = PaliGemmaForConditionalGeneration.from_pretrained(
         checkpoint,
         attn_implementation="eager",
         output_loading_info=True,
         **{name: getattr(torch, dtype)},
     )
+    model, found = loaded  # type: ignore[misc]
     missing = [key for key in found["missing_keys"] if not key.endswith("lm_head.weight")]
     if missing:
         raise SystemExit(f"the checkpoint has no {', '.join(sorted(missing))}")

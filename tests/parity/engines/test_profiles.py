@@ -33,9 +33,8 @@ def computed(tmp_path_factory):
     source = resolve(str(write_checkpoint(tmp_path_factory.mktemp("engines") / "checkpoint")))
     inputs = golden_inputs(SAMPLE)
     with jax.default_matmul_precision("highest"):
-        return {
-            name: outputs(load_model(source, "float32", name), inputs, name) for name in RELEASES
-        }
+        models = {name: load_model(source, "float32", name) for name in RELEASES}
+        return {name: outputs(model, inputs, name) for name, model in models.items()}
 
 
 def golden(profile):
