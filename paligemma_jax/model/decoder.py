@@ -28,12 +28,25 @@ from paligemma_jax.model.layers import (
     place_prefix,
     rope,
 )
-from paligemma_jax.model.masks import Mask, MaskRule, TokenSpan, prefix_lm_mask, windowed_mask
-from paligemma_jax.model.numerics import Numerics
+from paligemma_jax.model.masks import (
+    Mask,
+    MaskRule,
+    TokenSpan,
+    prefix_lm_mask,
+    two_sided_mask,
+    windowed_mask,
+)
+from paligemma_jax.model.numerics import Numerics, Window
 from paligemma_jax.model.stack import scan_layers
 from paligemma_jax.model.stages import branch, scope, stage
 
 KeyValue = tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]
+MASK_RULES: dict[Window, MaskRule] = {
+    "none": prefix_lm_mask,
+    "causal": prefix_lm_mask,
+    "all": windowed_mask,
+    "both": two_sided_mask,
+}
 LayerCache = tuple[CachedArray, CachedArray, TokenSpan, Array]  # k, v, key span, new token's slot
 
 
@@ -43,7 +56,7 @@ class Attention(nnx.Module):
     ):
         self.config, self.numerics = config, numerics
         self.form: AttentionForm = form
-        self.mask_rule: MaskRule = windowed_mask if numerics.window == "all" else prefix_lm_mask
+        self.mask_rule = MASK_RULES[numerics.window]
         D, H = config.hidden_size, config.head_dim
         N, K = config.num_attention_heads, config.num_key_value_heads
         self.q = Linear("NHD", (N, H, D), rngs=rngs)
@@ -62,7 +75,9 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend among the tokens of x, or, with a cache, from one new token to its slots. Also
         returns the keys and values of x."""
-        scale = self.config.query_pre_attn_scalar**-0.5
+        config = self.config
+        by_head = self.numerics.head_dim_scale
+        scale = (config.head_dim if by_head else config.query_pre_attn_scalar) ** -0.5
         rotate = partial(rope, positions=queries.positions, theta=self.config.rope_theta)
         q, k, v = (stage(name, getattr(self, name)(x), "detail") for name in "qkv")
         q, k = rotate(q), rotate(k)

@@ -64,6 +64,15 @@ def windowed_mask(
     return prefix_lm_mask(queries, keys, window) & (s > t - window)
 
 
+def two_sided_mask(
+    queries: TokenSpan, keys: TokenSpan, window: Int[Array, ""] | int
+) -> Bool[Array, "B T S"]:
+    """`windowed_mask`, where image and prompt attend to no key that is `window` or more tokens
+    after them either (keras-hub)."""
+    t, s = queries.positions[:, :, None], keys.positions[:, None, :]
+    return windowed_mask(queries, keys, window) & (s < t + window)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mask:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 # Which queries the window of local layers narrows: none; "causal": those of the answer, since image
-# and prompt attend to each other at any distance; "all": those of image and prompt, too.
-Window = Literal["none", "causal", "all"]
+# and prompt attend to each other at any distance; "all": those of image and prompt, too, looking
+# back; "both": looking back and ahead.
+Window = Literal["none", "causal", "all", "both"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Numerics:
     (`tests/parity/engines`).
 
     Sources: transformers `models/gemma2/modeling_gemma2.py` and
-    `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`.
+    `models/paligemma/modeling_paligemma.py`; big_vision `models/ppp/gemma.py`; keras-hub
+    `models/gemma/gemma_attention.py` and `models/pali_gemma/pali_gemma_decoder_block.py`.
     """
 
     window: Window  # over complete sequences; matters beyond 4,096 tokens (896 pixels)
@@ -25,7 +27,8 @@ class Numerics:
     capped_decode: bool  # and on later tokens' (big_vision caps there if the config says so)
     scaled_features: bool  # image features are divided by sqrt(D), then multiplied by it, rounded
     first_position: int  # RoPE position of the first token; equal in exact arithmetic
-    scale_query: bool  # scale the query (big_vision) or the scores
+    scale_query: bool  # scale the query (big_vision, keras-hub) or the scores
+    head_dim_scale: bool  # by head_dim**-0.5, whatever the config says: differs for 28B
     float32_activations: bool  # big_vision computes in float32 for any weight dtype
     # How transformers masks prompt and answer in one call without labels, and one without token
     # types (`visible_prefix`). Arguments of this project's model say it themselves.
@@ -44,6 +47,7 @@ def _profiles() -> dict[str, Numerics]:
         scaled_features=True,
         first_position=1,
         scale_query=False,
+        head_dim_scale=False,
         float32_activations=False,
         prefix_without_labels=False,
         bidirectional_without_types=True,
@@ -67,6 +71,14 @@ def _profiles() -> dict[str, Numerics]:
         first_position=0,
         scale_query=True,
         float32_activations=True,
+    )
+    # keras-hub 0.32; its scale has been that of head_dim since it has Gemma 2.
+    profiles["keras"] = replace(
+        profiles["transformers"],
+        window="both",
+        first_position=0,
+        scale_query=True,
+        head_dim_scale=True,
     )
     return profiles
 

@@ -152,6 +152,26 @@ def test_row_scale_query(both):
     assert 0 < np.abs(actual - expected).max() < 2e-4
 
 
+def test_row_head_dim_scale(both):
+    """keras-hub divides scores by sqrt(head_dim), whatever the config says."""
+    _, ours, _, inputs = both
+    attention = [layer.attention for layer in ours.decoder.layers]
+    config, numerics = attention[0].config, attention[0].numerics
+    assert config.query_pre_attn_scalar != config.head_dim
+    before = logits(ours, inputs)
+    for layer in attention:
+        layer.numerics = replace(numerics, head_dim_scale=True)
+    actual = logits(ours, inputs)
+    for layer in attention:
+        layer.numerics = numerics
+        layer.config = replace(config, query_pre_attn_scalar=config.head_dim)
+    expected = logits(ours, inputs)
+    for layer in attention:
+        layer.config = config
+    np.testing.assert_array_equal(actual, expected)
+    assert np.abs(actual - before).max() > 0.01
+
+
 def test_row_float32_activations(both, tmp_path):
     """big_vision computes in float32 for any parameter dtype."""
     import torch
