@@ -59,7 +59,8 @@ class ModelOptions:
     """Dtype of parameters and activations: float32, bfloat16 or float16; or float64, as a
     reference, with JAX_ENABLE_X64=1."""
     numerics: Numerics = None
-    """Implementation to match where the two differ: transformers or big_vision."""
+    """Program to match where they differ: transformers, big_vision, keras, or an older release,
+    such as transformers-4.52."""
     quantize: Quantize = None
     """Storage format of weights: int8, w8a8, int4, nf4 (the decoder's projections), or a list by
     part, such as nf4-32-double,embedding=int8,vision=int8,cache=int8."""

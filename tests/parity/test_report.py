@@ -239,7 +239,7 @@ def test_the_limit_of_a_small_loss_allows_for_rounding_only(compared, monkeypatc
         (("--depth", "2"), "a preset with random weights"),
         (("--gradients", "--dtype", "bfloat16"), "float32"),
         (("--model", "28b-896", "--new", 1000), "--new 0"),
-        (("--numerics", "jax"), "numerics must be one of"),
+        (("--numerics", "jax"), "numerics must be transformers or big_vision, got 'jax'"),
     ],
 )
 def test_impossible_comparisons_are_refused_in_one_line(command, arguments, message):

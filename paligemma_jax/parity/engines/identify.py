@@ -269,6 +269,8 @@ def _relevant(numerics: Numerics, config: PaliGemmaConfig, inputs: Inputs) -> Nu
         numerics = replace(numerics, window="none")
     if decoder.final_logit_softcapping is None:
         numerics = replace(numerics, capped_prefill=False)
+    if decoder.head_dim == decoder.query_pre_attn_scalar:
+        numerics = replace(numerics, head_dim_scale=False)
     if inputs.images is None:
         numerics = replace(numerics, scaled_features=False)
     unused = {"prefix_without_labels": False, "bidirectional_without_types": False}

@@ -36,6 +36,7 @@ MEANINGS = {
     ("window", "none"): "no sliding window over prompt and answer",
     ("window", "causal"): "the sliding window narrows the answer only",
     ("window", "all"): "the sliding window narrows image and prompt, too",
+    ("window", "both"): "the sliding window narrows image and prompt on both sides",
     ("window_decode", False): "no sliding window for generated tokens",
     ("window_decode", True): "a sliding window for generated tokens",
     ("capped_prefill", False): "no final softcap",
@@ -48,6 +49,8 @@ MEANINGS = {
     ("first_position", 1): "positions from 1",
     ("scale_query", False): "scores are scaled",
     ("scale_query", True): "queries are scaled",
+    ("head_dim_scale", False): "scores are scaled by the config's query_pre_attn_scalar",
+    ("head_dim_scale", True): "scores are scaled by the size of a head",
     ("float32_activations", False): "activations in the dtype of the weights",
     ("float32_activations", True): "activations in float32",
 }

@@ -1,7 +1,7 @@
 """The profile "keras" against keras-hub's own outputs.
 
-They are those of `run_keras_hub.py` for this checkpoint and these inputs, with every fifth of the
-teacher-forced logits.
+They are those of `tests/support/run_keras_hub.py` for this checkpoint and these inputs, with every
+fifth of the teacher-forced logits.
 """
 
 from __future__ import annotations
@@ -12,37 +12,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.engine_checkpoint import CONFIG, write_checkpoint
+from support.paths import GOLDEN
 
-from convert import huggingface
 from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.synthetic import synthetic_inputs
-from paligemma_jax.model.config import DecoderConfig, PaliGemmaConfig, VisionConfig
 from paligemma_jax.model.numerics import NUMERICS
-from paligemma_jax.parity.random_weights import random_checkpoint
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "engines" / "keras.npz"
-# The window is shorter than image and prompt; the scale of queries is not head_dim**-0.5.
-CONFIG = PaliGemmaConfig(
-    vision=VisionConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=88,
-        image_size=56,
-    ),
-    decoder=DecoderConfig(
-        hidden_size=56,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=96,
-        vocab_size=320,
-        query_pre_attn_scalar=12,
-        sliding_window=20,
-    ),
-    image_token_id=300,
-)
+KERAS = GOLDEN / "engines" / "keras.npz"
 NEW = 6
 # What differs if a field has another value. The other fields change only the rounding.
 FIELDS = {
@@ -56,14 +33,12 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("keras") / "checkpoint"
-    huggingface.write(folder, random_checkpoint(CONFIG))
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("keras") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    with np.load(GOLDEN) as file:
+    with np.load(KERAS) as file:
         return dict(file)
 
 

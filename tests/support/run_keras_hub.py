@@ -3,7 +3,7 @@ so that it runs in an environment without this project.
 
     KERAS_BACKEND=jax python run_keras_hub.py JOB
 
-A job is that of `run_transformers.py`; keras-hub has one call only. It knows no image tokens: it
+A job is that of `run_transformers.py`, with prompt_length in place of the prompts; keras-hub has one call only. It knows no image tokens: it
 places one image before each row's text, and pads at its end. Its table has rows for text only, so
 that V is the id of the image token.
 
