@@ -108,7 +108,7 @@ class Checkpoint:
         return replace(self, config=config, tensors=tensors, files=_edit(self.files, edits))
 
     def with_numerics(self, numerics: str | None) -> Checkpoint:
-        """Record the profile (`paligemma_jax.model.config.NUMERICS`) that loading selects."""
+        """Record the profile (`paligemma_jax.model.numerics.NUMERICS`) that loading selects."""
         if numerics is None:
             return self
         if numerics not in NUMERICS:

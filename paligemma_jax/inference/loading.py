@@ -44,7 +44,7 @@ def load(
             a CPU. Or "float64", a reference for the others, which needs JAX_ENABLE_X64=1.
         numerics: A profile of `NUMERICS`: "transformers" (release 5.23), "big_vision", "keras" or
             an older release, such as "transformers-4.52", which differ in details
-            (`paligemma_jax.model.config.Numerics`); by default that of the checkpoint.
+            (`paligemma_jax.model.numerics.Numerics`); by default that of the checkpoint.
         mesh: Devices to shard the model over: "data=2,fsdp=4,tensor=2", "auto", or a
             `jax.sharding.Mesh` with these axes (`paligemma_jax.sharding.axes.rename_axes` renames
             others). Each device reads its slices only.

@@ -3,9 +3,9 @@ so that it runs in an environment without this project.
 
     KERAS_BACKEND=jax python run_keras_hub.py JOB
 
-A job is that of `run_transformers.py`, with prompt_length in place of the prompts; keras-hub has one call only. It knows no image tokens: it
-places one image before each row's text, and pads at its end. Its table has rows for text only, so
-that V is the id of the image token.
+A job is that of `run_transformers.py`, with prompt_length in place of the prompts. keras-hub has
+one call only. It knows no image tokens: it places one image before each row's text, and pads at
+its end. Its table has rows for text only, so that V is the id of the image token.
 
 The result is outputs.npz: labels/logits float32[B, T, V], with targets as the response, and with
 `new` tokens, those of `generate_step`: tokens int32[B, new], prefill float32[B, V] and decode
