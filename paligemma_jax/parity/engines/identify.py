@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -30,29 +29,14 @@ from paligemma_jax.parity.engines.releases import (
     describe,
     visible_prefix,
 )
+from paligemma_jax.parity.engines.sample import Sample, read_sample
 from paligemma_jax.processing.processor import Inputs
 
-# Names in files of logits, with those of transformers.
-ALIASES = {
-    "tokens": ("tokens", "input_ids"),
-    "images": ("images", "pixel_values"),
-    "valid": ("valid", "attention_mask"),
-    "targets": ("targets", "token_type_ids"),
-}
 # Relative distance above which nothing has been identified: rounding moves logits by 1e-6 in
 # float32, and by up to 0.05 in bfloat16.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
 # Candidates cannot be told apart if both are within rounding, or nearly as near as each other.
 ROUNDING, NEARLY = {"float32": 1e-5, "bfloat16": 0.0}, 1.02
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Logits of unknown origin: float32[B, T, V], the inputs, and the dtype that made them."""
-
-    logits: np.ndarray
-    inputs: Inputs
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -125,40 +109,6 @@ def identify(model: str, file: str) -> Identified:
         for group in groups
     )
     return Identified(sample.dtype, candidates)
-
-
-def read_sample(file: Path, config: PaliGemmaConfig) -> Sample:
-    """Read a file of logits. ValueError if it does not fit the config."""
-    arrays = _read_arrays(file)
-    logits, tokens = _required(file, arrays, "logits"), _required(file, arrays, "tokens")
-    tokens = tokens.astype(np.int32)
-    if tokens.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
-        raise ValueError(
-            f"{file}: logits must be [B, T, V] for tokens [B, T], got {list(logits.shape)} and "
-            f"{list(tokens.shape)}"
-        )
-    vocab = config.decoder.vocab_size
-    if not config.image_token_id <= logits.shape[2] <= vocab:
-        raise ValueError(f"{file}: logits must have {vocab} columns, got {logits.shape[2]}")
-    if tokens.min() < 0 or tokens.max() >= max(vocab, config.image_token_id + 1):
-        raise ValueError(f"{file}: tokens must be in [0, {vocab}), got {tokens.max()}")
-    if not np.isfinite(logits).all():
-        place = np.argwhere(~np.isfinite(logits))[0].tolist()
-        raise ValueError(f"{file}: logits must be finite, got {logits[tuple(place)]} at {place}")
-    ones, zeros = np.ones_like(tokens), np.zeros_like(tokens)
-    valid, targets = (
-        _optional(arrays, name, default).astype(bool)
-        for name, default in (("valid", ones), ("targets", zeros))
-    )
-    for name, array in (("valid", valid), ("targets", targets)):
-        if array.shape != tokens.shape:
-            raise ValueError(
-                f"{file}: {name} must be {list(tokens.shape)}, got {list(array.shape)}"
-            )
-    images = _images(file, arrays, config, int((tokens == config.image_token_id).sum()))
-    inputs = Inputs(tokens=tokens, images=images, valid=valid, prefix=~targets, targets=targets)
-    dtype = "bfloat16" if _is_bfloat16(logits) else "float32"
-    return Sample(logits.astype(np.float32), inputs, dtype)
 
 
 def format_identified(identified: Identified, count: int = 4) -> str:
@@ -279,54 +229,3 @@ def _relevant(numerics: Numerics, config: PaliGemmaConfig, inputs: Inputs) -> Nu
 
 def _at_valid(sample: Sample, logits: np.ndarray) -> np.ndarray:
     return logits[sample.inputs.valid].astype(np.float64)
-
-
-def _is_bfloat16(logits: np.ndarray) -> bool:
-    """Whether all logits are bfloat16 numbers."""
-    if logits.dtype.name == "bfloat16":
-        return True
-    return not (logits.astype(np.float32).view(np.uint32) & 0xFFFF).any()
-
-
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            if not isinstance(content, np.lib.npyio.NpzFile):
-                raise ValueError(f"{file} must be a .npz with logits, tokens and images")
-            return dict(content)
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist") from None
-    except (OSError, EOFError, BadZipFile, ValueError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(file)):
-            raise
-        raise ValueError(f"{file} is not a complete .npz file: save it with numpy.savez") from None
-
-
-def _required(file: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    names = ALIASES.get(name, (name,))
-    found = next((arrays[alias] for alias in names if alias in arrays), None)
-    if found is None:
-        present = ", ".join(sorted(arrays)) or "nothing"
-        raise ValueError(f"{file} must have {' or '.join(names)}, got {present}")
-    return found
-
-
-def _optional(arrays: dict[str, np.ndarray], name: str, default: np.ndarray) -> np.ndarray:
-    return next((arrays[alias] for alias in ALIASES[name] if alias in arrays), default)
-
-
-def _images(
-    file: Path, arrays: dict[str, np.ndarray], config: PaliGemmaConfig, image_tokens: int
-) -> np.ndarray | None:
-    if not image_tokens:
-        return None
-    images = _required(file, arrays, "images").astype(np.float32)
-    size, count = config.vision.image_size, image_tokens / config.vision.num_patches
-    if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
-        images = np.moveaxis(images, 1, 3)
-    if images.shape != (count, size, size, 3):
-        raise ValueError(
-            f"{file}: images must be [{count:g}, {size}, {size}, 3] for {image_tokens} image "
-            f"tokens, got {list(images.shape)}"
-        )
-    return images
