@@ -263,7 +263,7 @@ def test_numerics_are_recorded(source, tmp_path):
             assert other.config.numerics == "transformers"
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / f"hf{i}")
     with pytest.raises(ValueError, match="numerics must be one of"):
-        convert(source, tmp_path / "x", "jax", numerics="keras")
+        convert(source, tmp_path / "x", "jax", numerics="mlx")
 
 
 def test_inspect(source, tmp_path):

@@ -48,7 +48,7 @@ def outputs(model, inputs, name):
         prefix = visible_prefix(model.config.profile, call, inputs.targets)
         found[call] = np.asarray(forward(model, replace(inputs, prefix=prefix)))[:, :, ::8]
     prompts = [getattr(inputs, field)[:, :PROMPT] for field in ("tokens", "valid", "prefix")]
-    features = model.encode_images(inputs.images)
+    features = model.encode_images(jnp.asarray(inputs.images))
     tokens = golden(name)["tokens"]
     prefill = jax.jit(type(model).prefill, static_argnames="slots")
     first, cache = prefill(model, prompts[0], features, *prompts[1:], slots=PROMPT + 6)
