@@ -68,6 +68,10 @@ class DecoderConfig:
         """The axes L, 2, K, H of a prefix, after those of its tokens: keys, then values."""
         return self.num_hidden_layers, 2, self.num_key_value_heads, self.head_dim
 
+    def attention_scale(self, numerics: Numerics) -> float:
+        """Factor of the scores. keras-hub takes it from the size of a head in any case."""
+        return (self.head_dim if numerics.head_dim_scale else self.query_pre_attn_scalar) ** -0.5
+
     def windows(self, numerics: Numerics, decoding: bool = False) -> tuple[int, ...]:
         """For each layer, how many keys (itself included) a query attends to. Layers 0, 2, 4, ...
         are local."""

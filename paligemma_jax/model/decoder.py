@@ -75,9 +75,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend among the tokens of x, or, with a cache, from one new token to its slots. Also
         returns the keys and values of x."""
-        config = self.config
-        by_head = self.numerics.head_dim_scale
-        scale = (config.head_dim if by_head else config.query_pre_attn_scalar) ** -0.5
+        scale = self.config.attention_scale(self.numerics)
         rotate = partial(rope, positions=queries.positions, theta=self.config.rope_theta)
         q, k, v = (stage(name, getattr(self, name)(x), "detail") for name in "qkv")
         q, k = rotate(q), rotate(k)
