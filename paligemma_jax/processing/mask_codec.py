@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +27,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from convert.big_vision import DAMAGED
 from paligemma_jax.model.tree import parameters, with_parameters
 
 SIDE = 64  # pixels along the side of a mask
 GRID = 4  # codes along it: each of the four strided convolutions halves the side
 CODES = 16  # codes of a mask, row after row
 VOCABULARY = 128
-READ_ERRORS = OSError, EOFError, ValueError, TypeError, KeyError, BadZipFile, SafetensorError
+READ_ERRORS = *DAMAGED, TypeError, KeyError, SafetensorError
 NO_CODEC = (
     "no mask codec beside the checkpoint: put the published vae-oid.npz "
     "(gs://big_vision/paligemma/) into its directory"

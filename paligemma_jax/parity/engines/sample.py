@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
+import jax.numpy as jnp
 import numpy as np
 
+from convert.big_vision import DAMAGED
 from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.processing.processor import Inputs
 
+FLOATS, INTEGERS = "f", "iub"  # kinds of numpy's dtypes
 # Names in files of logits, with those of transformers.
 ALIASES = {
     "tokens": ("tokens", "input_ids"),
@@ -32,8 +34,10 @@ class Sample:
 def read_sample(file: Path, config: PaliGemmaConfig) -> Sample:
     """Read a file of logits. ValueError if it does not fit the config."""
     arrays = _read_arrays(file)
-    logits, tokens = _required(file, arrays, "logits"), _required(file, arrays, "tokens")
-    tokens = tokens.astype(np.int32)
+    logits = _numbers(file, "logits", _required(file, arrays, "logits"), FLOATS)
+    tokens = _numbers(file, "tokens", _required(file, arrays, "tokens"), INTEGERS).astype(np.int32)
+    if not tokens.size:
+        raise ValueError(f"{file}: tokens must not be empty, got {list(tokens.shape)}")
     if tokens.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
         raise ValueError(
             f"{file}: logits must be [B, T, V] for tokens [B, T], got {list(logits.shape)} and "
@@ -44,30 +48,38 @@ def read_sample(file: Path, config: PaliGemmaConfig) -> Sample:
         raise ValueError(f"{file}: logits must have {vocab} columns, got {logits.shape[2]}")
     if tokens.min() < 0 or tokens.max() >= max(vocab, config.image_token_id + 1):
         raise ValueError(f"{file}: tokens must be in [0, {vocab}), got {tokens.max()}")
-    if not np.isfinite(logits).all():
-        place = np.argwhere(~np.isfinite(logits))[0].tolist()
-        raise ValueError(f"{file}: logits must be finite, got {logits[tuple(place)]} at {place}")
+    _require_finite(file, "logits", logits)
     ones, zeros = np.ones_like(tokens), np.zeros_like(tokens)
-    valid, targets = (
-        _optional(arrays, name, default).astype(bool)
-        for name, default in (("valid", ones), ("targets", zeros))
-    )
-    for name, array in (("valid", valid), ("targets", targets)):
+    flags = []
+    for name, default in (("valid", ones), ("targets", zeros)):
+        array = _optional(arrays, name, default)
         if array.shape != tokens.shape:
-            raise ValueError(
-                f"{file}: {name} must be {list(tokens.shape)}, got {list(array.shape)}"
-            )
+            got, expected = list(array.shape), list(tokens.shape)
+            raise ValueError(f"{file}: {name} must be {expected}, got {got}")
+        flags.append(_numbers(file, name, array, INTEGERS).astype(bool))
+    valid, targets = flags
     images = _images(file, arrays, config, int((tokens == config.image_token_id).sum()))
     inputs = Inputs(tokens=tokens, images=images, valid=valid, prefix=~targets, targets=targets)
-    dtype = "bfloat16" if _is_bfloat16(logits) else "float32"
-    return Sample(logits.astype(np.float32), inputs, dtype)
+    logits = logits.astype(np.float32)
+    are_bfloat16 = not (logits.view(np.uint32) & 0xFFFF).any()
+    return Sample(logits, inputs, "bfloat16" if are_bfloat16 else "float32")
 
 
-def _is_bfloat16(logits: np.ndarray) -> bool:
-    """Whether all logits are bfloat16 numbers."""
-    if logits.dtype.name == "bfloat16":
-        return True
-    return not (logits.astype(np.float32).view(np.uint32) & 0xFFFF).any()
+def _numbers(file: Path, name: str, array: np.ndarray, kinds: str) -> np.ndarray:
+    """The array, if it has numbers of these kinds. ValueError otherwise."""
+    if array.dtype == "V2" and "f" in kinds:  # numpy does not know bfloat16, which JAX saves
+        array = array.view(jnp.bfloat16).astype(np.float32)
+    if array.dtype.kind not in kinds:
+        expected = "floats" if "f" in kinds else "integers"
+        raise ValueError(f"{file}: {name} must be {expected}, got {array.dtype}")
+    return array
+
+
+def _require_finite(file: Path, name: str, array: np.ndarray) -> None:
+    infinite = np.argwhere(~np.isfinite(array))
+    if len(infinite):
+        place = infinite[0].tolist()
+        raise ValueError(f"{file}: {name} must be finite, got {array[tuple(place)]} at {place}")
 
 
 def _read_arrays(file: Path) -> dict[str, np.ndarray]:
@@ -78,7 +90,7 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
             return dict(content)
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
-    except (OSError, EOFError, BadZipFile, ValueError) as error:
+    except DAMAGED as error:
         if isinstance(error, ValueError) and str(error).startswith(str(file)):
             raise
         raise ValueError(f"{file} is not a complete .npz file: save it with numpy.savez") from None
@@ -102,7 +114,7 @@ def _images(
 ) -> np.ndarray | None:
     if not image_tokens:
         return None
-    images = _required(file, arrays, "images").astype(np.float32)
+    images = _numbers(file, "images", _required(file, arrays, "images"), FLOATS).astype(np.float32)
     size, count = config.vision.image_size, image_tokens / config.vision.num_patches
     if images.ndim == 4 and images.shape[1] == 3 and images.shape[3] != 3:
         images = np.moveaxis(images, 1, 3)
@@ -111,4 +123,5 @@ def _images(
             f"{file}: images must be [{count:g}, {size}, {size}, 3] for {image_tokens} image "
             f"tokens, got {list(images.shape)}"
         )
+    _require_finite(file, "images", images)
     return images

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.engine_checkpoint import write_checkpoint
@@ -44,6 +45,12 @@ def test_bfloat16(checkpoint):
     assert found.profiles == ["transformers-4.52"] and found.candidates[0].calls == ("labels",)
 
 
+def test_bfloat16_as_jax_saves_it(checkpoint, tmp_path):
+    with np.load(BFLOAT16) as file:
+        logits = file["logits"].astype(jnp.bfloat16)
+    assert identify(checkpoint, changed(tmp_path, logits=logits)).profiles == ["transformers-4.52"]
+
+
 def test_names_of_transformers(checkpoint, tmp_path):
     with np.load(FLOAT32) as file:
         images, tokens, targets = file["images"], file["tokens"], file["targets"]
@@ -78,6 +85,12 @@ def wrong(logits):
             images=np.zeros((2, 28, 28, 3))
         ),
         "valid must be [2, 30], got [1]": dict(valid=np.ones(1)),
+        "logits must be floats, got int32": dict(logits=np.ones((2, 30, 320), np.int32)),
+        "tokens must be integers, got float64": dict(tokens=np.ones((2, 30))),
+        "tokens must not be empty, got [0, 30]": dict(tokens=np.ones((0, 30), int)),
+        "images must be finite, got inf at [0, 0, 0, 0]": dict(
+            images=np.full((2, 56, 56, 3), np.inf, np.float32)
+        ),
         "is not a complete .npz file": dict(logits=np.array([{}], object)),
     }
 
@@ -90,6 +103,11 @@ def test_wrong_files_are_refused_in_one_sentence(checkpoint, tmp_path):
             identify(checkpoint, changed(tmp_path, **changes))
     cut = tmp_path / "cut.npz"
     cut.write_bytes(FLOAT32.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"is not a complete \.npz file"):
+        identify(checkpoint, str(cut))
+    damaged = bytearray(FLOAT32.read_bytes())
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 99] = bytes(99)
+    cut.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"is not a complete \.npz file"):
         identify(checkpoint, str(cut))
     with pytest.raises(ValueError, match="does not exist"):
