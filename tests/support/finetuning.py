@@ -50,3 +50,12 @@ def assert_equal(first, second):
     assert first.keys() == second.keys()
     for path, value in first.items():
         np.testing.assert_array_equal(value, second[path], err_msg=path)
+
+
+def relative_difference(trained, reference, start):
+    """How far parameters are from a reference, over how far training moved it.
+
+    By norm: Adam turns the rounding of a gradient near 0 into a step of full size.
+    """
+    trained, reference = np.asarray(trained), np.asarray(reference)
+    return np.linalg.norm(trained - reference) / np.linalg.norm(reference - np.asarray(start))
