@@ -87,7 +87,7 @@ def load_model(
             CPU float32, where bfloat16 is slower (43 ms against 3 ms in a 2304 x 9216 product).
             float64 is a reference for the others: it needs JAX's 64-bit mode, plain attention and
             weights that are neither quantized nor adapted.
-        numerics: "transformers" or "big_vision". Default: the checkpoint's.
+        numerics: A profile of `NUMERICS`. Default: the checkpoint's.
         mesh: Devices to load onto (see `paligemma_jax.sharding.mesh.resolve_mesh`). Only the slices
             of this process's devices are read.
         keep_float32: Selects the parameters, by path, that stay in float32 regardless of `dtype`.

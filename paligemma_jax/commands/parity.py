@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -79,9 +81,30 @@ def parity(
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
-    if identify or python or is_engine(against):
-        others = (numerics, image and "image", gradients, attention, float64, html)
-        return _engines(model, dtype, new, against, python, identify, others, json)
+    engine = against is not None and "==" in against and not Path(against).exists()
+    given = {
+        "--image": image,
+        "--prompt": prompt,
+        "--suffix": suffix,
+        "--depth": depth,
+        "--numerics": numerics,
+        "--gradients": gradients,
+        "--attention": attention,
+        "--float64": float64,
+        "--html": html,
+    }
+    if identify:
+        refused = given | {"--against": against, "--python": python}
+        refused |= {"--dtype": dtype != "float32", "--new": new != 16}
+        _refuse("--identify", refused)
+        return _identify(model, identify, json)
+    if engine:
+        inputs = ("--image", "--prompt", "--suffix", "--depth")
+        _refuse(f"--against {against}", {name: given[name] for name in given if name not in inputs})
+        case = (model, None, image, prompt, suffix, depth)
+        return _compare_with_engine(case, str(against), dtype, new, python, json)
+    if python:
+        raise ValueError("--python needs --against transformers==VERSION")
     require_parent("--html", html)
     from paligemma_jax.parity.html import write_html
     from paligemma_jax.parity.report import as_dict, format_report, verdict
@@ -96,51 +119,40 @@ def parity(
     if html:
         write_html(report, html)
     if report.first_divergence is not None:
-        print(f"paligemma-jax: {verdict(report).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(1)
+        _fail(verdict(report).splitlines()[0])
 
 
-def is_engine(against: str | None) -> bool:
-    """Whether `--against` names a release, and no directory."""
-    return against is not None and "==" in against
+def _refuse(flag: str, others: Mapping[str, object]) -> None:
+    """Raise ValueError if a flag is given that has no meaning beside `flag`."""
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise ValueError(f"{flag} cannot be combined with {', '.join(given)}")
 
 
-def _engines(
-    model: str,
-    dtype: str,
-    new: int,
-    against: str | None,
-    python: str | None,
-    identify: str | None,
-    others: tuple,
-    json: bool,
+def _identify(model: str, file: str, json: bool) -> None:
+    from paligemma_jax.parity.engines import identify
+
+    found = identify.identify(model, file)
+    print(dumps(identify.as_dict(found)) if json else identify.format_identified(found))
+    if not found.found:
+        _fail(identify.verdict(found))
+
+
+def _compare_with_engine(
+    case: tuple, engine: str, dtype: str, new: int, python: str | None, json: bool
 ) -> None:
-    """Compare with another release, or identify a program."""
-    if any(others):
-        raise ValueError(
-            "--identify and --against transformers==VERSION cannot be combined with --numerics, "
-            "--image, --gradients, --attention, --float64 or --html"
-        )
-    if identify:
-        from paligemma_jax.parity.engines import identify as identification
+    """`case` has the arguments of `load_parity_case`."""
+    from paligemma_jax.parity.case import load_parity_case
+    from paligemma_jax.parity.engines import against
+    from paligemma_jax.parity.engines.environment import parse_engine
 
-        if against or python:
-            raise ValueError("--identify cannot be combined with --against or --python")
-        found = identification.identify(model, identify)
-        text = identification.format_identified(found)
-        print(dumps(identification.as_dict(found)) if json else text)
-        failure = None if found.found else identification.verdict(found)
-    else:
-        from paligemma_jax.parity.case import load_parity_case
-        from paligemma_jax.parity.engines import against as engines
+    parse_engine(engine)  # before anything is loaded
+    report = against.compare_with_engine(load_parity_case(*case), engine, dtype, new, python)
+    print(dumps(against.as_dict(report)) if json else against.format_engine_report(report))
+    if report.first_divergence:
+        _fail(against.engine_verdict(report))
 
-        if not is_engine(against):
-            raise ValueError("--python needs --against transformers==VERSION")
-        case = load_parity_case(model)
-        report = engines.compare_with_engine(case, str(against), dtype, new, python)
-        text = engines.format_engine_report(report)
-        print(dumps(engines.as_dict(report)) if json else text)
-        failure = engines.engine_verdict(report) if report.first_divergence else None
-    if failure:
-        print(f"paligemma-jax: {failure}", file=sys.stderr)
-        raise SystemExit(1)
+
+def _fail(line: str) -> None:
+    print(f"paligemma-jax: {line}", file=sys.stderr)
+    raise SystemExit(1)

@@ -17,7 +17,7 @@ from paligemma_jax.parity.run import Report
 # Changes that make transformers compute the other profile, by field of `Numerics`.
 ADAPTATIONS = {
     "window": "every layer of transformers uses full attention",
-    "window_decode": "likewise",
+    "window_decode": "every layer of transformers uses full attention",
     "capped_prefill": "the final softcap is removed from transformers' config",
     "capped_decode": "not compared: the softcap does not change greedy tokens",
     "first_position": "transformers gets positions from 0 (its generate counts from 1; equal in "

@@ -69,6 +69,8 @@ def compare_with_engine(
     Raises:
         ValueError: The release is not available, or cannot load the checkpoint.
     """
+    if new < 0:
+        raise ValueError(f"--new must be at least 0, got {new}")
     package, version = parse_engine(engine)
     numerics = profile_of(version)
     interpreter = python_of(package, version, python)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -38,7 +39,11 @@ def python_of(package: str, version: str, interpreter: str | None = None) -> str
         folder = _cache() / f"{package}-{version}-py{sysconfig.get_python_version()}"
         interpreter = str(folder / "bin" / "python")
         if not (folder / "complete").exists():
-            _create(folder, interpreter, f"{package}=={version}")
+            try:
+                _create(folder, interpreter, f"{package}=={version}")
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
     installed = _installed(interpreter, package)
     if installed != version:
         raise ValueError(f"{interpreter} must have {package} {version}, got {installed or 'none'}")
