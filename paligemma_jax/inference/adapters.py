@@ -65,6 +65,7 @@ class Adapters:
 
     def __init__(self, model: PaliGemma, adapters: Mapping[str, AdapterSource]):
         factors = open_adapters(adapters, model.config)
+        self.config = model.config
         self.names = [None, *factors]  # by number
         self.flat: Any = Flattened.of(add_adapters(model, factors) if factors else model)
         # Those whose features of an image are not those of the base.

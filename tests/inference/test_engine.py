@@ -15,7 +15,7 @@ from support.photos import crops
 from support.tiny_adapters import save_adapters
 
 import paligemma_jax as pg
-from paligemma_jax.inference import answering, batching, engine, slots
+from paligemma_jax.inference import answering, batching, decoding, slots
 from paligemma_jax.inference.engine import Engine
 from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.row_sampling import RowParameters, RowSampler
@@ -158,7 +158,7 @@ def test_nothing_is_compiled_after_the_first_requests(tiny, photos):
     requests = [[(prompt, option, 7)] for prompt, option in zip(prompts, single, strict=True)]
     with Engine(tiny.model, tiny.processor, rows=4, slots=192) as batch:
         run(batch, requests)
-        programs = [slots.insert, slots.advance, engine.prefill]
+        programs = [slots.insert, slots.advance, decoding.prefill]
         before = [program._cache_size() for program in programs]
         run(batch, requests[::-1])
         assert [program._cache_size() for program in programs] == before
@@ -198,7 +198,7 @@ def test_pictures_of_the_next_requests_are_encoded_together(tiny, photos, tmp_pa
     ]
     with Engine(tiny.model, tiny.processor, rows=4, slots=160) as batch:
         answers = run(batch, [requests])
-        assert not any(cache.encoded for cache in batch._images.values())
+        assert not any(cache.encoded for cache in batch._admission.images.values())
     assert sizes == [4, 4]  # the second are three, padded
     assert "broken.jpg" in answers[5].error
     complete = [len(answer.tokens) for answer in answers if not answer.error]
@@ -213,7 +213,7 @@ def test_a_cancelled_request_leaves_its_row(tiny, photos):
         batch.step()
         batch.cancel(numbers[0])
         batch.cancel(numbers[3])
-        assert (batch.occupied, len(batch.waiting)) == (1, 1)
+        assert (batch.occupied, batch.waiting) == (1, 1)
         answers = {k: v for new in batch.answers() for k, v in new.items()}
     assert sorted(answers) == numbers[1:3]
     for number, answer in answers.items():

@@ -14,7 +14,7 @@ from support.tiny_adapters import random_factors, save_adapters
 
 import paligemma_jax as pg
 from convert import peft
-from paligemma_jax.inference import engine, generate, slots
+from paligemma_jax.inference import decoding, generate, slots
 from paligemma_jax.inference.adapters import Adapters, open_adapters
 from paligemma_jax.inference.engine import Engine
 from paligemma_jax.inference.options import DecodingOptions
@@ -66,6 +66,11 @@ def in_groups(requests):
     return groups
 
 
+def has_images(batch):
+    caches = batch._admission.images.values()
+    return any(images.encoded or images.opened for images in caches)
+
+
 @pytest.mark.parametrize(
     ("layers", "quantize", "count", "samplers", "names"),
     [("list", None, 32, SAMPLERS, NAMES), ("stack", "int8", 6, SAMPLERS[:1], [None, "vision"])],
@@ -80,9 +85,9 @@ def test_answers_are_those_of_each_adapter_alone(
     with Engine(base.model, base.processor, **SIZE, adapters=directories) as batch:
         answers = run(batch, in_groups(requests))
     changed = set()
-    for (prompt, decoding, seed, name), answer in zip(requests, answers, strict=True):
-        assert_same(answer, alone(predictors[name], prompt, decoding, seed))
-        if answer.text != alone(base, prompt, decoding, seed).text:
+    for (prompt, options, seed, name), answer in zip(requests, answers, strict=True):
+        assert_same(answer, alone(predictors[name], prompt, options, seed))
+        if answer.text != alone(base, prompt, options, seed).text:
             changed.add(name)
     assert changed == {*names[1:]}
 
@@ -120,7 +125,9 @@ def test_images_are_encoded_once_unless_an_adapter_changes_their_features(
         requests = [(prompt, DecodingOptions(2), 0, name) for name in names]
         with Engine(tiny.model, tiny.processor, **SIZE, adapters=directories) as batch:
             run(batch, [requests])
-            assert not any(images.encoded or images.opened for images in batch._images.values())
+            assert not any(
+                images.encoded or images.opened for images in batch._admission.images.values()
+            )
         return sum(encoded)
 
     assert count([None, "qv", "mlp", "qv"]) == 1
@@ -128,7 +135,7 @@ def test_images_are_encoded_once_unless_an_adapter_changes_their_features(
 
 
 def test_another_adapter_compiles_nothing(tiny, directories, photos):
-    programs = [slots.insert, slots.advance, engine.prefill, generate.encode_images]
+    programs = [slots.insert, slots.advance, decoding.prefill, generate.encode_images]
     requests = make_requests(tiny.processor, photos, 8, SAMPLERS[:2], [None])
     with Engine(tiny.model, tiny.processor, **SIZE, adapters=directories) as batch:
         run(batch, [[request] for request in requests])
@@ -209,4 +216,6 @@ def test_a_cancelled_request_frees_the_images_of_its_adapter(tiny, directories, 
         for new in batch.answers():
             answers |= new
         assert sorted(answers) == numbers[:5]
-        assert not any(images.encoded or images.opened for images in batch._images.values())
+        assert not any(
+            images.encoded or images.opened for images in batch._admission.images.values()
+        )

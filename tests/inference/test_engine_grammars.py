@@ -15,7 +15,7 @@ from paligemma_jax.grammars import rows
 from paligemma_jax.grammars.automaton import compile_grammars
 from paligemma_jax.grammars.grammar import Choices, Repeat, Text
 from paligemma_jax.grammars.rows import AutomatonTables, automaton_of_ids
-from paligemma_jax.inference import answering, engine, slots
+from paligemma_jax.inference import answering, decoding, slots
 from paligemma_jax.inference.engine import Engine
 from paligemma_jax.inference.options import DecodingOptions
 
@@ -100,7 +100,7 @@ def test_nothing_is_compiled_after_the_first_requests(tiny, prompts):
             for request in group:
                 batch.submit(*request)
             list(batch.answers())
-        programs = slots.insert, slots.advance, engine.prefill
+        programs = slots.insert, slots.advance, decoding.prefill
         before = [program._cache_size() for program in programs]
         mixed = free + boxes[4:14] + free + boxes[14:]
         answers = run(batch, grouped(mixed, 3))
