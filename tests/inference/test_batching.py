@@ -19,7 +19,7 @@ from support.photos import crops
 
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
-from paligemma_jax.inference import answering, batching, engine, generate, scoring
+from paligemma_jax.inference import admission, answering, batching, generate, scoring
 from paligemma_jax.inference.sampling import Beam, BestOf, Greedy, Sample
 from paligemma_jax.processing.image_settings import ImageSettings
 from paligemma_jax.processing.processor import Processor
@@ -80,7 +80,7 @@ def test_image_settings_steer_batches_and_streams(tiny, photos):
 
 @pytest.mark.parametrize(
     ("module", "sampler"),
-    [(engine, Greedy()), (batching, Sample(repetition_penalty=1.1))],
+    [(admission, Greedy()), (batching, Sample(repetition_penalty=1.1))],
     ids=["engine", "batches"],
 )
 def test_images_are_dropped_after_their_last_use(tiny, photos, module, sampler):

@@ -52,7 +52,7 @@ DEFECTS = {
     "no window": _mask(lambda q, k, w: RULE(q, k, 2**30)),
     "window narrows the prefix": _mask(_anded),
     "wrong layers are local": mock.patch.object(
-        DecoderConfig, "windows", lambda self, numerics: (2**30, 8, 2**30, 8, 2**30)
+        DecoderConfig, "windows", lambda self, numerics, decoding: (2**30, 8, 2**30, 8, 2**30)
     ),
     "norm scales by w instead of 1 + w": mock.patch.object(
         layers.RMSNorm, "__call__", _norm_without_one
