@@ -117,11 +117,11 @@ def load_parity_case(
     source = resolve(model, RANDOM_PRESETS)
     if depth:
         raise ValueError(f"--depth needs a preset with random weights; {model} is a checkpoint")
-    reference = _reference_source(source, against)
+    reference = reference_source(source, against)
     examples = _load_examples(source, reference or source, images, prompts, suffixes)
     rows = (examples.images, examples.prompts, examples.suffixes)
     return ParityCase(
-        _open_dense(source).with_numerics(numerics),
+        open_dense(source).with_numerics(numerics),
         examples.theirs(*rows),
         examples.theirs(*rows[:2]),
         reference,
@@ -131,7 +131,7 @@ def load_parity_case(
     )
 
 
-def _reference_source(source: CheckpointSource, against: str | None) -> CheckpointSource | None:
+def reference_source(source: CheckpointSource, against: str | None) -> CheckpointSource | None:
     """What transformers loads. None if that is the model, in a format that it cannot read."""
     reference = resolve(against) if against else source
     if reference.state is None and formats.detect_format(reference.weights) == "huggingface":
@@ -175,7 +175,7 @@ class _DenseSource(CheckpointSource):
         return dequantize_checkpoint(checkpoint) if checkpoint.formats else checkpoint
 
 
-def _open_dense(source: CheckpointSource) -> Checkpoint:
+def open_dense(source: CheckpointSource) -> Checkpoint:
     """The checkpoint with quantized matrices dequantized, and an adapter merged on use."""
     source = _DenseSource(*(getattr(source, field.name) for field in fields(source)))
     checkpoint = source.checkpoint

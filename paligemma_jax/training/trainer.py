@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from paligemma_jax.lora import lora_dropout
 from paligemma_jax.model.dropout import decoder_dropout
+from paligemma_jax.model.layers import full_dtype
 from paligemma_jax.model.patterns import matches, unmatched
 from paligemma_jax.model.stack import remat
 from paligemma_jax.model.tree import parameters, with_parameters
@@ -40,7 +41,7 @@ class TrainState:
     numbers depend only on the seed and the step."""
 
     step: Array  # int32[], the number of finished steps
-    trainable: Parameters  # float32
+    trainable: Parameters  # float32; float64 for a model in float64
     optimizer: optax.OptState
     average: Parameters  # moving average of `trainable`; empty without --ema
 
@@ -112,7 +113,8 @@ class Trainer:
         """The state before the first step. Call it once: the initial parameters are not kept, since
         two copies of them may not fit on the device."""
         trainable = {
-            path: jnp.array(self._initial.pop(path), jnp.float32) for path in self.trainable
+            path: jnp.array(value, full_dtype(value.dtype))
+            for path, value in ((path, self._initial.pop(path)) for path in self.trainable)
         }
         init = self.optimizer.init
         if self.mesh:

@@ -1,0 +1,167 @@
+"""One step at a time: what this project's training computes from the reference's state.
+
+Errors do not accumulate, so a defect shows in the first step, in the first quantity and in the
+parameters that it touches, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from paligemma_jax.parity.compare import GRADIENT_LIMIT, RATIO_LIMIT
+from paligemma_jax.parity.training.case import TrainingCase
+from paligemma_jax.parity.training.reference import ReferenceStep, Snapshot, Values
+from paligemma_jax.training.batches import Batch
+from paligemma_jax.training.config import FinetuneConfig
+from paligemma_jax.training.trainer import Parameters, Trainer, TrainState
+
+SCALAR_LIMIT = 1e-5  # relative
+UPDATE_LIMIT = 1e-5  # relative, of each parameter, beside the rounding of the parameter
+LOGIT = 30.0  # the largest: the loss is a difference of logits, which are rounded
+SMALL_LOSS = 0.1  # below it, probabilities near 1 leave few digits of their distance from 1
+# The part of all gradients below which one is nothing but rounding, such as that of the bias of
+# keys, which softmax ignores.
+NEGLIGIBLE = 1e-5
+
+
+@dataclass(frozen=True)
+class LocalError:
+    """The worst error of one quantity in one step."""
+
+    quantity: str
+    parameter: str  # the worst one; "" for a single number
+    error: float  # relative
+    limit: float
+    diverging: tuple[str, ...] = ()  # parameters over their limit
+
+    @property
+    def diverges(self) -> bool:
+        return not self.error <= self.limit
+
+
+class LocalComparison:
+    """Computes the loss and the gradient at the reference's parameters, and the update from the
+    reference's gradient and moments.
+
+    Args:
+        trainer: A trainer of the case, whose state is not used.
+    """
+
+    def __init__(self, case: TrainingCase, trainer: Trainer, parameters: Parameters):
+        self.case, self.frozen = case, trainer.frozen
+
+        def mean_loss(trainable: Parameters, frozen: Parameters, batch: Batch) -> Array:
+            total, count = trainer.losses(trainable, frozen, batch, max_targets=case.max_targets)
+            return total / count
+
+        self.loss_and_gradient = jax.jit(jax.value_and_grad(mean_loss))
+        self.updater = _updater(case.config, case.steps, parameters)
+        self.start = self.updater.start()
+
+    def __call__(self, index: int, batch: Batch, reference: ReferenceStep) -> list[LocalError]:
+        """The errors of a step, counted from 0, in order of computation.
+
+        In bfloat16, the error of the gradient is measured in units of the reference's own.
+        """
+        loss, gradient = self.loss_and_gradient(reference.before.parameters, self.frozen, batch)
+        errors = [_loss_error(float(loss), reference)]
+        errors.append(_gradient_error(gradient, reference))
+        state = _with_moments(self.start, index, reference.before)
+        state, report = self.updater.step(state, {}, reference.gradient, max_targets=0)
+        errors.append(_scalar("gradient norm", float(report["gradient_norm"]), reference.norm))
+        errors.append(_scalar("learning rate", float(report["learning_rate"]), reference.rate))
+        moments = state.optimizer
+        for name, field, expected, before in (
+            ("first moment", "mu", reference.after.first_moments, None),
+            ("second moment", "nu", reference.after.second_moments, None),
+            ("update", "", reference.after.parameters, reference.before.parameters),
+        ):
+            ours = optax.tree.get(moments, field) if field else state.trainable
+            errors.append(_worst(name, _update_errors(ours, expected, before)))
+        return errors
+
+
+def _updater(config: FinetuneConfig, steps: int, parameters: Parameters) -> Trainer:
+    """A trainer whose loss has any given gradient, so that clipping, schedule, moments and decay
+    are those of `Trainer` itself."""
+
+    def linear(parameters: Parameters, gradient: Parameters, _: int) -> tuple[Array, Array]:
+        products = [jnp.vdot(parameters[path], gradient[path]) for path in parameters]
+        return sum(products, jnp.zeros(())), jnp.ones(())
+
+    own = replace(config, reduction="tokens", label_smoothing=0.0, accumulate=1)
+    return Trainer(dict(parameters), own, steps, loss=linear)
+
+
+def _with_moments(start: TrainState, index: int, snapshot: Snapshot) -> TrainState:
+    """A state after `index` steps, with the reference's parameters and moments."""
+    moments = {"mu": snapshot.first_moments, "nu": snapshot.second_moments}
+    count = np.int32(index)
+    optimizer = optax.tree.set(start.optimizer, count=count, **moments)
+    state = TrainState(count, snapshot.parameters, optimizer, {})
+    return jax.tree.map(jnp.array, state)  # copies, since a step takes its state apart
+
+
+def _scalar(quantity: str, ours: float, theirs: float) -> LocalError:
+    error = abs(ours - theirs) / abs(theirs) if theirs else math.inf if ours else 0.0
+    return LocalError(quantity, "", error, SCALAR_LIMIT)
+
+
+def _loss_error(ours: float, reference: ReferenceStep) -> LocalError:
+    """A small loss has few digits; in bfloat16 it may be off by as much as a logit is rounded."""
+    rounding = LOGIT * (2**-8 if reference.exact else np.finfo(np.float32).eps)
+    limit = SCALAR_LIMIT + rounding / max(abs(reference.loss), 1e-30)
+    return replace(_scalar("loss", ours, reference.loss), limit=limit)
+
+
+def _gradient_error(ours: Parameters, reference: ReferenceStep) -> LocalError:
+    exact = reference.exact
+    if exact:
+        total = math.sqrt(sum(_square(ours[path], exact[path]) for path in ours))
+        own = math.sqrt(sum(_square(reference.gradient[path], exact[path]) for path in ours))
+        return LocalError("gradient", "", total / own, RATIO_LIMIT)
+    limit = GRADIENT_LIMIT * max(1.0, SMALL_LOSS / max(reference.loss, 1e-30))
+    floor = NEGLIGIBLE * reference.norm
+
+    def errors() -> Iterator[tuple[str, float, float]]:
+        for path, theirs in reference.gradient.items():
+            norm = max(float(np.linalg.norm(theirs)), floor)
+            yield path, math.sqrt(_square(ours[path], theirs)) / norm if norm else 0.0, limit
+
+    return _worst("gradient", errors())
+
+
+def _update_errors(
+    ours: Parameters, theirs: Values, before: Values | None
+) -> Iterator[tuple[str, float, float]]:
+    """(path, relative error, limit). With `before`, relative to the change, whose smallest part is
+    lost when it is added to a parameter."""
+    for path, expected in theirs.items():
+        change = expected if before is None else expected - before[path]
+        norm = float(np.linalg.norm(change.astype(np.float64)))
+        error = math.sqrt(_square(ours[path], expected))
+        limit = UPDATE_LIMIT
+        if before is not None and norm:
+            eps = float(np.finfo(expected.dtype).eps)
+            limit += eps * float(np.linalg.norm(expected.astype(np.float64))) / norm
+        yield path, error / norm if norm else math.inf if error else 0.0, limit
+
+
+def _worst(quantity: str, errors: Iterator[tuple[str, float, float]]) -> LocalError:
+    rows = list(errors)
+    path, error, limit = max(rows, key=lambda row: np.nan_to_num(row[1] / row[2], nan=math.inf))
+    diverging = tuple(path for path, error, limit in rows if not error <= limit)
+    return LocalError(quantity, path, error, limit, diverging)
+
+
+def _square(a: Array | np.ndarray, b: np.ndarray) -> float:
+    difference = np.asarray(a, np.float64).reshape(-1) - b.astype(np.float64).reshape(-1)
+    return float(difference @ difference)
