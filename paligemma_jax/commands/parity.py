@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from paligemma_jax.commands.options import (
     Attention,
+    Count,
     Depth,
     File,
     Name,
@@ -20,6 +23,11 @@ from paligemma_jax.commands.options import (
     require_parent,
 )
 
+if TYPE_CHECKING:
+    from paligemma_jax.parity.training.case import TrainingCase
+
+# Flags without meaning beside --train.
+TRAINS_WITHOUT = ("--image", "--prompt", "--suffix", "--gradients", "--attention")
 EMBEDDED = "(default: embedded)"
 Images = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint=EMBEDDED)
@@ -28,6 +36,7 @@ Texts = Annotated[
     tuple[str, ...], tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint=EMBEDDED)
 ]
 
+Trained = Annotated[str | None, flag("DIR", "none")]
 Against = Annotated[str | None, flag("DIR or transformers==VERSION", "MODEL itself")]
 
 
@@ -46,6 +55,10 @@ def parity(
     identify: File = None,
     attention: Attention = None,
     float64: bool = False,
+    train: Count = None,
+    run: Trained = None,
+    data: File = None,
+    lora: bool = False,
     html: File = None,
     json: bool = False,
 ) -> None:
@@ -78,6 +91,12 @@ def parity(
         attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
             Attention weights are compared in the plain form only.
         float64: Run this model in float64 too, on a CPU, and show how far both models are from it.
+            With --train, train both models in float64 too.
+        train: Train both models for this many steps on the same rows, and compare every step.
+        run: Directory of a fine-tuning run, whose model, rows and settings --train repeats.
+        data: Rows that --train trains on, JSONL; 512 are used. By default, for tiny, boxes of
+            held-out digits.
+        lora: With --train, train LoRA instead of all parameters.
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
@@ -94,10 +113,20 @@ def parity(
         "--html": html,
     }
     if identify:
-        refused = given | {"--against": against, "--python": python}
+        refused = given | {"--against": against, "--python": python, "--train": train}
         refused |= {"--dtype": dtype != "float32", "--new": new != 16}
         _refuse("--identify", refused)
         return _identify(model, identify, json)
+    if train is not None:
+        refused = {name: given[name] for name in TRAINS_WITHOUT} | {"--new": new != 16}
+        _refuse("--train", refused | {"--against": against, "--python": python})
+        require_parent("--html", html)
+        return _train(
+            _training_case(model, numerics, train, run, data, lora, depth),
+            *(dtype, float64, html, json),
+        )
+    if run or data or lora:
+        raise ValueError("--run, --data and --lora need --train STEPS")
     if engine:
         inputs = ("--image", "--prompt", "--suffix", "--depth")
         _refuse(f"--against {against}", {name: given[name] for name in given if name not in inputs})
@@ -151,6 +180,48 @@ def _compare_with_engine(
     print(dumps(against.as_dict(report)) if json else against.format_engine_report(report))
     if report.first_divergence:
         _fail(against.engine_verdict(report))
+
+
+def _train(
+    named_case: tuple[str, TrainingCase], dtype: str, float64: bool, html: str | None, json: bool
+) -> None:
+    from paligemma_jax.parity.training import report as text
+    from paligemma_jax.parity.training.html import write_html
+    from paligemma_jax.parity.training.run import compare
+
+    report = compare(*named_case, dtype, float64)
+    print(dumps(text.as_dict(report)) if json else text.format_report(report))
+    if html:
+        write_html(report, html)
+    if not text.passed(report):
+        _fail(text.verdict(report).splitlines()[0])
+
+
+def _training_case(
+    model: str,
+    numerics: str | None,
+    steps: int,
+    run: str | None,
+    data: str | None,
+    lora: bool,
+    depth: int | None,
+) -> tuple[str, TrainingCase]:
+    """The name of the model, and the case that the flags describe."""
+    from paligemma_jax.parity.training.case import DEFAULTS, load_training_case
+    from paligemma_jax.tiny.dataset import write_digits
+    from paligemma_jax.training.runs import load_config
+
+    if run:
+        others = {"--model": model != "tiny", "--numerics": numerics, "--lora": lora}
+        _refuse("--run", others | {"--depth": depth})
+        config = load_config(run)
+        return config.model, load_training_case(config.model, config, steps, data or config.data)
+    config = replace(DEFAULTS, train="lora" if lora else "all", numerics=numerics, steps=steps)
+    if model != "tiny" or data:
+        return model, load_training_case(model, config, steps, data, depth)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = write_digits(folder, ("detect",), 512) / "detect.jsonl"
+        return model, load_training_case(model, config, steps, str(rows), depth)
 
 
 def _fail(line: str) -> None:

@@ -78,9 +78,14 @@ FIGURES: dict[str, tuple[Callable[[Report], bytes], str]] = {
 
 def write_html(report: Report, file: str) -> None:
     """Write the report to `file`, replaced in one step."""
+    write_page(render_page(report), file)
+
+
+def write_page(page: str, file: str) -> None:
+    """Write a page to a file, replaced in one step."""
     path = user_path(file)
     part = path.with_name(path.name + ".part")
-    part.write_text(render_page(report), encoding="utf-8")
+    part.write_text(page, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -32,7 +32,7 @@ def draw_errors(report: Report) -> bytes:
     rows = [row for row in report.rows if row.local and not row.stage.startswith(unplotted)]
     x = np.arange(len(rows))
     endings = [next(end for end in PARTS if row.stage.endswith(end)) for row in rows]
-    figure, ((above,), (below,)) = _figure(11, 6.2, 2, sharex=True)
+    figure, ((above,), (below,)) = make_figure(11, 6.2, 2, sharex=True)
     for index, axes in enumerate((above, below)):
         values = _relative([(row.accumulated, row.local)[index] for row in rows])
         for ending, (marker, colour) in PARTS.items():
@@ -56,7 +56,7 @@ def draw_errors(report: Report) -> bytes:
     named = [i for i in x if "/layers/" not in rows[i].stage or endings[i] == "attention/weights"]
     below.set_xticks(named, [_short(rows[i].stage) for i in named], rotation=90, fontsize=7)
     above.legend(frameon=False, fontsize=8, ncol=3)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_logits(report: Report) -> bytes:
@@ -68,13 +68,13 @@ def draw_logits(report: Report) -> bytes:
     ours, theirs = ours[sample], theirs[sample]
     difference = ours - theirs
     largest = np.abs(difference).max()
-    figure, ((left, right),) = _figure(11, 4, 1, 2)
+    figure, ((left, right),) = make_figure(11, 4, 1, 2)
     left.plot(theirs, ours, ".", ms=2, alpha=0.4)
     left.axline((0, 0), slope=1, color="0.6", lw=1)
     left.set(xlabel="transformers", ylabel="this model", title=f"{len(ours):,} logits")
     right.plot(theirs, difference, ".", ms=2, alpha=0.4)
     right.set(xlabel="transformers", ylabel="difference", title=f"largest {largest:.1e}")
-    return _png(figure)
+    return to_png(figure)
 
 
 def has_attention(report: Report) -> bool:
@@ -95,7 +95,7 @@ def draw_masks(report: Report) -> bytes:
     names = [name for name in report.first_row if name.endswith("weights")][:2]
     inputs, config = report.case.inputs, report.case.checkpoint.config
     windows = config.decoder.windows(config.profile)
-    figure, grid = _figure(11, 3.9 * len(names), len(names), 3)
+    figure, grid = make_figure(11, 3.9 * len(names), len(names), 3)
     for line, name in zip(grid, names, strict=True):
         ours, theirs = report.first_row[name]
         window = windows[int(name.split("/")[2])]
@@ -116,7 +116,7 @@ def draw_masks(report: Report) -> bytes:
                 axes.axhline(edge, color=EDGE, lw=0.6)
                 axes.axvline(edge, color=EDGE, lw=0.6)
             axes.set(xlabel="key", ylabel="query")
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_tokens(report: Report) -> bytes:
@@ -127,7 +127,7 @@ def draw_tokens(report: Report) -> bytes:
         if re.fullmatch(r"decoder/layers/\d+", name)
     ]
     errors = np.where(report.case.inputs.valid[0], np.array(layers), np.nan)
-    figure, ((axes,),) = _figure(11, 1.4 + 0.22 * len(layers), 1)
+    figure, ((axes,),) = make_figure(11, 1.4 + 0.22 * len(layers), 1)
     image = axes.imshow(
         np.log10(np.maximum(errors, FLOOR)), aspect="auto", cmap="viridis", interpolation="nearest"
     )
@@ -136,7 +136,7 @@ def draw_tokens(report: Report) -> bytes:
     axes.set(xlabel="token (lines separate pads, image, prompt and suffix)")
     axes.set(ylabel="decoder layer")
     figure.colorbar(image, label="log10 of the relative error", pad=0.01)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _token_edges(report: Report) -> np.ndarray:
@@ -154,7 +154,7 @@ def _short(stage: str) -> str:
     return stage.replace("/layers/", " ").replace("/attention/weights", "").replace("/", " ")
 
 
-def _figure(
+def make_figure(
     width: float, height: float, rows: int, columns: int = 1, sharex: bool = False
 ) -> tuple[Figure, np.ndarray]:
     try:
@@ -170,7 +170,7 @@ def _figure(
     return figure, grid
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return file.getvalue()

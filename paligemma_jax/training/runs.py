@@ -123,6 +123,18 @@ def _check_same_run(folder: Path, config: FinetuneConfig, content: RunContent | 
     return total
 
 
+def load_config(folder: str) -> FinetuneConfig:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: There is no run, or its config.json is damaged.
+    """
+    file = user_path(folder) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{folder} has no run: {CONFIG} is missing")
+    return _read_config(file)[0]
+
+
 def _read_config(file: Path) -> tuple[FinetuneConfig, RunContent]:
     """Read the config.json of a run. Defaults stand for options that its version did not have.
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 
@@ -82,11 +83,13 @@ class TorchRun:
         self.profile = case.weights.checkpoint.config.profile
         self.model = torch_model.build_model(case.weights, "float32", "float32", keep=True)
         with torch.no_grad():  # reads weights that are read on use
-            self.model(**self._inputs(case.batch(0).inputs, torch.float32))
+            self.model(**self._inputs(case.batch(0).inputs, torch.float32))  # type: ignore[arg-type]
         if case.config.lora:
             self.model = _with_adapter(self.model, case, model)
         self.float = torch.float64 if dtype == "float64" else torch.float32
         self.model = self.model.to(self.float)
+        if dtype == "float64":
+            _exact_buffers(self.model)
         self.names = self._trained(trainable)
         self.optimizer = torch.optim.AdamW(
             self._groups(), betas=(self.config.beta1, self.config.beta2)
@@ -118,10 +121,13 @@ class TorchRun:
         import torch
 
         self.optimizer.zero_grad()
-        half = dtype == "bfloat16"
-        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
-            logits = self.model(**self._inputs(batch.inputs, self.float)).logits
-        loss = _loss(logits.to(self.float), batch, self.config)
+        number = getattr(torch, dtype)
+        # In bfloat16, the model computes with rounded copies of float32 parameters.
+        copies = {name: p.to(number) for name, p in self.model.named_parameters()}
+        inputs = self._inputs(batch.inputs, number)
+        with _in_float64() if dtype == "float64" else nullcontext():
+            output = torch.func.functional_call(self.model, copies, kwargs=inputs)
+        loss = _loss(output.logits.to(self.float), batch, self.config)
         loss.backward()
         return loss.item()
 
@@ -206,6 +212,34 @@ def _with_adapter(model: torch.nn.Module, case: TrainingCase, ours: PaliGemma) -
         peft.save_adapter(directory, lora.lora_factors(ours), ours.config, "base", saved)
         with torch_loading.reported_by_transformers("load the initial adapter"):
             return PeftModel.from_pretrained(model, str(directory), is_trainable=True).eval()  # type: ignore[arg-type]
+
+
+@contextmanager
+def _in_float64() -> Iterator[None]:
+    """Compute in float64 where transformers asks for float32: norms, RoPE, softmax."""
+    import torch
+
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
+        yield
+
+
+def _exact_buffers(model: torch.nn.Module) -> None:
+    """Recompute the frequencies of RoPE and the scale of embeddings, which transformers keeps in
+    float32."""
+    import torch
+
+    for module in model.modules():
+        frequencies = getattr(module, "inv_freq", None)
+        if frequencies is not None:
+            base = module.config.rope_parameters["rope_theta"]  # type: ignore[union-attr, index]
+            exponents = torch.arange(len(frequencies), dtype=torch.float64) / len(frequencies)
+            module.inv_freq = base**-exponents
+        if hasattr(module, "embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, dtype=torch.float64)
 
 
 def _path(weight: Weight, part: str | None) -> str:

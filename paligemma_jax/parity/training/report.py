@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import chain
 
 import numpy as np
 
@@ -90,7 +89,7 @@ def verdict(report: TrainingReport) -> str:
 def format_report(report: TrainingReport) -> str:
     """The complete report, at most 100 columns wide."""
     lines = [summary(report), cost(report), "", _row(TITLES)]
-    lines += [_line(report, step) for step in _shown_steps(report)]
+    lines += [_line(report, step) for step in shown_steps(report)]
     lines += ["", *_worst_lines(report)]
     if report.float64 is not None:
         lines += ["", f"in float64, the losses differ by at most {_largest(report.float64):.1e}"]
@@ -140,7 +139,7 @@ WIDTHS = (6, 10, 10, 9, 9, 9, 11)
 TITLES = ("step", "loss", "reference", "relative", "gradient", "update", "parameters")
 
 
-def _shown_steps(report: TrainingReport) -> list[int]:
+def shown_steps(report: TrainingReport) -> list[int]:
     steps = report.case.steps
     return [s for s in range(1, steps + 1) if s in SHOWN or s % 100 == 0 or s == steps]
 
@@ -160,21 +159,23 @@ def _row(cells: Iterable[str]) -> str:
     return " ".join(cell.rjust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
+def worst_errors(report: TrainingReport) -> list[tuple[int, LocalError]]:
+    """For each quantity, the step, counted from 1, with the largest local error in units of its
+    limit."""
+    quantities = zip(*report.local, strict=True)  # all steps of each
+
+    def over_limit(item: tuple[int, LocalError]) -> float:
+        return item[1].error / item[1].limit
+
+    return [max(enumerate(rows, 1), key=over_limit) for rows in quantities]
+
+
 def _worst_lines(report: TrainingReport) -> list[str]:
-    """The largest local error of each quantity over all steps, in units of its limit."""
-    worst: dict[str, tuple[int, LocalError]] = {}
-    rows = chain.from_iterable(
-        ((step, row) for row in rows) for step, rows in enumerate(report.local, 1)
-    )
-    for step, row in rows:
-        before = worst.get(row.quantity)
-        if before is None or row.error / row.limit > before[1].error / before[1].limit:
-            worst[row.quantity] = step, row
-    return [
-        f"{name + ':':16} largest local error {row.error:.1e}, limit {row.limit:.1e}, "
-        f"step {step}{', ' if row.parameter else ''}{row.parameter}"
-        for name, (step, row) in worst.items()
-    ]
+    lines = [f"{'largest':16} {'error':>8} {'limit':>8} {'step':>6}"]
+    for step, row in worst_errors(report):
+        numbers = f"{row.error:8.1e} {row.limit:8.1e} {step:6}"
+        lines.append(f"{row.quantity:16} {numbers}  {row.parameter}".rstrip())
+    return lines
 
 
 def _describe_divergence(step: int, row: LocalError) -> str:
