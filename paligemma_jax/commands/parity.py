@@ -120,11 +120,11 @@ def parity(
     if train is not None:
         refused = {name: given[name] for name in TRAINS_WITHOUT} | {"--new": new != 16}
         _refuse("--train", refused | {"--against": against, "--python": python})
+        if train < 1:
+            raise ValueError(f"--train must be at least 1, got {train}")
         require_parent("--html", html)
-        return _train(
-            _training_case(model, numerics, train, run, data, lora, depth),
-            *(dtype, float64, html, json),
-        )
+        case = _training_case(model, numerics, train, run, data, lora, depth)
+        return _train(case, dtype, float64, html, json)
     if run or data or lora:
         raise ValueError("--run, --data and --lora need --train STEPS")
     if engine:
@@ -137,13 +137,14 @@ def parity(
     require_parent("--html", html)
     from paligemma_jax.parity.html import write_html
     from paligemma_jax.parity.report import as_dict, format_report, verdict
-    from paligemma_jax.parity.run import ParityConfig, run
+    from paligemma_jax.parity.run import ParityConfig
+    from paligemma_jax.parity.run import run as compare
 
     config = ParityConfig(
         *(model, dtype, numerics, image, prompt, suffix, new, gradients, depth, against),
         *(attention, float64),
     )
-    report = run(config)
+    report = compare(config)
     print(dumps(as_dict(report)) if json else format_report(report))
     if html:
         write_html(report, html)

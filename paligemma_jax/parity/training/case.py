@@ -88,7 +88,7 @@ def comparable(config: FinetuneConfig) -> FinetuneConfig:
             raise ValueError(f"--train cannot compare runs with {option}, got {value}")
     if config.optimizer != "adamw":
         raise ValueError(f"--train compares AdamW only, got --optimizer {config.optimizer}")
-    return replace(config, layers="list", mesh=None, hosts=None, attention=None, **LEFT_OUT)
+    return replace(config, mesh=None, hosts=None, attention=None, **LEFT_OUT)
 
 
 def load_training_case(

@@ -28,6 +28,7 @@ UPDATE_LIMIT = 1e-5  # relative, of each parameter, beside the rounding of the p
 # In bfloat16, the error of a gradient over the reference's own. Both are random: measured ratios
 # of single steps are from 0.5 to 1.7, with a mean of 0.9.
 STEP_RATIO = 4.0
+FLOAT32_EPS = 2**-23
 LOGIT = 30.0  # the largest: the loss is a difference of logits, which are rounded
 SMALL_LOSS = 0.1  # below it, probabilities near 1 leave few digits of their distance from 1
 # The part of all gradients below which one is nothing but rounding, such as that of the bias of
@@ -50,49 +51,57 @@ class LocalError:
         return not self.error <= self.limit
 
 
-class LocalComparison:
-    """Computes the loss and the gradient at the reference's parameters, and the update from the
-    reference's gradient and moments.
+class GradientComparison:
+    """Computes the loss and the gradient at the reference's parameters.
 
     Args:
-        trainer: A trainer of the case, whose state is not used.
+        trainer: A trainer of the case.
     """
 
-    def __init__(self, case: TrainingCase, trainer: Trainer, parameters: Parameters):
-        self.case, self.frozen = case, trainer.frozen
+    def __init__(self, case: TrainingCase, trainer: Trainer):
+        self.frozen = trainer.frozen
 
         def mean_loss(trainable: Parameters, frozen: Parameters, batch: Batch) -> Array:
             total, count = trainer.losses(trainable, frozen, batch, max_targets=case.max_targets)
             return total / count
 
         self.loss_and_gradient = jax.jit(jax.value_and_grad(mean_loss))
+
+    def __call__(self, batch: Batch, reference: ReferenceStep) -> list[LocalError]:
+        """The errors of a step. In bfloat16, that of the gradient is in units of the reference's
+        own."""
+        loss, gradient = self.loss_and_gradient(reference.before.parameters, self.frozen, batch)
+        return [_loss_error(float(loss), reference), _gradient_error(gradient, reference)]
+
+
+class UpdateComparison:
+    """Computes an update from the reference's gradient, moments and parameters.
+
+    Args:
+        parameters: Trained parameters, of which only the shapes matter.
+    """
+
+    def __init__(self, case: TrainingCase, parameters: Values):
         self.updater = _updater(case.config, case.steps, parameters)
         self.start = self.updater.start()
 
-    def __call__(self, index: int, batch: Batch, reference: ReferenceStep) -> list[LocalError]:
-        """The errors of a step, counted from 0, in order of computation.
-
-        In bfloat16, the error of the gradient is measured in units of the reference's own.
-        """
-        loss, gradient = self.loss_and_gradient(reference.before.parameters, self.frozen, batch)
-        errors = [_loss_error(float(loss), reference)]
-        errors.append(_gradient_error(gradient, reference))
-        state = _with_moments(self.start, index, reference.before)
+    def __call__(self, index: int, reference: ReferenceStep) -> list[LocalError]:
+        """The errors of a step, counted from 0, in order of computation."""
+        before, after = reference.before, reference.after
+        state = _with_moments(self.start, index, before)
         state, report = self.updater.step(state, {}, reference.gradient, max_targets=0)
-        errors.append(_scalar("gradient norm", float(report["gradient_norm"]), reference.norm))
-        errors.append(_scalar("learning rate", float(report["learning_rate"]), reference.rate))
-        moments = state.optimizer
-        for name, field, expected, before in (
-            ("first moment", "mu", reference.after.first_moments, None),
-            ("second moment", "nu", reference.after.second_moments, None),
-            ("update", "", reference.after.parameters, reference.before.parameters),
-        ):
-            ours = optax.tree.get(moments, field) if field else state.trainable
-            errors.append(_worst(name, _update_errors(ours, expected, before)))
-        return errors
+        first, second = (optax.tree.get(state.optimizer, name) for name in ("mu", "nu"))
+        updates = _update_errors(state.trainable, after.parameters, before.parameters)
+        return [
+            _scalar("gradient norm", float(report["gradient_norm"]), reference.norm),
+            _scalar("learning rate", float(report["learning_rate"]), reference.rate),
+            _worst("first moment", _update_errors(first, after.first_moments)),
+            _worst("second moment", _update_errors(second, after.second_moments)),
+            _worst("update", updates),
+        ]
 
 
-def _updater(config: FinetuneConfig, steps: int, parameters: Parameters) -> Trainer:
+def _updater(config: FinetuneConfig, steps: int, parameters: Values) -> Trainer:
     """A trainer whose loss has any given gradient, so that clipping, schedule, moments and decay
     are those of `Trainer` itself."""
 
@@ -120,7 +129,7 @@ def _scalar(quantity: str, ours: float, theirs: float) -> LocalError:
 
 def _loss_error(ours: float, reference: ReferenceStep) -> LocalError:
     """A small loss has few digits; in bfloat16 it may be off by as much as a logit is rounded."""
-    rounding = LOGIT * (2**-8 if reference.exact else np.finfo(np.float32).eps)
+    rounding = LOGIT * (2**-8 if reference.exact else FLOAT32_EPS)
     limit = SCALAR_LIMIT + rounding / max(abs(reference.loss), 1e-30)
     return replace(_scalar("loss", ours, reference.loss), limit=limit)
 
@@ -143,7 +152,7 @@ def _gradient_error(ours: Parameters, reference: ReferenceStep) -> LocalError:
 
 
 def _update_errors(
-    ours: Parameters, theirs: Values, before: Values | None
+    ours: Parameters, theirs: Values, before: Values | None = None
 ) -> Iterator[tuple[str, float, float]]:
     """(path, relative error, limit). With `before`, relative to the change, whose smallest part is
     lost when it is added to a parameter."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import numpy as np
 
 from paligemma_jax.parity.report import format_number
-from paligemma_jax.parity.training.local import LOGIT, LocalError
+from paligemma_jax.parity.training.local import FLOAT32_EPS, LOGIT, LocalError
 from paligemma_jax.parity.training.run import TrainingReport
 
 LOSS_LIMIT = 1e-3  # relative, of complete runs
@@ -29,7 +29,7 @@ def first_divergence(report: TrainingReport) -> tuple[int, LocalError] | None:
 def parts_at(losses: np.ndarray) -> int | None:
     """The first step, counted from 1, whose losses differ by more than the limit."""
     ours, theirs = losses.T
-    rounding = LOGIT * np.finfo(np.float32).eps
+    rounding = LOGIT * FLOAT32_EPS
     apart = ~(np.abs(ours - theirs) <= LOSS_LIMIT * np.abs(theirs) + rounding)
     return int(apart.argmax()) + 1 if apart.any() else None
 

@@ -13,10 +13,11 @@ import numpy as np
 from paligemma_jax.checkpoints.load import abstract_model
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.model.paligemma import PaliGemma
+from paligemma_jax.model.stack import unstack_model
 from paligemma_jax.model.tree import with_parameters
 from paligemma_jax.parity.reference import available_memory, weight_bytes
 from paligemma_jax.parity.training.case import TrainingCase
-from paligemma_jax.parity.training.local import LocalComparison, LocalError
+from paligemma_jax.parity.training.local import GradientComparison, LocalError, UpdateComparison
 from paligemma_jax.parity.training.reference import TorchRun, Values
 from paligemma_jax.training.prepare import prepare_model
 from paligemma_jax.training.trainer import Parameters, Trainer
@@ -81,18 +82,19 @@ def compare(
 def _compare_steps(
     case: TrainingCase, dtype: str
 ) -> tuple[np.ndarray, list[list[LocalError]], list[Distance]]:
-    model = _trainable_model(case, dtype)
+    model = trainable_model(case, dtype)
     trainer = Trainer(model, case.config, case.steps)
     reference = TorchRun(case, model, trainer.trainable, dtype)
     del model
     state = trainer.start()
-    compare_step = LocalComparison(case, trainer, state.trainable)
     first = reference.snapshot().parameters
+    gradient_errors = GradientComparison(case, trainer)
+    update_errors = UpdateComparison(case, first)
     losses, local, distances = np.zeros((case.steps, 2)), [], []
     for step in progress_bar(range(case.steps), "training"):
         batch = case.batch(step)
         theirs = reference.step(batch)
-        local.append(compare_step(step, batch, theirs))
+        local.append(gradient_errors(batch, theirs) + update_errors(step, theirs))
         state, report = trainer.step(state, trainer.frozen, batch, max_targets=case.max_targets)
         losses[step] = float(report["loss"]), theirs.loss
         done = step + 1
@@ -102,8 +104,9 @@ def _compare_steps(
     return losses, local, distances
 
 
-def _trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
-    """The model of a run, with parameters in float32, or float64 for float64."""
+def trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
+    """The model of a run with its layers as a list, so that errors name the layer. Parameters are in
+    float32, or in float64 for float64."""
     checkpoint = case.weights.checkpoint
     parameter_dtype = "float64" if dtype == "float64" else "float32"
 
@@ -111,7 +114,8 @@ def _trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
         return jnp.asarray(checkpoint.tensors[path].load(), parameter_dtype)
 
     config = replace(checkpoint.config, dtype=dtype, attention="plain")
-    return prepare_model(with_parameters(abstract_model(config), read), case.config)
+    model = prepare_model(with_parameters(abstract_model(config), read), case.config)
+    return unstack_model(model) if case.config.layers == "stack" else model
 
 
 def _distance(step: int, ours: Parameters, theirs: Values, start: Values) -> Distance:
@@ -134,7 +138,7 @@ def _square(a: jax.Array | np.ndarray, b: np.ndarray) -> float:
 
 def _other_orders(case: TrainingCase, first: np.ndarray) -> np.ndarray:
     """The reference's losses with other orders of the rows, beside those of the case itself."""
-    model = _trainable_model(case, "bfloat16")
+    model = trainable_model(case, "bfloat16")
     trainable = Trainer(model, case.config, case.steps).trainable
     runs = [first]
     for seed in range(1, SEEDS):
@@ -149,7 +153,7 @@ def _float64_losses(case: TrainingCase) -> np.ndarray:
     """The losses of both runs in float64."""
     losses = np.zeros((case.steps, 2))
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        model = _trainable_model(case, "float64")
+        model = trainable_model(case, "float64")
         trainer = Trainer(model, case.config, case.steps)
         reference = TorchRun(case, model, trainer.trainable, "float64")
         state = trainer.start()
