@@ -39,6 +39,7 @@ def distance(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@pytest.mark.thorough
 def test_a_program_gives_the_same_bits_each_time(predictor, batch):
     logits, inputs = batch
     for _ in range(3):

@@ -192,6 +192,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "name"), FILES, ids=lambda value: value.rpartition("/")[2])
+@pytest.mark.thorough
 def test_a_sample_of_mutations(kind, name, checkpoint):
     check_mutations(KINDS[kind], checkpoint(kind), name, SAMPLE)
 

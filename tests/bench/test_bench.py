@@ -270,6 +270,7 @@ def test_decoding_copies_neither_cache_nor_weights(rows):
     assert not [line for line in copies if any(shape in line for shape in shapes)]
 
 
+@pytest.mark.slow
 def test_training_steps(random_preset, command):
     """Steps of all weights, LoRA and QLoRA. Compiling alone reports the same memory."""
     options = ["bench", "--model", "random", "--new", 8, "--remat", "full", "--json", "--train"]
@@ -286,6 +287,7 @@ def test_training_steps(random_preset, command):
     assert "qlora" in text and max(map(len, text.splitlines())) < 140
 
 
+@pytest.mark.slow
 def test_training_against_transformers(command):
     pytest.importorskip("peft", reason="transformers needs peft for LoRA: install the extra test")
     options = ["--train", "lora", "--model", "tiny", "--new", 4, "--repeats", 1, "--json"]

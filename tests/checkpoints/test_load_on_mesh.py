@@ -105,7 +105,9 @@ def run_on_devices(count, code, *arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("form", ["huggingface", "jax", "orbax"])
+@pytest.mark.parametrize(
+    "form", ["huggingface", *(pytest.param(f, marks=pytest.mark.slow) for f in ("jax", "orbax"))]
+)
 def test_each_device_gets_its_slices(tmp_path, form):
     model = hf_models.random_model("pg2", text=TEXT, vision=VISION)
     source = hf_models.save_checkpoint(model, tmp_path / "huggingface", shards=True)

@@ -31,6 +31,7 @@ def directories(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["qv", "mlp", "dora"])
+@pytest.mark.thorough
 def test_adapters_of_some_layers_beside_quantized_weights(directories, name):
     """The logits are those of the adapter as it is, here by the same program: a list of layers."""
     listed = pg.load(directories[name], quantize=QUANTIZE).model

@@ -236,6 +236,7 @@ def search_address(tmp_path_factory):
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.thorough
 def test_pages_are_searched(browser, search_address, tmp_path, viewport):
     """Uploads two pages, searches, and sees all four with falling scores; nothing overflows."""
     context = browser.new_context(viewport=viewport)

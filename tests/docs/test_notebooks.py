@@ -25,6 +25,8 @@ SHORTER = {
     "own_loop": [("PARTS = 60,", "PARTS = 15,")],
     "retrieval": [("range(120)", "range(10)")],
 }
+# They train, or start other processes: minutes in all.
+LONG = {"action_expert", "own_loop", "reinforcement", "retrieval", "sharding", "surgery"}
 MODEL_LINE = 'MODEL = "tiny"  # change this line: '
 
 
@@ -80,7 +82,13 @@ def shorten(notebook, changes) -> None:
         cell.source = cell.source.replace(saved, shorter)
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in LONG else [])
+        for file in NOTEBOOKS
+    ],
+)
 def test_it_runs(file, tmp_path, monkeypatch):
     if file.stem in NEED_TORCH and importlib.util.find_spec("torch") is None:
         pytest.skip("comparing with transformers needs torch")

@@ -36,6 +36,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_nothing_scrolls_sideways_or_loads_from_elsewhere(site):
     problems = []
     with playwright.sync_playwright() as driver:

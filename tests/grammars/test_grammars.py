@@ -101,6 +101,7 @@ def count_malformed(predictor, count, grammar, limit) -> tuple[int, int]:
     return boxes, malformed
 
 
+@pytest.mark.thorough
 def test_no_sampled_box_is_malformed(predictor):
     """Without the grammar, nearly all of them are. The limit cuts no box either."""
     boxes, malformed = count_malformed(predictor, 250, Boxes(["4", "3", "two words"]), 20)

@@ -59,7 +59,7 @@ def make_requests(predictor, photos, count):
     return predictor.processor.encode(images, prompts), options
 
 
-@pytest.mark.parametrize("layers", ["list", "stack"])
+@pytest.mark.parametrize("layers", ["list", pytest.param("stack", marks=pytest.mark.slow)])
 def test_answers_are_those_of_each_request_alone(photos, layers):
     """Requests arrive in random groups."""
     predictor = pg.load("tiny", layers=layers)
@@ -102,6 +102,7 @@ def test_many_requests_at_random_times(tiny, photos, tmp_path, count, with_adapt
     assert len(different) <= 2 and pg.Greedy() not in different
 
 
+@pytest.mark.thorough
 def test_the_ring_comes_round_many_times(tiny):
     """Rows of text that need all slots: 64, of 32 for the prompt and 32 for the answer."""
     prompts = tiny.processor.encode([None] * 48, ["1 2 3 " * (i % 5) + "ocr" for i in range(48)])
@@ -117,6 +118,7 @@ def test_the_ring_comes_round_many_times(tiny):
         assert_same(answer, alone(tiny, *request))
 
 
+@pytest.mark.thorough
 def test_an_int8_cache_and_the_most_likely_tokens(tiny, photos):
     model = jax.tree.map(lambda a: a, tiny.model)
     model.config = replace(model.config, cache="int8")
@@ -267,6 +269,7 @@ def test_many_prompts_are_answered_by_an_engine(tiny, photos, monkeypatch):
         assert_same(answers[i], answer)
 
 
+@pytest.mark.slow
 def test_an_engine_with_adapters_on_8_devices():
     one, eight = (on_devices.call(n, "support.own_meshes.engine_answers") for n in (1, 8))
     assert one == eight and len({*one}) > 3

@@ -76,6 +76,7 @@ def has_images(batch):
     [("list", None, 32, SAMPLERS, NAMES), ("stack", "int8", 6, SAMPLERS[:1], [None, "vision"])],
     ids=["list", "stack of int8"],
 )
+@pytest.mark.thorough
 def test_answers_are_those_of_each_adapter_alone(
     directories, photos, layers, quantize, count, samplers, names
 ):

@@ -79,6 +79,7 @@ def assert_alone(tiny, request, answer):
     assert_same(answer, alone(tiny, *request), atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_answers_are_those_of_each_request_alone(tiny, prompts):
     requests = make_requests(tiny, prompts)
     with Engine(tiny.model, tiny.processor, **SIZE) as batch:

@@ -25,16 +25,19 @@ def on_one():
     return samplers.answers()
 
 
+@pytest.mark.thorough
 def test_strategies_differ(on_one):
     """Otherwise, equal answers would say little."""
     tokens = [[list(answer) for answer, _ in answers] for answers in on_one.values()]
     assert all(a != b for i, a in enumerate(tokens) for b in tokens[:i])
 
 
+@pytest.mark.thorough
 def test_eight_devices_answer_as_one(on_one):
     check(on_devices.call(8, "support.samplers.answers", "data=2,fsdp=2,tensor=2"), on_one)
 
 
+@pytest.mark.thorough
 def test_int8_answers_as_the_model_of_the_same_weights(on_one):
     quantized = pg.load("tiny", dtype="float32", quantize="int8")
     found = samplers.answers_of(quantized)

@@ -76,7 +76,7 @@ def cap_after_first(model, logits):
     return np.concatenate([logits[:1], cap * np.tanh(logits[1:] / cap)])
 
 
-@KINDS
+@pytest.mark.parametrize("kind", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sampler",
     [Greedy(), Sample(temperature=0.8, top_k=20, repetition_penalty=1.1)],

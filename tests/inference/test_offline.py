@@ -206,6 +206,7 @@ def test_a_run_killed_while_a_window_is_committed(
     check_same(output, uninterrupted)
 
 
+@pytest.mark.thorough
 def test_a_killed_process_is_resumed(data, uninterrupted, tmp_path):
     """A run is killed by SIGKILL, then resumed to the end."""
     output = tmp_path / "out"

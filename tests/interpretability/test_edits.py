@@ -54,6 +54,7 @@ def greedy_by_full_passes(predictor, prompt, count, edit):
     return tokens
 
 
+@pytest.mark.thorough
 def test_generation_is_edited_at_every_step(predictor):
     expected = greedy_by_full_passes(predictor, "ocr", 4, EDIT)
     (answer,) = predictor.answers(PHOTO, "ocr", 4, edit=EDIT)
@@ -120,6 +121,7 @@ def edited_results(predictor):
     return [*answer.log_probabilities, float(score)]
 
 
+@pytest.mark.thorough
 def test_stacked_layers_and_devices_give_the_same(predictor):
     expected = edited_results(predictor)
     stacked = edited_results(pg.load("tiny", layers="stack"))

@@ -85,6 +85,7 @@ def check(format: str, M: int, O: int, I: int, dtype: str) -> None:
     "format, M, O, I",
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_CASES)],
 )
+@pytest.mark.thorough
 def test_as_exact_as_the_plain_form(one_gather, format, M, O, I):
     check(format, M, O, I, "bfloat16")
 

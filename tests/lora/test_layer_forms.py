@@ -37,6 +37,7 @@ def train(model, config, batch):
     ("target", "form"),
     [*((target, dict(dora=True)) for target in TARGETS), (TARGETS[1], dict(rslora=True))],
 )
+@pytest.mark.thorough
 def test_a_list_and_a_stack_train_the_same_adapter(target, form):
     """From the same factors; those that each form starts with have the same paths and shapes, and
     the same magnitudes."""

@@ -68,6 +68,7 @@ def test_a_new_adapter_adds_nothing_and_a_merged_model_computes_the_same(dora):
 
 
 @pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.thorough
 def test_lists_and_stacks_of_layers_are_equivalent(kind):
     model = load_model(TINY)
     model = quantize_model(model, kind) if kind else model
@@ -140,6 +141,7 @@ def test_dropout_applies_inside_its_context_and_differs_between_layers():
 
 
 @pytest.mark.parametrize("quantized", [None, "nf4", "int8"])
+@pytest.mark.thorough
 def test_only_the_factors_are_trained(quantized):
     config = FinetuneConfig(
         "",
@@ -183,7 +185,15 @@ def test_adapters_reach_the_accuracy_of_full_fine_tuning(tmp_path, monkeypatch, 
     assert full > 10 and min(adapters) >= full - 2, (full, adapters)
 
 
-@pytest.mark.parametrize("options", [[], ["--quantize", "nf4", "--lora-dropout", "0.1", "--dora"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(
+            ["--quantize", "nf4", "--lora-dropout", "0.1", "--dora"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_the_command_trains_and_merges_an_adapter(command, data, tmp_path, options):
     run = tmp_path / "run"
     train = ["--train", "lora", "--data", data]
@@ -226,6 +236,7 @@ def test_lora_and_the_projector_are_trained_together(data, tmp_path):
     assert not any("vision" in path for path in changed)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_lora_run_resumes_bit_for_bit(data, tmp_path, monkeypatch):
     full, part, log = tmp_path / "full", tmp_path / "part", Run.log
     config = small_config(

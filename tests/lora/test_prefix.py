@@ -46,6 +46,7 @@ def trained(tmp_path_factory):
     return run(tmp_path_factory.mktemp("prefix") / "run", soft_prompt=4)
 
 
+@pytest.mark.thorough
 def test_generation_and_scores_follow_the_logits():
     """Step by step as in one pass, for rows of different lengths, with every sampler."""
     predictor = pg.load("tiny")
@@ -86,6 +87,7 @@ def test_every_key_and_value_counts():
     assert (jnp.abs(gradient).max(axis=(3, 4)) > 0).all()
 
 
+@pytest.mark.thorough
 def test_trained_it_is_all_that_is_saved(trained):
     """The first loss is that of the initial prefix; the answers change only by what was trained."""
     loaded, base = pg.load(trained), load_model("tiny")
@@ -131,6 +133,7 @@ def test_it_is_trained_further(trained, tmp_path):
     assert score(further) == score(further / "checkpoints/3") > score(trained)
 
 
+@pytest.mark.thorough
 def test_eight_devices_compute_the_same():
     one, eight = (on_devices.call(n, "support.soft_prompts.scores", n, "prefix") for n in (1, 8))
     np.testing.assert_allclose(eight, one, rtol=2e-5)

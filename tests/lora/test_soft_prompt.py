@@ -94,6 +94,7 @@ def test_trained_alone_it_is_all_that_is_saved(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, base.decoder, loaded.model.decoder)
 
 
+@pytest.mark.thorough
 def test_beside_lora_both_are_saved(tmp_path):
     """The adapter, and the last training state on top of the base, are the same model."""
     run(tmp_path / "run", train="lora", soft_prompt=4, lora_rank=2, layers="list")
@@ -130,6 +131,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.thorough
 def test_eight_devices_compute_the_same():
     one, eight = (on_devices.call(n, "support.soft_prompts.scores", n) for n in (1, 8))
     np.testing.assert_allclose(eight, one, rtol=2e-5)

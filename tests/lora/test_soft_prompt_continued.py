@@ -45,6 +45,7 @@ def beside_lora(tmp_path_factory):
     return run(tmp_path_factory.mktemp("beside") / "run", learning_rate=0.01, **options)
 
 
+@pytest.mark.thorough
 def test_it_starts_from_the_vectors_of_the_adapter(alone, tmp_path):
     """Given as an adapter or as its run, with the number of its vectors or without."""
     targets = pg.load(alone).processor(PHOTO, "ocr", "3 2 3 4").targets.sum()
@@ -64,6 +65,7 @@ def test_bfloat16_does_not_round_the_vectors(alone, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, dict(quantize="int8", layers="list")])
+@pytest.mark.thorough
 def test_lora_beside_it_is_kept(beside_lora, tmp_path, options):
     further = run(tmp_path / "run", model=str(beside_lora), **options)
     config = load_model("tiny").config
@@ -112,6 +114,7 @@ def test_what_does_not_fit(alone, tmp_path, options, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_training_state_cannot_be_the_base_of_an_adapter(alone, tmp_path):
     state = str(alone / "checkpoints/2")
     with pytest.raises(ValueError, match=r"is a training state, .*: give the adapter of its run"):

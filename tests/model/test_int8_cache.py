@@ -84,6 +84,7 @@ def test_tiny_reads_digits_with_an_int8_cache():
     assert small.generate(photo, "ocr", sampler=pg.Beam(2)) == ["4 3 2 3"]
 
 
+@pytest.mark.thorough
 def test_error_as_in_the_quantization_table():
     """Decoded step by step, the logits equal the teacher-forced ones; with an int8 cache they are
     off by a few thousandths of their size."""

@@ -52,6 +52,7 @@ def test_a_causal_rule_is_a_prompt_without_prefix(predictor):
 
 
 @pytest.mark.parametrize("layers", ["list", "stack"])
+@pytest.mark.thorough
 def test_a_rule_holds_in_generation_too(layers):
     loaded = pg.load("tiny", layers=layers)
     changed = replace(loaded, model=with_mask(loaded.model, without_most_of_the_image))

@@ -165,6 +165,7 @@ def test_a_quantized_checkpoint_is_planned_as_it_is_loaded(plan, tmp_path):
     assert "is quantized and cannot be trained; give --lora" in error
 
 
+@pytest.mark.thorough
 def test_a_mesh_of_four_chips():
     """Each chip stores its part and does its part of the work."""
     command = [sys.executable, "-m", "paligemma_jax", "plan", "--json", "--model", "tiny"]

@@ -85,6 +85,7 @@ def convert(directory, *options):
     main(["convert", str(TINY), str(directory), *map(str, options)])
 
 
+@pytest.mark.thorough
 def test_a_calibrated_checkpoint(rows, tmp_path, capsys):
     """It has the formats of one that is rounded, and a smaller error."""
     convert(tmp_path / "new", "--quantize", "int4,embedding=int8", "--calibrate", rows, "--verify")

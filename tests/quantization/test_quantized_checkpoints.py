@@ -43,6 +43,7 @@ def assert_same(model, expected):
 
 
 @pytest.mark.parametrize("quantization", ["w8a8,embedding=int8", "int4-128", EVERY_PART])
+@pytest.mark.thorough
 def test_a_stored_model_loads_bit_for_bit(quantized, quantization, tmp_path, capsys):
     stored = load_model(quantized(quantization))
     assert_same(stored, load_model(TINY, quantize=quantization))
@@ -99,6 +100,7 @@ def test_a_quantized_checkpoint_can_be_dequantized(quantized, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "quantized while loading"])
+@pytest.mark.thorough
 def test_codes_and_scales_are_sharded(quantized, stored):
     """The values equal those on one device bit for bit."""
     source = (str(quantized()), None) if stored else (str(TINY), EVERY_PART)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from support.on_devices import call
 
 
+@pytest.mark.thorough
 def test_eight_devices_embed_as_one():
     """Batches that the rows' axes divide or not; an index of one can be searched on the others."""
     meshes = ["auto", "data=4,tensor=2", "fsdp=2,tensor=4"]

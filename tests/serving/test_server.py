@@ -54,6 +54,7 @@ def client(address):
     return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
+@pytest.mark.thorough
 def test_the_official_client_gets_the_answers_of_the_predictor(client, tiny, photos):
     reply = client.chat.completions.create(
         model="tiny", messages=user("ocr", photos[0]), logprobs=True, top_logprobs=2
@@ -112,6 +113,7 @@ def test_boxes_and_masks_are_fields(address, tiny, photos):
         np.testing.assert_array_equal(np.asarray(mask) > 0, expected.mask)
 
 
+@pytest.mark.thorough
 def test_stops_limits_and_several_pictures(address, tiny, photos):
     _, reply = chat(address, user("ocr", photos[0]), max_tokens=1)
     (choice,) = reply["choices"]
@@ -247,6 +249,7 @@ def test_a_client_that_leaves_frees_its_row(server, photos, stream):
     wait(lambda: service.worker.engine.occupied == 0 and service.open == 0)
 
 
+@pytest.mark.thorough
 def test_load_is_refused_and_nothing_else_is_disturbed(tiny, photos, monkeypatch):
     limits = ServingLimits(queue=1, seconds=3, drain_seconds=1)
     with served(tiny, EngineShape(rows=2, kept_images=0), limits=limits) as (address, service):
@@ -276,6 +279,7 @@ def test_load_is_refused_and_nothing_else_is_disturbed(tiny, photos, monkeypatch
     assert stream.read().endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.thorough
 def test_adapters_are_models_of_their_own(tiny, photos, tmp_path):
     paths = save_adapters(tiny.model, tmp_path)
     alone = {"tiny": tiny, "mlp": pg.load(paths["mlp"]), "vision": pg.load(paths["vision"])}

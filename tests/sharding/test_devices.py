@@ -30,6 +30,7 @@ FINETUNE = ["finetune", "--data", "none.jsonl", "--output", "none"]
         ("nonsense", "cpu, cuda or tpu", GENERATE),
     ],
 )
+@pytest.mark.thorough
 def test_missing_accelerator(platform, hint, arguments):
     process = subprocess.run(
         [sys.executable, "-m", "paligemma_jax", *arguments],

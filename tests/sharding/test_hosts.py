@@ -146,6 +146,7 @@ def kill_after_first_answer(process, pending):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_processes_predict_independently(tmp_path):
     """The first ends long before the second starts, which is killed and resumes alone."""
     prompts = ["ocr", "caption en"] * 64

@@ -143,6 +143,7 @@ def test_collectives_of_a_training_step():
     assert all(kernel in reduced for kernel in ([48, 64], [64, 48], [4, 8, 64], [64, 32]))
 
 
+@pytest.mark.thorough
 def test_qlora_gathers_codes_and_not_dequantized_kernels():
     """D = 64 over fsdp=8: two codes per byte, one scale for 32."""
     gathered = [
@@ -160,6 +161,7 @@ def test_qlora_gathers_codes_and_not_dequantized_kernels():
     assert not any(kernel in wide for kernel in kernels), wide
 
 
+@pytest.mark.slow
 def test_weak_scaling():
     """With the same rows per device, each of 1, 2, 4 and 8 devices does the same work on any mesh
     (less, even, for the optimizer)."""

@@ -61,6 +61,7 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in TINY.iterdir()) < 8e6
 
 
+@pytest.mark.thorough
 def test_it_reads_and_counts(scores):
     assert scores["ocr"]["exact"] >= 0.95 and scores["count"]["exact"] >= 0.95
     assert scores["caption"]["exact"] >= 0.9

@@ -48,6 +48,7 @@ def steps_of(folder):
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.thorough
 def test_the_command_trains_and_exports_a_model(command, data, tmp_path):
     run = tmp_path / "run"
     options = ["--steps", 8, "--batch-size", 4, "--accumulate", 2, "--learning-rate", 1e-3]
@@ -310,6 +311,7 @@ def test_logs(data, tmp_path):
     assert b"validation_loss" in board and b"learning_rate" in board
 
 
+@pytest.mark.thorough
 def test_without_a_terminal_progress_is_printed_as_lines(command, data, tmp_path, monkeypatch):
     seconds = itertools.count(step=4)  # a step takes 4 s, an interval 30 s
     clock = SimpleNamespace(monotonic=lambda: next(seconds))

@@ -60,6 +60,7 @@ def model():
 
 @pytest.mark.parametrize("reduction", ["tokens", "examples"])
 @pytest.mark.parametrize("loss", [EACH, cross_entropy])
+@pytest.mark.thorough
 def test_losses_of_logits_equal_the_default(model, loss, reduction):
     """For rows of 5 and 3 targets, weighted 1 and 3."""
     config = replace(CONFIG, reduction=reduction)
@@ -231,6 +232,7 @@ def own_config(data, folder, **options):
     return small_config(data, folder, **default | options)
 
 
+@pytest.mark.thorough
 def test_callbacks_see_each_step_and_can_end_a_run(run):
     folder, events = run
     assert [event[:2] for event in events] == [(1, False), (2, True), (3, False)]
@@ -256,6 +258,7 @@ def test_logged_metrics_are_those_of_the_model(run, data):
     assert line["validation_length"] == pytest.approx(length(answers, references))
 
 
+@pytest.mark.thorough
 def test_an_interrupted_run_with_own_functions_resumes(run, data, tmp_path):
     """A callback that fails loses no step; the run then ends as one that did not fail."""
     folder, _ = run
@@ -301,6 +304,7 @@ def test_functions_that_cannot_be_used_write_nothing(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.thorough
 def test_trackers_get_the_numbers_of_each_step(data, tmp_path, monkeypatch, name):
     """A stand-in records what it is called with."""
     calls, module = [], ModuleType(name)

@@ -46,6 +46,7 @@ def config_of(data, folder, **options):
     return small_config(data, folder, validation=str(data), **options)
 
 
+@pytest.mark.thorough
 def test_the_best_on_validation_is_exported_beside_the_last(run):
     best, last = weights(run / "best/model"), weights(run / "model")
     assert (best["projector/bias"] != last["projector/bias"]).any()
@@ -94,6 +95,7 @@ def test_convert_takes_a_run_and_its_checkpoints(run, command, tmp_path):
     assert code == 0 and "resolution" in out, err
 
 
+@pytest.mark.thorough
 def test_a_state_of_lora_equals_the_adapter(data, tmp_path):
     """Scale and factors are those of the exported adapter, whose numbers peft reproduces."""
     run = tmp_path / "run"
@@ -104,6 +106,7 @@ def test_a_state_of_lora_equals_the_adapter(data, tmp_path):
     assert resolve(run / "checkpoints/2").has_adapter
 
 
+@pytest.mark.thorough
 def test_a_run_resumes_for_more_steps(run, data, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     config = config_of(data, tmp_path / "run", resume=True)
@@ -183,6 +186,7 @@ def test_a_config_of_an_older_version_is_named(recorded):
         check_run_folder(replace(recorded, data="new.jsonl"), content_of(ROWS))
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_mesh_of_ones_own_resumes_on_any(data, tmp_path):
     """The mesh is a `jax.sharding.Mesh` of eight devices, then of one, as an uninterrupted run."""
     folder = tmp_path / "run"

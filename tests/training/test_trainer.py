@@ -221,6 +221,7 @@ def test_full_logits_never_exist():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.thorough
 def test_stacking_and_remat_do_not_change_a_step(dropout):
     config = replace(TOY, batch_size=2, learning_rate=1.0, dropout=dropout)
     tables = []
@@ -242,6 +243,7 @@ def test_stacking_and_remat_do_not_change_a_step(dropout):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd", "muon"])
 @pytest.mark.parametrize("form", ["list", "stack"])
+@pytest.mark.thorough
 def test_every_optimizer_lowers_the_loss(optimizer, form):
     config = FinetuneConfig(
         "",
@@ -273,6 +275,7 @@ def test_weight_decay_is_scaled_by_the_learning_rate(optimizer):
         np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_vision_rate_scales_the_updates_of_the_encoder():
     model = load_model(TINY)
     config = FinetuneConfig(
@@ -289,6 +292,7 @@ def test_vision_rate_scales_the_updates_of_the_encoder():
 @pytest.mark.parametrize(
     "train_name,quantized", [("all", None), ("decoder", None), ("lora", None), ("lora", "nf4")]
 )
+@pytest.mark.thorough
 def test_frozen_parameters_stay_bfloat16_and_trainable_ones_are_float32(train_name, quantized):
     config = FinetuneConfig(
         "",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 from support.finetuning import read_log, small_config
 
 import paligemma_jax as pg
 
 
+@pytest.mark.thorough
 def test_metrics_and_best_are_of_the_averaged_weights(data, tmp_path):
     """Each metric is that of the averaged weights of its step, which answer otherwise than the
     trained ones; best/ has those of the step with the highest."""

@@ -105,8 +105,10 @@ def _compare_steps(
 
 
 def trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
-    """The model of a run with its layers as a list, so that errors name the layer. Parameters are in
-    float32, or in float64 for float64."""
+    """The model of a run with its layers as a list, so that errors name the layer.
+
+    Parameters are in float32, or in float64 for float64.
+    """
     checkpoint = case.weights.checkpoint
     parameter_dtype = "float64" if dtype == "float64" else "float32"
 

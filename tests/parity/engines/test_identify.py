@@ -29,6 +29,7 @@ def changed(folder, **changes):
     return str(path)
 
 
+@pytest.mark.thorough
 def test_float32(checkpoint):
     found = identify(checkpoint, str(FLOAT32))
     assert found.profiles == ["transformers-5.0", "transformers-5.4", "transformers-5.9"]
@@ -39,6 +40,7 @@ def test_float32(checkpoint):
     assert "differs by: a final softcap" in format_identified(found)
 
 
+@pytest.mark.slow
 def test_bfloat16(checkpoint):
     found = identify(checkpoint, str(BFLOAT16))
     assert found.found and found.dtype == "bfloat16"

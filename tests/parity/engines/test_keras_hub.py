@@ -67,6 +67,7 @@ def distances(checkpoint: Path, profile: str, golden) -> dict[str, float]:
     return {name: float(np.abs(value - golden[name]).max()) for name, value in outputs.items()}
 
 
+@pytest.mark.thorough
 def test_profile_is_keras_hub(checkpoint, golden):
     measured = distances(checkpoint, "keras", golden)
     assert max(measured.values()) < 1e-4, measured
