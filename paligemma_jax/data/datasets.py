@@ -52,6 +52,11 @@ def convert(
     Raises:
         ValueError: A file is not as published, or images are missing. Nothing is written then.
     """
+    if name not in CONVERTERS:
+        raise ValueError(
+            f"--files: there is no converter for {name}, only for {', '.join(CONVERTERS)}; "
+            "write its rows yourself"
+        )
     output, paths, converter = Path(output), [Path(file) for file in files], CONVERTERS[name]
     expected = " ".join((converter.__doc__ or "").split())
     for path in paths:

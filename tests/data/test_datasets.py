@@ -3,22 +3,17 @@
 import contextlib
 import json
 import pickle
-import shlex
 
 import numpy as np
 import pytest
-import tyro
 from PIL import Image
 from support.mutations import mutations
 
 from paligemma_jax.checkpoints.source import resolve
-from paligemma_jax.data.datasets import CONVERTERS, convert
-from paligemma_jax.data.recipes import RECIPES
+from paligemma_jax.data.datasets import convert
 from paligemma_jax.data.refcoco import rasterize, read_pickle
 from paligemma_jax.data.rows import read_examples
 from paligemma_jax.metrics.cases import Case
-from paligemma_jax.metrics.registry import METRICS
-from paligemma_jax.training.config import FinetuneConfig
 
 
 @pytest.fixture
@@ -325,7 +320,7 @@ def test_pickle_files_of_other_data_are_refused(make):
             make("refcoco-detect", files, [])
 
 
-# ---- Errors and recipes
+# ---- Errors
 
 
 def test_files_that_are_not_as_published_are_refused(make, tmp_path):
@@ -355,6 +350,8 @@ def test_files_that_are_not_as_published_are_refused(make, tmp_path):
         )
     with pytest.raises(ValueError, match=r"--files must include refs\(...\).p, which contains"):
         make("refcoco-detect", {"instances.json": INSTANCES}, [])
+    with pytest.raises(ValueError, match="no converter for okvqa, only for textvqa, vqav2"):
+        convert("okvqa", [], tmp_path, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"none.json: no such file"):
         convert("docvqa", [tmp_path / "none.json"], tmp_path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists() and not (tmp_path / "out" / "rows.jsonl").exists()
@@ -394,39 +391,3 @@ def test_instances_of_any_json_are_converted_or_refused(tmp_path):
         with pytest.raises(ValueError) as error:
             convert("refcoco-detect", files, tmp_path, tmp_path / "rows.jsonl")
         assert len(str(error.value)) < 600
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_valid_configurations(name):
-    recipe = RECIPES[name]
-    assert name in CONVERTERS and set(recipe.metrics) <= set(METRICS) and recipe.source
-    for size in recipe.learning_rate:
-        for resolution in recipe.resolutions:
-            command = shlex.split(recipe.commands(name, size, resolution).splitlines()[0])
-            config = tyro.cli(FinetuneConfig, args=command[2:])
-            assert config == FinetuneConfig(
-                **{
-                    "data": config.data,
-                    "output": config.output,
-                    "model": config.model,
-                    **recipe.finetune(size, resolution),
-                }
-            )
-            assert f"{size}-pt-{resolution}" in config.model and config.batch_size in (64, 256)
-    with pytest.raises(ValueError, match="--resolution must be one of"):
-        recipe.finetune("3b", 512)
-
-
-def test_recipes_have_the_values_of_big_vision():
-    textvqa, refcoco, chartqa = (
-        RECIPES[name].finetune for name in ("textvqa", "refcoco-segment", "chartqa")
-    )
-    assert (
-        textvqa("3b", 224)["epochs"] == 0.5
-        and textvqa("3b", 448)["epochs"] == 1
-        and textvqa("3b", 448)["weight_decay"] == 3e-7
-    )
-    assert refcoco("10b", 896)["batch_size"] == 64 and refcoco("3b", 448)["label_smoothing"] == 0.3
-    assert [refcoco("3b", size)["dropout"] for size in (224, 448, 896)] == [0.1, 0.0, 0.0]
-    assert [chartqa("3b", size)["dropout"] for size in (224, 448, 896)] == [0.1, 0.1, 0.1]
-    assert chartqa("3b", 896)["epochs"] == 30 and chartqa("3b", 224)["label_smoothing"] == 0.2
