@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from paligemma_jax.commands.options import (
-    File,
-    ModelFlags,
-    ModelOptions,
-    Names,
-    dumps,
-    flag,
-    require_file,
-)
+from paligemma_jax.commands.options import File, ModelFlags, ModelOptions, dumps, flag, require_file
+from paligemma_jax.commands.recipe import find_recipe, scored_metrics
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.evaluate import Evaluation
@@ -22,16 +15,27 @@ if TYPE_CHECKING:
     from paligemma_jax.metrics.cases import Case
 
 Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
+Metrics = Annotated[tuple[str, ...], flag("NAME [NAME ...]", "the recipe's")]
+Task = Annotated[str | None, flag("TASK", "none")]
+Split = Annotated[str | None, flag("NAME", "the only one")]
+Size = Annotated[Literal["3b", "10b", "28b", "pg1-3b"] | None, flag("SIZE", "the model's")]
+Pixels = Annotated[int | None, flag("N", "the model's")]
+Tokens = Annotated[int | None, flag("N", "the recipe's, or 128")]
+Width = Annotated[int | None, flag("N", "the recipe's, or 1")]
 
 
 def evaluate(
     data: str,
-    metric: Names,
+    metric: Metrics = (),
     output: Folder = None,
     source: ModelFlags = ModelOptions(),
-    max_new_tokens: int = 128,
+    recipe: Task = None,
+    split: Split = None,
+    size: Size = None,
+    resolution: Pixels = None,
+    max_new_tokens: Tokens = None,
     batch_size: int = 16,
-    beams: int = 1,
+    beams: Width = None,
     answers: File = None,
     against: File = None,
     by: str = "type",
@@ -51,6 +55,12 @@ def evaluate(
         metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope cider bleu characters
             sentences coco (AP, AP50, AP75) box_accuracy box_iou mask_iou; one or several.
         output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
+        recipe: Evaluate as in this published task: its metrics, beams and longest answer, unless
+            given as flags. The result is compared with the published one for this size of model
+            and image. `paligemma-jax recipe` lists the tasks.
+        split: Split of --data, for tasks with published results of several.
+        size: Size of the model that gave --answers: 3b, 10b, 28b or pg1-3b (PaliGemma 1).
+        resolution: Size of its images in pixels.
         max_new_tokens: Maximum length of an answer in tokens.
         batch_size: Rows per batch.
         beams: Beam search of this width; 1 is greedy decoding.
@@ -66,12 +76,21 @@ def evaluate(
     """
     from paligemma_jax.evaluation import html
     from paligemma_jax.evaluation.evaluate import evaluate
+    from paligemma_jax.evaluation.published import PublishedTask, published_model
     from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.sampling import Beam, Greedy
     from paligemma_jax.metrics.registry import metric_names
     from paligemma_jax.processing.mask_codec import NO_CODEC, load_codec
 
     # All checks come before the model is loaded.
+    _check_published(recipe, split, size, resolution)
+    if recipe:
+        row = find_recipe(recipe, "--recipe")
+        metric = metric or scored_metrics(recipe, row)
+        max_new_tokens = row.new_tokens if max_new_tokens is None else max_new_tokens
+        beams = row.beams if beams is None else beams
+    max_new_tokens = 128 if max_new_tokens is None else max_new_tokens
+    beams = 1 if beams is None else beams
     names, path = metric_names(metric), Path(data)
     folder = Path(output or f"{path.stem}-evaluation")
     for name, value, least in (
@@ -93,6 +112,11 @@ def evaluate(
         options = DecodingOptions(max_new_tokens, Beam(beams) if beams > 1 else Greedy())
         own_cases = _answer(source, path, folder, options, batch_size, names, resume)
     about = {"model": answers or source.model, "data": data, "by": by}
+    task = None
+    if recipe:
+        about["recipe"] = recipe
+        known = ("", 0) if answers else published_model(source.resolve().config)
+        task = PublishedTask(recipe, size or known[0], resolution or known[1], split)
     if against:
         about["against"] = against
     evaluation = evaluate(
@@ -103,10 +127,30 @@ def evaluate(
         codec=load_codec(codec) if codec else None,
         against=other_cases,
         about=about,
+        published=task,
     )
     evaluation.save(folder)
     html.save(evaluation, folder, cases)
     print(dumps(evaluation.json()) if json else _summary(evaluation, folder))
+
+
+def _check_published(
+    recipe: str | None, split: str | None, size: str | None, resolution: int | None
+) -> None:
+    """Raise ValueError for flags that need --recipe, or that its results do not have."""
+    from paligemma_jax.evaluation.published import splits
+
+    if recipe is None:
+        given = {"split": split, "size": size, "resolution": resolution}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"--{name} requires --recipe")
+        return
+    find_recipe(recipe, "--recipe")
+    choices = splits(recipe)
+    if split is not None and split not in choices:
+        named = ", ".join(map(repr, choices)) or "left out, as no results are published"
+        raise ValueError(f"--split must be one of {named}; got {split}")
 
 
 def _answer(
@@ -163,6 +207,11 @@ def _summary(evaluation: Evaluation, folder: Path) -> str:
             other = evaluation.about["against"]
             line += f"; {value} against {other} ({ends}, p {change.p:.3f})"
         lines.append(line)
+    if evaluation.published:
+        lines.append(f"{evaluation.published.title}:")
+        for result in evaluation.published.results:
+            lines.append(f"  {METRICS[result.metric].title}, {result.split}: {result}")
+        lines += [f"  {evaluation.published.note}"] if evaluation.published.note else []
     failed = f", {evaluation.failed} failed" if evaluation.failed else ""
     lines.append(f"{len(evaluation.cases)} cases{failed}: {folder / 'report.html'}")
     return "\n".join(lines)

@@ -111,6 +111,18 @@ def _missing(row: Recipe) -> list[str]:
     return [name for name in row.missing_metrics if name not in METRICS and name not in GROUPS]
 
 
+def scored_metrics(name: str, row: Recipe) -> tuple[str, ...]:
+    """The metrics of a task that `evaluate` computes; raise ValueError if there is none."""
+    missing = _missing(row)
+    metrics = tuple(metric for metric in row.metrics if metric not in missing)
+    if not metrics:
+        named = ", ".join(row.metrics) or "the metrics of its tasks"
+        raise ValueError(
+            f"--recipe {name} is scored by {named}, which evaluate does not compute: pass --metric"
+        )
+    return metrics
+
+
 def _list() -> str:
     from paligemma_jax.data.recipes import RECIPES
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from paligemma_jax.data.progress import progress_bar
 from paligemma_jax.evaluation.cases import check_same_rows
+from paligemma_jax.evaluation.published import Published, PublishedTask, compare_published
 from paligemma_jax.metrics.bootstrap import Difference, Interval, difference, interval
 from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.comparison import score_cases
@@ -31,6 +32,7 @@ class Evaluation:
     other_cases: Sequence[Case] = ()  # of the run to compare with
     score_changes: dict[str, np.ndarray] = field(default_factory=dict)  # float64[N], ours - theirs
     codec: MaskCodec | None = None  # to draw masks
+    published: Published | None = None  # the published results of the task, compared
 
     @property
     def failed(self) -> int:
@@ -54,6 +56,8 @@ class Evaluation:
             }
         if self.differences:
             result["differences"] = {n: _numbers(value) for n, value in self.differences.items()}
+        if self.published:
+            result["published"] = asdict(self.published)
         return result
 
     def save(self, folder: str | Path) -> None:
@@ -82,6 +86,7 @@ def evaluate(
     codec: MaskCodec | None = None,
     against: Sequence[Case] = (),
     about: Mapping[str, str] = {},
+    published: PublishedTask | None = None,
 ) -> Evaluation:
     """Evaluate the answers of cases.
 
@@ -92,6 +97,7 @@ def evaluate(
         codec: Decodes masks, to compare and to draw them.
         against: The same rows, answered by another run.
         about: Facts for the report.
+        published: The task whose published results the metrics are compared with.
 
     Raises:
         ValueError: A row has no reference of the kind that a metric compares, or the rows of
@@ -118,7 +124,17 @@ def evaluate(
             theirs = score_cases(name, against, codec)
             differences[name] = difference(scores[name], theirs, samples)
             changes[name] = scores[name].each - theirs.each
-    each = {name: score.each for name, score in scores.items()}
     return Evaluation(
-        dict(about), cases, intervals, each, types, differences, against, changes, codec
+        about=dict(about),
+        cases=cases,
+        intervals=intervals,
+        scores={name: score.each for name, score in scores.items()},
+        types=types,
+        differences=differences,
+        other_cases=against,
+        score_changes=changes,
+        codec=codec,
+        published=compare_published(published, intervals, types, sorted(members))
+        if published
+        else None,
     )

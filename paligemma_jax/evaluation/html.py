@@ -14,10 +14,14 @@ import numpy as np
 from PIL import Image
 
 from paligemma_jax.evaluation.evaluate import Evaluation
+from paligemma_jax.evaluation.published import Published
 from paligemma_jax.evaluation.report import (
+    PUBLISHED_COLUMNS,
+    Z_NOTE,
     format_interval,
     format_value,
     markdown,
+    published_cells,
     reference_text,
     sections,
 )
@@ -65,6 +69,8 @@ def html(evaluation: Evaluation, count: int = 12, seed: int = 0) -> str:
     metrics = [_metric(evaluation, name) for name in evaluation.intervals]
     parts = [f"<header><h1>{title}</h1><dl>{''.join(facts)}</dl></header>"]
     parts.append(f"<section class=metrics>{''.join(metrics)}</section>")
+    if evaluation.published:
+        parts.append(_published(evaluation.published))
     parts += [_kinds(evaluation, name) for name in evaluation.types]
     has_locations = any(METRICS[name].compares != "texts" for name in evaluation.intervals)
     for section in sections(evaluation, count, seed):
@@ -103,6 +109,20 @@ def _histogram(scores: np.ndarray) -> str:
     )
     ends = f"<span>{low:.3g}</span><span>scores of cases</span><span>{high:.3g}</span>"
     return f"<div class=histogram>{bars}</div><p class='note ends'>{ends}</p>"
+
+
+def _published(published: Published) -> str:
+    """A table of the measured and the published values."""
+    rows = ["<tr>" + "".join(f"<th>{name}</th>" for name in PUBLISHED_COLUMNS) + "</tr>"]
+    for result in published.results:
+        title, *cells = map(escape, published_cells(result))
+        named = zip(PUBLISHED_COLUMNS[1:], cells, strict=True)
+        cells = "".join(f"<td class=number title={name}>{cell}</td>" for name, cell in named)
+        rows.append(f"<tr><th>{title}</th>{cells}</tr>")
+    table = f"<table class=published>{''.join(rows)}</table>" if published.results else ""
+    note = " ".join([Z_NOTE] * bool(published.results) + [published.note])
+    heading = f"<h2>{escape(published.title)}</h2>"
+    return f"<section>{heading}{table}<p class=note>{escape(note)}</p></section>"
 
 
 def _kinds(evaluation: Evaluation, name: str) -> str:

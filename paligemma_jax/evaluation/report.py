@@ -10,10 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from paligemma_jax.evaluation.evaluate import Evaluation
+from paligemma_jax.evaluation.published import ComparedResult, Published
 from paligemma_jax.metrics.bootstrap import Interval
 from paligemma_jax.metrics.cases import Case
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.processing.image import ImageSource
+
+PUBLISHED_COLUMNS = ("metric", "split", "value", "published", "difference", "z")
+Z_NOTE = "z is the difference divided by the published standard deviation over fine-tuning runs."
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,36 @@ def markdown(
         lines += ["", f"## {METRICS[name].title} by {evaluation.about.get('by', 'type')}", ""]
         lines += _table("kind", "value", "95 %")
         lines += [_row(kind, *_value_cells(name, interval)) for kind, interval in kinds.items()]
+    if evaluation.published:
+        lines += ["", *_published(evaluation.published)]
     for section in sections(evaluation, count, seed):
         lines += ["", f"## {section.title}", ""]
         lines += _table("image", "prompt", "answer", "reference", "score")
         lines += [_case_row(evaluation, i, Path(folder)) for i in section.cases]
     return "\n".join(lines) + "\n"
+
+
+def published_cells(result: ComparedResult) -> list[str]:
+    """Metric, split, measured value, published value, difference and z, as text."""
+    deviation = "" if result.deviation is None else f" ± {result.deviation}"
+    return [
+        METRICS[result.metric].title,
+        result.split,
+        f"{result.value:.1f}",
+        f"{result.mean}{deviation}",
+        f"{result.difference:+.1f}",
+        "–" if result.z is None else f"{result.z:+.1f}",
+    ]
+
+
+def _published(published: Published) -> list[str]:
+    lines = [f"## {published.title}", ""]
+    if published.results:
+        lines += _table(*PUBLISHED_COLUMNS)
+        lines += [_row(*published_cells(result)) for result in published.results]
+        lines.append("")
+    notes = [Z_NOTE] if published.results else []
+    return [*lines, " ".join([*notes, published.note])]
 
 
 def _case_row(evaluation: Evaluation, index: int, folder: Path) -> str:

@@ -49,7 +49,7 @@ def metric_names(names: Iterable[str]) -> list[str]:
             hint = f" (did you mean {close[0]}?)" if close else ""
             raise ValueError(f"--metric must be one of {choices}; got {name}{hint}")
     if not names:
-        raise ValueError(f"--metric needs at least one of {choices}")
+        raise ValueError(f"--metric needs at least one of {choices}; or pass --recipe")
     if "bleu" in names:
         captions.load_sacrebleu()
     return list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, [name])))

@@ -98,14 +98,9 @@ class Recipe:
                 finetune += [f"--{key.replace('_', '-')}", text]
             lines.append(shlex.join(finetune))
         if self.metrics:
-            evaluate = ["paligemma-jax", "evaluate"]
+            evaluate = ["paligemma-jax", "evaluate", "--recipe", name]
             evaluate += ["--model", f"{self.zero_shot_from or name}/model"]
             evaluate += ["--data", f"{name}-val.jsonl", "--output", f"{name}-val"]
-            evaluate += ["--metric", *self.metrics]
-            if self.new_tokens:
-                evaluate += ["--max-new-tokens", str(self.new_tokens)]
-            if self.beams > 1:
-                evaluate += ["--beams", str(self.beams)]
             lines.append(shlex.join(evaluate))
         return "\n".join(lines)
 
