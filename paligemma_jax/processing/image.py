@@ -78,7 +78,7 @@ def pixel_values(
     Raises:
         ValueError: An image cannot be loaded, or has another size and `settings` do not resize.
     """
-    squares = [_square(load_image(image, settings.on_white), size, settings) for image in images]
+    squares = [to_square(load_image(image, settings.on_white), size, settings) for image in images]
     pixels = np.stack([np.asarray(square) for square in squares])
     if settings.rescale_factor is not None:
         pixels = pixels * np.float64(settings.rescale_factor)
@@ -89,7 +89,12 @@ def pixel_values(
     return pixels
 
 
-def _square(image: Image.Image, size: int, settings: ImageSettings) -> Image.Image:
+def to_square(image: Image.Image, size: int, settings: ImageSettings) -> Image.Image:
+    """Resize to a square of `size` pixels, as before the normalization of `pixel_values`.
+
+    Raises:
+        ValueError: The image has another size and `settings` do not resize.
+    """
     if settings.resize:
         return image.resize((size, size), Image.Resampling(settings.resample))
     if image.size != (size, size):

@@ -81,7 +81,9 @@ class TorchRun:
         torch_loading.prepare_torch(1 if case.weights.checkpoint.nbytes < 2**27 else None)
         self.case, self.config, self.dtype = case, case.config, dtype
         self.profile = case.weights.checkpoint.config.profile
-        self.model = torch_model.build_model(case.weights, "float32", "float32", keep=True)
+        self.model: torch.nn.Module = torch_model.build_model(
+            case.weights, "float32", "float32", keep=True
+        )
         with torch.no_grad():  # reads weights that are read on use
             self.model(**self._inputs(case.batch(0).inputs, torch.float32))  # type: ignore[arg-type]
         if case.config.lora:
