@@ -6,12 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from paligemma_jax.commands.options import File, ModelFlags, ModelOptions, dumps, flag, require_file
+from paligemma_jax.commands.options import (
+    Boxes,
+    BoxFlags,
+    File,
+    ModelFlags,
+    ModelOptions,
+    dumps,
+    flag,
+    require_file,
+)
 from paligemma_jax.commands.recipe import find_recipe, scored_metrics
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.evaluate import Evaluation
     from paligemma_jax.inference.options import DecodingOptions
+    from paligemma_jax.inference.views import BoxOptions
     from paligemma_jax.metrics.cases import Case
 
 Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
@@ -33,6 +43,7 @@ def evaluate(
     split: Split = None,
     size: Size = None,
     resolution: Pixels = None,
+    detection: Boxes = BoxFlags(),
     max_new_tokens: Tokens = None,
     batch_size: int = 16,
     beams: Width = None,
@@ -53,7 +64,8 @@ def evaluate(
             reference: answers (a list of strings) or suffix; for boxes and masks also boxes
             (left, top, right, bottom in pixels) with labels, and mask (an image file).
         metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope cider bleu characters
-            sentences coco (AP, AP50, AP75) box_accuracy box_iou mask_iou; one or several.
+            sentences coco (AP, AP50, AP75) box_calibration box_accuracy box_iou mask_iou; one or
+            several.
         output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
         recipe: Evaluate as in this published task: its metrics, beams and longest answer, unless
             given as flags. The result is compared with the published one for this size of model
@@ -110,7 +122,8 @@ def evaluate(
         if "mask_iou" in names and codec is None:
             raise ValueError(NO_CODEC)
         options = DecodingOptions(max_new_tokens, Beam(beams) if beams > 1 else Greedy())
-        own_cases = _answer(source, path, folder, options, batch_size, names, resume)
+        job = (path, folder, options, detection.options(), batch_size, names, resume)
+        own_cases = _answer(source, *job)
     about = {"model": answers or source.model, "data": data, "by": by}
     task = None
     if recipe:
@@ -158,6 +171,7 @@ def _answer(
     data: Path,
     folder: Path,
     options: DecodingOptions,
+    boxes: BoxOptions,
     batch_size: int,
     metrics: Sequence[str],
     resume: bool,
@@ -177,6 +191,7 @@ def _answer(
         data,
         folder,
         options,
+        boxes=boxes,
         batch_size=batch_size,
         pieces=any(METRICS[name].compares != "texts" for name in metrics),
         resume=resume,

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.predictor import Predictor
     from paligemma_jax.inference.sampling import Strategy
+    from paligemma_jax.inference.views import BoxOptions
 
 
 def flag(metavar: str, default: str | None = None):
@@ -116,6 +117,26 @@ class ModelOptions:
 
 
 ModelFlags = Annotated[ModelOptions, tyro.conf.arg(name="")]  # flags without a prefix
+
+
+@dataclass(frozen=True)
+class BoxFlags:
+    """How the boxes of answers are made."""
+
+    views: Literal[1, 5, 9] = 1
+    """Views of each image, shifted by a few pixels, whose boxes are fused: more exact, with scores
+    that are probabilities, at as many times the cost."""
+    nms: Number = None
+    """Drop boxes that overlap a better one of their label by more than this (intersection over
+    union)."""
+
+    def options(self) -> BoxOptions:
+        from paligemma_jax.inference.views import BoxOptions
+
+        return BoxOptions(self.views, self.nms)
+
+
+Boxes = Annotated[BoxFlags, tyro.conf.arg(name="")]  # flags without a prefix
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from paligemma_jax.commands.options import (
+    Boxes,
+    BoxFlags,
     Decoding,
     DecodingFlags,
     ModelFlags,
@@ -19,6 +21,7 @@ def predict(
     output: str,
     source: ModelFlags = ModelOptions(),
     decoding: Decoding = DecodingFlags(),
+    boxes: Boxes = BoxFlags(),
     batch_size: int = 16,
     score: bool = False,
     resume: bool = False,
@@ -52,6 +55,7 @@ def predict(
         options,
         batch_size=batch_size,
         score=score,
+        boxes=boxes.options(),
         seed=decoding.seed,
         resume=resume,
         part=part,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from paligemma_jax.inference.answer import Answer
 from paligemma_jax.inference.offline_files import OutputFiles, Record
 from paligemma_jax.inference.options import DecodingOptions, check_seeds
 from paligemma_jax.inference.predictor import Predictor
+from paligemma_jax.inference.views import BoxOptions
 from paligemma_jax.processing.processor import EncodedPrompt
 
 WINDOW = 16  # batches whose rows are read together, sorted by length and written in order
@@ -48,6 +49,7 @@ def predict(
     batch_size: int = 16,
     score: bool = False,
     pieces: bool = False,
+    boxes: BoxOptions = BoxOptions(),
     seed: int = 0,
     resume: bool = False,
     part: tuple[int, int] | None = None,
@@ -65,6 +67,7 @@ def predict(
         score: Add the log-probability of each answer as "score", or "prediction_score".
         pieces: Add the text and log-probability of each token as "pieces", or "prediction_pieces",
             from which `parse_detections` computes the scores of boxes.
+        boxes: Views of each image, and duplicates, of boxes in the answers.
         seed: Random seed. The line number of each row is added to it, so that samples do not depend
             on parts or batches.
         resume: Continue the run in `output`. A killed run loses at most one batch; no row is
@@ -87,11 +90,11 @@ def predict(
     check_seeds([seed, seed + rows], 2)
     about = dict(data=str(data.resolve()), rows=rows, parts=parts)
     about |= dict(score=score, pieces=pieces, seed=seed)
-    about |= options.settings()
+    about |= options.settings() | (asdict(boxes) if boxes.changes else {})
     files.begin({**settings, **about}, resume)
 
     fields = ["answer"] + ["score"] * score + ["pieces"] * pieces
-    job = _Job(predictor, files, data.parent, options, batch_size, seed, fields)
+    job = _Job(predictor, files, data.parent, options, boxes, batch_size, seed, fields)
     first, last = rows * number // parts, rows * (number + 1) // parts
     start, answered, tokens = time.perf_counter(), files.answered, 0
     with progress_bar(
@@ -128,6 +131,7 @@ class _Job:
     files: OutputFiles
     folder: Path  # base of relative image paths
     options: DecodingOptions
+    boxes: BoxOptions
     batch_size: int
     seed: int
     fields: Sequence[str]  # of the rows to write, named as in ANSWER_FIELDS
@@ -154,6 +158,7 @@ class _Job:
             seeds=[self.seed + line for line in lines],
             batch_size=self.batch_size,
             progress=False,
+            boxes=self.boxes,
         )
         for batch in batches:
             answers = {lines[i]: answer for i, answer in batch.items()}

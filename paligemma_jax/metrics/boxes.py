@@ -70,6 +70,21 @@ def _hits(
     return hits
 
 
+def matches(
+    detections: Sequence[LabelledBox], references: Sequence[LabelledBox], threshold: float = 0.5
+) -> list[tuple[float, bool]]:
+    """The score of each detection of an image, and whether it matches a reference of its label."""
+    pairs = []
+    for label in dict.fromkeys(item.label for item in detections):
+        found = sorted(
+            (item for item in detections if item.label == label), key=_score, reverse=True
+        )
+        objects = [item for item in references if item.label == label]
+        (hits,) = _hits(found, objects, np.array([threshold]))
+        pairs += zip(map(_score, found), hits.tolist(), strict=True)
+    return pairs
+
+
 def _average_precision(predictions: Objects, references: Objects, thresholds: np.ndarray) -> Scores:
     tables, matched = [], np.zeros(len(references))
     for label in sorted({item.label for objects in references for item in objects}):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from paligemma_jax.metrics import answers, boxes, captions
+from paligemma_jax.metrics import answers, boxes, calibration, captions
 from paligemma_jax.metrics.scores import Metric
 
 GROUPS: dict[str, dict[str, Metric]] = {
@@ -30,6 +30,7 @@ METRICS: dict[str, Metric] = {
     "characters": captions.characters,
     "sentences": captions.sentences,
     **GROUPS["coco"],
+    "box_calibration": calibration.box_calibration,
     "box_accuracy": boxes.box_accuracy,
     "box_iou": boxes.box_iou,
     "mask_iou": boxes.mask_iou,

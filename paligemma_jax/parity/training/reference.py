@@ -84,12 +84,13 @@ class TorchRun:
         self.model: torch.nn.Module = torch_model.build_model(
             case.weights, "float32", "float32", keep=True
         )
+        first = self._inputs(case.batch(0).inputs, torch.float32)
         with torch.no_grad():  # reads weights that are read on use
-            self.model(**self._inputs(case.batch(0).inputs, torch.float32))  # type: ignore[arg-type]
+            self.model(**first)  # type: ignore[arg-type]
         if case.config.lora:
             self.model = _with_adapter(self.model, case, model)
         self.float = torch.float64 if dtype == "float64" else torch.float32
-        self.model = self.model.to(self.float)
+        self.model.to(self.float)  # type: ignore[arg-type]
         if dtype == "float64":
             _exact_buffers(self.model)
         self.names = self._trained(trainable)
