@@ -23,6 +23,7 @@ from paligemma_jax.commands.plan import plan
 from paligemma_jax.commands.predict import predict
 from paligemma_jax.commands.recipe import recipe
 from paligemma_jax.commands.retrieval import embed, search
+from paligemma_jax.commands.scoreboard import scoreboard
 from paligemma_jax.commands.serve import serve
 from paligemma_jax.errors import report_errors
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "predict": predict,
     "evaluate": evaluate,
     "recipe": recipe,
+    "scoreboard": scoreboard,
     "annotations": convert_annotations,
     "embed": embed,
     "search": search,
