@@ -10,6 +10,7 @@ from paligemma_jax.commands.options import (
     Boxes,
     BoxFlags,
     File,
+    Grammar,
     ModelFlags,
     ModelOptions,
     dumps,
@@ -44,6 +45,7 @@ def evaluate(
     size: Size = None,
     resolution: Pixels = None,
     detection: Boxes = BoxFlags(),
+    grammar: Grammar = None,
     max_new_tokens: Tokens = None,
     batch_size: int = 16,
     beams: Width = None,
@@ -73,6 +75,7 @@ def evaluate(
         split: Split of --data, for tasks with published results of several.
         size: Size of the model that gave --answers: 3b, 10b, 28b or pg1-3b (PaliGemma 1).
         resolution: Size of its images in pixels.
+        grammar: Grammar that answers follow, as for generate: boxes:cat,dog, choices:yes,no, ...
         max_new_tokens: Maximum length of an answer in tokens.
         batch_size: Rows per batch.
         beams: Beam search of this width; 1 is greedy decoding.
@@ -89,6 +92,7 @@ def evaluate(
     from paligemma_jax.evaluation import html
     from paligemma_jax.evaluation.evaluate import evaluate
     from paligemma_jax.evaluation.published import PublishedTask, published_model
+    from paligemma_jax.grammars.parse import parse_grammar
     from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.sampling import Beam, Greedy
     from paligemma_jax.metrics.registry import metric_names
@@ -121,7 +125,9 @@ def evaluate(
         require_file("--data", data)
         if "mask_iou" in names and codec is None:
             raise ValueError(NO_CODEC)
-        options = DecodingOptions(max_new_tokens, Beam(beams) if beams > 1 else Greedy())
+        strategy = Beam(beams) if beams > 1 else Greedy()
+        allowed = parse_grammar(grammar) if grammar else None
+        options = DecodingOptions(max_new_tokens, strategy, allowed=allowed)
         job = (path, folder, options, detection.options(), batch_size, names, resume)
         own_cases = _answer(source, *job)
     about = {"model": answers or source.model, "data": data, "by": by}

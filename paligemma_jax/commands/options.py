@@ -130,10 +130,14 @@ class BoxFlags:
     """Drop boxes that overlap a better one of their label by more than this (intersection over
     union)."""
 
+    confidence: Literal["box", "label"] = "box"
+    """Score of a box: the probability of the tokens of box and label, or of the label alone, for
+    models trained with --noise-boxes."""
+
     def options(self) -> BoxOptions:
         from paligemma_jax.inference.views import BoxOptions
 
-        return BoxOptions(self.views, self.nms)
+        return BoxOptions(self.views, self.nms, self.confidence)
 
 
 Boxes = Annotated[BoxFlags, tyro.conf.arg(name="")]  # flags without a prefix

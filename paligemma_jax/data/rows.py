@@ -41,6 +41,7 @@ class Example:
     suffix: str
     weight: float
     line: int  # line number in the file, or index in the source
+    trained_boxes: int | None = None  # boxes whose locations count in the loss; by default all
     row: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)  # all fields
 
 
@@ -107,7 +108,7 @@ def make_example(
     valid = 0 < len(images) == len(sources)
     _require(valid, row, "image", "a path, an image, or a list of them")
     suffix = row["suffix"] if requires_suffix else ""
-    return Example(tuple(sources), row["prefix"], suffix, _weight(row), line, row)
+    return Example(tuple(sources), row["prefix"], suffix, _weight(row), line, row=row)
 
 
 def _image_source(image: Any, folder: Path) -> ImageSource | None:

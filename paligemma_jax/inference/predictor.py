@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -209,6 +210,7 @@ class Predictor(Inspector):
         *,
         views: int = 1,
         nms: float | None = None,
+        confidence: Literal["box", "label"] = "box",
         **options: Keyword,
     ) -> Detections:
         """Detect objects ("cat"; ["cat", "dog"]) in an image: boxes in pixels, with scores.
@@ -218,9 +220,11 @@ class Predictor(Inspector):
                 more exact, with scores that are probabilities, at several times the cost.
             nms: Drop boxes that overlap a better one of their label by more than this (intersection
                 over union).
+            confidence: Tokens whose probabilities make the scores: of box and label, or of the
+                label alone, for models trained with noise boxes.
             options: Further arguments of `answers`.
         """
-        boxes = BoxOptions(views, nms)
+        boxes = BoxOptions(views, nms, confidence)
         return self._answer_detections(image, f"detect {join_labels(label)}", boxes, options)
 
     def segment(
@@ -230,6 +234,7 @@ class Predictor(Inspector):
         *,
         views: int = 1,
         nms: float | None = None,
+        confidence: Literal["box", "label"] = "box",
         **options: Keyword,
     ) -> Detections:
         """Detect objects with their masks; arguments are those of `detect`.
@@ -238,7 +243,7 @@ class Predictor(Inspector):
             ValueError: The checkpoint has no mask codec.
         """
         _ = self.codec  # raises before the model runs
-        boxes = BoxOptions(views, nms)
+        boxes = BoxOptions(views, nms, confidence)
         return self._answer_detections(image, f"segment {join_labels(label)}", boxes, options)
 
     def detections(self, answer: Answer | str, image: ImageSource) -> Detections:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -45,15 +46,18 @@ class BoxOptions:
     """
 
     views: int = 1  # 1, 5 or 9 views of each image, whose boxes are fused
-    nms: float | None = (
-        None  # drop boxes that overlap a better one of their label by more than this
-    )
+    # Drop boxes that overlap a better one of their label by more than this.
+    nms: float | None = None
+    # Tokens whose probabilities make the score of a box in one view (`parse_detections`).
+    confidence: Literal["box", "label"] = "box"
 
     def __post_init__(self):
         if self.views not in STEPS:
             raise ValueError(f"views must be {', '.join(map(str, STEPS))}, got {self.views!r}")
         if self.nms is not None and not 0 <= self.nms <= 1:
             raise ValueError(f"nms must be an overlap from 0 to 1, got {self.nms!r}")
+        if self.confidence not in ("box", "label"):
+            raise ValueError(f"confidence must be box or label, got {self.confidence!r}")
 
     @property
     def changes(self) -> bool:
@@ -111,7 +115,10 @@ def fuse_answers(
     if first.error:
         return first
     size = side, side
-    found = [parse_detections(list(answer.pieces(tokenizer)), size) for answer in answers]
+    found = [
+        parse_detections(list(answer.pieces(tokenizer)), size, boxes.confidence)
+        for answer in answers
+    ]
     if not any(found):
         return first
     moved = [

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -75,7 +76,9 @@ def join_labels(label: str | Sequence[str]) -> str:
     return " ; ".join(labels)
 
 
-def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Detections:
+def parse_detections(
+    text: str | Sequence[tuple[str, float]], size: Size, confidence: Literal["box", "label"] = "box"
+) -> Detections:
     """Parse the detections in an answer. Any text is accepted.
 
     Nothing is repaired: a box is skipped unless it has an area and exactly four numbers up to 1023.
@@ -84,6 +87,8 @@ def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Det
     Args:
         text: The text, or its tokens with their log-probabilities, for detections with scores.
         size: Width and height of the image in pixels.
+        confidence: Tokens whose probabilities make the score: those of box and label, or of the
+            label alone, which is the confidence of a model that was trained with noise boxes.
     """
     tokens = [] if isinstance(text, str) else list(text)
     text = text if isinstance(text, str) else "".join(piece for piece, _ in tokens)
@@ -98,7 +103,8 @@ def parse_detections(text: str | Sequence[tuple[str, float]], size: Size) -> Det
         if codes and (len(codes) != CODES or max(codes) >= VOCABULARY):
             skipped.append(match[2])
             codes = []
-        score = _score(tokens, match.start(), match.start() + len(match[0].rstrip()))
+        start = match.start(3) if confidence == "label" else match.start()
+        score = _score(tokens, start, match.start() + len(match[0].rstrip()))
         detections.append(Detection(match[3].strip(), _pixels(box, size), score, tuple(codes)))
     skipped = [part.strip(" ;\n") for part in [*skipped, text[position:]]]
     return Detections(detections, [part for part in skipped if part])

@@ -54,6 +54,7 @@ class EncodedPrompt:
     images: tuple[ImageSource, ...]
     prompt: list[int]  # soft prompt, image tokens, bos, text and newline
     suffix: list[int]  # text and eos; empty without suffix
+    untrained: tuple[int, ...] = ()  # indices into the suffix of tokens that are no targets
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.suffix)
@@ -172,16 +173,18 @@ class Processor:
         length = self.padded_length(prompts, length)
         prefix = np.array([len(prompt.prompt) for prompt in prompts])[:, None]
         total = np.array([len(prompt) for prompt in prompts])[:, None]
-        start = length - total if padding_side == "left" else 0
+        start = length - total if padding_side == "left" else np.zeros_like(total)
         place = np.arange(length) - start  # [B, T], 0 at the first token of the row
         valid = (place >= 0) & (place < total)
         tokens = np.full(valid.shape, self.tokenizer.pad_id, np.int32)
         ids = chain.from_iterable(prompt.prompt + prompt.suffix for prompt in prompts)
         tokens[valid] = list(ids)
         is_prefix = place < prefix
-        return dict(
-            tokens=tokens, valid=valid, prefix=valid & is_prefix, targets=valid & ~is_prefix
-        )
+        targets = valid & ~is_prefix
+        for row, prompt in enumerate(prompts):
+            untrained = [len(prompt.prompt) + index for index in prompt.untrained]
+            targets[row, np.isin(place[row], untrained)] = False
+        return dict(tokens=tokens, valid=valid, prefix=valid & is_prefix, targets=targets)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without `<image>`, bos, eos and pads (see `Tokenizer.decode`)."""

@@ -17,6 +17,7 @@ from paligemma_jax.data.rows import Example, RowSource, error_prefix, example_at
 from paligemma_jax.processing.image import ImageSource
 from paligemma_jax.processing.processor import AnyArray, EncodedPrompt, Inputs, Processor, round_up
 from paligemma_jax.training.augment import Augment
+from paligemma_jax.training.box_sequences import BoxSequences, without_noise_locations
 from paligemma_jax.training.config import FinetuneConfig
 
 T = TypeVar("T")
@@ -50,7 +51,9 @@ def encode_example(example: Example, processor: Processor, length: int | None) -
     """
     rows = processor.encode([list(example.images)], [example.prefix], [example.suffix])
     processor.padded_length(rows, length)
-    return rows[0]
+    if example.trained_boxes is None:
+        return rows[0]
+    return without_noise_locations(rows[0], example.trained_boxes, processor.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Batcher:
 def training_batch(config: FinetuneConfig, batcher: Batcher, source: RowSource, step: int) -> Batch:
     """The batch of a step, counted from 0."""
     examples = training_examples(config, batcher.processor, source, step)
+    sequences, first = BoxSequences.of(config), step * config.batch_size
+    examples = [
+        sequences(example, np.random.default_rng((config.seed, i, 1)))
+        for i, example in enumerate(examples, first)
+    ]
     return batcher(examples, config.accumulate)
 
 

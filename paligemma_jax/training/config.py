@@ -140,6 +140,13 @@ class FinetuneConfig:
     color: float = 0.0
     """Largest random change of brightness, contrast and saturation; 0.2 is common."""
 
+    box_order: Literal["given", "random", "area", "position"] = "given"
+    """Order of the boxes in an answer: as given, a new random one each time, largest first, or top
+    to bottom."""
+    noise_boxes: int = 0
+    """Number of boxes in each answer with boxes: random ones labelled noise follow the objects, so
+    that the model does not learn to stop early (pix2seq, arXiv:2109.10852); 0 adds none."""
+
     features: str | None = None
     """Directory that caches the outputs of the frozen image encoder across epochs and runs."""
 

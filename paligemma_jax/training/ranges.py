@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 POSITIVE = "steps length batch_size accumulate save_every keep"
 RATES = "learning_rate lora_alpha loraplus_lr_ratio"
-COUNTS = "validate_every samples lora_rank lora_vision_rank soft_prompt"
+COUNTS = "validate_every samples lora_rank lora_vision_rank soft_prompt noise_boxes"
 FLOAT32 = 1.1754944e-38, 3.4028235e38  # smallest and largest normal number
 NEAR_ONE = 1 - 2**-24  # the largest float32 below 1
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from functools import partial
 
-from paligemma_jax.data.rows import RowSource, count_rows, example_at, read_examples
+import numpy as np
+
+from paligemma_jax.data.rows import Example, RowSource, count_rows, example_at, read_examples
 from paligemma_jax.processing.processor import Processor
 from paligemma_jax.training.batches import encode_example
+from paligemma_jax.training.box_sequences import BoxSequences
 from paligemma_jax.training.config import FinetuneConfig
 
 
@@ -19,8 +22,13 @@ def read_rows(
 ) -> tuple[RowSource, RowSource]:
     """Return the training rows and the validation rows, which may be empty."""
     check = partial(encode_example, processor=processor, length=config.length)
+    sequences = BoxSequences.of(config)
+
+    def check_sequence(example: Example) -> None:
+        check(sequences(example, np.random.default_rng(0)))  # as long as any of them
+
     if data is None:
-        data = read_examples(config.data, check)
+        data = read_examples(config.data, check_sequence)
     if validation is None:
         validation = read_examples(config.validation, check) if config.validation else []
     for name, rows in (("data", data), ("validation", validation)):
