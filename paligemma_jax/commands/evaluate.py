@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from paligemma_jax.inference.views import BoxOptions
     from paligemma_jax.metrics.cases import Case
 
+TINY = "tiny"  # the recipe of the embedded checkpoint: held-out digits
 Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
 Metrics = Annotated[tuple[str, ...], flag("NAME [NAME ...]", "the recipe's")]
 Task = Annotated[str | None, flag("TASK", "none")]
@@ -36,7 +37,7 @@ Width = Annotated[int | None, flag("N", "the recipe's, or 1")]
 
 
 def evaluate(
-    data: str,
+    data: File = None,
     metric: Metrics = (),
     output: Folder = None,
     source: ModelFlags = ModelOptions(),
@@ -71,7 +72,8 @@ def evaluate(
         output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
         recipe: Evaluate as in this published task: its metrics, beams and longest answer, unless
             given as flags. The result is compared with the published one for this size of model
-            and image. `paligemma-jax recipe` lists the tasks.
+            and image. `paligemma-jax recipe` lists the tasks. tiny needs no --data: it makes
+            images of held-out digits, and gives the figures in the documentation.
         split: Split of --data, for tasks with published results of several.
         size: Size of the model that gave --answers: 3b, 10b, 28b or pg1-3b (PaliGemma 1).
         resolution: Size of its images in pixels.
@@ -99,6 +101,11 @@ def evaluate(
     from paligemma_jax.processing.mask_codec import NO_CODEC, load_codec
 
     # All checks come before the model is loaded.
+    if recipe == TINY:
+        given = {"--data": data, "--metric": metric, "--answers": answers, "--against": against}
+        return _evaluate_tiny(source, output, detection, batch_size, resume, json, given)
+    if data is None:
+        raise ValueError(f"--data is missing: the rows to answer, or --recipe {TINY}")
     _check_published(recipe, split, size, resolution)
     if recipe:
         row = find_recipe(recipe, "--recipe")
@@ -151,6 +158,36 @@ def evaluate(
     evaluation.save(folder)
     html.save(evaluation, folder, cases)
     print(dumps(evaluation.json()) if json else _summary(evaluation, folder))
+
+
+def _evaluate_tiny(
+    source: ModelOptions,
+    output: str | None,
+    detection: BoxFlags,
+    batch_size: int,
+    resume: bool,
+    json: bool,
+    given: Mapping[str, object],
+) -> None:
+    """Evaluate on held-out digits. `given` has the flags that do not apply."""
+    from paligemma_jax.tiny.evaluate import evaluate_tiny, format_table
+
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"--recipe {TINY} makes its own data: leave out {name}")
+    folder = Path(output or f"{TINY}-evaluation")
+    evaluations = evaluate_tiny(
+        source.load(),
+        folder,
+        boxes=detection.options(),
+        batch_size=batch_size,
+        settings=source.settings(),
+        resume=resume,
+    )
+    if json:
+        print(dumps({task: evaluation.json() for task, evaluation in evaluations.items()}))
+    else:
+        print(f"{format_table(evaluations)}\nreports: {folder}")
 
 
 def _check_published(
