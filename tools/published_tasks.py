@@ -11,7 +11,7 @@ from paligemma_jax.data.recipes import RECIPES, Recipe, Result, results
 from paligemma_jax.data.recipes.recipe import transfer_sources
 
 PAGE = Path(__file__).parents[1] / "docs" / "published-tasks.md"
-MODELS = ("3b-224", "10b-224", "28b-224", "3b-448", "10b-448", "28b-448")
+SIZES = ("3b", "10b", "28b")
 START, END = "<!-- {} -->\n\n", "\n<!-- end -->"
 
 
@@ -20,9 +20,9 @@ def tables() -> dict[str, str]:
     head = ["task", "", "pixels", "training", "metric", "sources (? without a second one)"]
     tasks = [_row(head), "|" + "---|" * len(head)]
     tasks += [_task(name, recipe) for name, recipe in RECIPES.items()]
-    head = ["task", "metric", "split", *MODELS, "other", "source"]
+    head = ["task", "result", "pixels", *SIZES, "table"]
     found = [_row(head), "|" + "---|" * len(head)]
-    found += [_result(result) for name in RECIPES for result in results(name)]
+    found += [row for name in RECIPES for result in results(name) for row in _result(result)]
     return {"tasks": "\n".join(tasks) + "\n", "results": "\n".join(found) + "\n"}
 
 
@@ -71,12 +71,22 @@ def _sources(recipe: Recipe) -> str:
     return "; ".join(parts)
 
 
-def _result(result: Result) -> str:
-    figures = [str(result.figures.get(model, "")) for model in MODELS]
-    other = ", ".join(
-        f"{model} {figure}" for model, figure in result.figures.items() if model not in MODELS
-    )
-    return _row([f"`{result.task}`", result.metric, result.title, *figures, other, result.source])
+def _result(result: Result) -> list[str]:
+    """A row for each size of image, and then of the first PaliGemma."""
+    rows = []
+    table = result.source.replace("report ", "").replace(", table ", ".")
+    for sizes, of in ((SIZES, ""), (("pg1-3b",), ", PaliGemma 1")):
+        for pixels in (224, 448, 896):
+            figures = [str(result.figures.get(f"{size}-{pixels}", "")) for size in sizes]
+            if any(figures):
+                cells = [
+                    f"{result.metric.replace('_', ' ')}, {result.title}{of}",
+                    str(pixels),
+                    *figures,
+                ]
+                cells += [""] * (len(SIZES) - len(sizes))
+                rows.append(_row([f"`{result.task}`", *cells, table]))
+    return rows
 
 
 def _row(cells: list[str]) -> str:
