@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from paligemma_jax.commands.options import (
     Boxes,
@@ -17,7 +17,7 @@ from paligemma_jax.commands.options import (
     flag,
     require_file,
 )
-from paligemma_jax.commands.recipe import find_recipe, scored_metrics
+from paligemma_jax.commands.recipe_options import RecipeFlags, RecipeOptions
 
 if TYPE_CHECKING:
     from paligemma_jax.evaluation.evaluate import Evaluation
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 TINY = "tiny"  # the recipe of the embedded checkpoint: held-out digits
 Folder = Annotated[str | None, flag("DIR", "the data's name with -evaluation")]
 Metrics = Annotated[tuple[str, ...], flag("NAME [NAME ...]", "the recipe's")]
-Task = Annotated[str | None, flag("TASK", "none")]
-Split = Annotated[str | None, flag("NAME", "the only one")]
-Size = Annotated[Literal["3b", "10b", "28b", "pg1-3b"] | None, flag("SIZE", "the model's")]
-Pixels = Annotated[int | None, flag("N", "the model's")]
 Tokens = Annotated[int | None, flag("N", "the recipe's, or 128")]
 Width = Annotated[int | None, flag("N", "the recipe's, or 1")]
 
@@ -41,10 +37,7 @@ def evaluate(
     metric: Metrics = (),
     output: Folder = None,
     source: ModelFlags = ModelOptions(),
-    recipe: Task = None,
-    split: Split = None,
-    size: Size = None,
-    resolution: Pixels = None,
+    task: RecipeFlags = RecipeOptions(),
     detection: Boxes = BoxFlags(),
     grammar: Grammar = None,
     max_new_tokens: Tokens = None,
@@ -70,13 +63,6 @@ def evaluate(
             sentences coco (AP, AP50, AP75) box_calibration box_accuracy box_iou mask_iou; one or
             several.
         output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
-        recipe: Evaluate as in this published task: its metrics, beams and longest answer, unless
-            given as flags. The result is compared with the published one for this size of model
-            and image. `paligemma-jax recipe` lists the tasks. tiny needs no --data: it makes
-            images of held-out digits, and gives the figures in the documentation.
-        split: Split of --data, for tasks with published results of several.
-        size: Size of the model that gave --answers: 3b, 10b, 28b or pg1-3b (PaliGemma 1).
-        resolution: Size of its images in pixels.
         grammar: Grammar that answers follow, as for generate: boxes:cat,dog, choices:yes,no, ...
         max_new_tokens: Maximum length of an answer in tokens.
         batch_size: Rows per batch.
@@ -93,7 +79,6 @@ def evaluate(
     """
     from paligemma_jax.evaluation import html
     from paligemma_jax.evaluation.evaluate import evaluate
-    from paligemma_jax.evaluation.published import PublishedTask, published_model
     from paligemma_jax.grammars.parse import parse_grammar
     from paligemma_jax.inference.options import DecodingOptions
     from paligemma_jax.inference.sampling import Beam, Greedy
@@ -101,19 +86,12 @@ def evaluate(
     from paligemma_jax.processing.mask_codec import NO_CODEC, load_codec
 
     # All checks come before the model is loaded.
-    if recipe == TINY:
+    if task.recipe == TINY:
         given = {"--data": data, "--metric": metric, "--answers": answers, "--against": against}
         return _evaluate_tiny(source, output, detection, batch_size, resume, json, given)
     if data is None:
         raise ValueError(f"--data is missing: the rows to answer, or --recipe {TINY}")
-    _check_published(recipe, split, size, resolution)
-    if recipe:
-        row = find_recipe(recipe, "--recipe")
-        metric = metric or scored_metrics(recipe, row)
-        max_new_tokens = row.new_tokens if max_new_tokens is None else max_new_tokens
-        beams = row.beams if beams is None else beams
-    max_new_tokens = 128 if max_new_tokens is None else max_new_tokens
-    beams = 1 if beams is None else beams
+    metric, max_new_tokens, beams = task.fill(metric, max_new_tokens, beams)
     names, path = metric_names(metric), Path(data)
     folder = Path(output or f"{path.stem}-evaluation")
     for name, value, least in (
@@ -138,11 +116,8 @@ def evaluate(
         job = (path, folder, options, detection.options(), batch_size, names, resume)
         own_cases = _answer(source, *job)
     about = {"model": answers or source.model, "data": data, "by": by}
-    task = None
-    if recipe:
-        about["recipe"] = recipe
-        known = ("", 0) if answers else published_model(source.resolve().config)
-        task = PublishedTask(recipe, size or known[0], resolution or known[1], split)
+    if task.recipe:
+        about["recipe"] = task.recipe
     if against:
         about["against"] = against
     evaluation = evaluate(
@@ -153,7 +128,7 @@ def evaluate(
         codec=load_codec(codec) if codec else None,
         against=other_cases,
         about=about,
-        published=task,
+        published=task.published(None if answers else source.resolve().config),
     )
     evaluation.save(folder)
     html.save(evaluation, folder, cases)
@@ -188,25 +163,6 @@ def _evaluate_tiny(
         print(dumps({task: evaluation.json() for task, evaluation in evaluations.items()}))
     else:
         print(f"{format_table(evaluations)}\nreports: {folder}")
-
-
-def _check_published(
-    recipe: str | None, split: str | None, size: str | None, resolution: int | None
-) -> None:
-    """Raise ValueError for flags that need --recipe, or that its results do not have."""
-    from paligemma_jax.evaluation.published import splits
-
-    if recipe is None:
-        given = {"split": split, "size": size, "resolution": resolution}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"--{name} requires --recipe")
-        return
-    find_recipe(recipe, "--recipe")
-    choices = splits(recipe)
-    if split is not None and split not in choices:
-        named = ", ".join(map(repr, choices)) or "left out, as no results are published"
-        raise ValueError(f"--split must be one of {named}; got {split}")
 
 
 def _answer(
