@@ -73,8 +73,8 @@ DETECTION = Recipe(
     about="boxes of 80 classes (COCO detection)",
     prompt="detect all classes\\n",
     preprocessing="each image resized to a square; the answer has all boxes in random order, then "
-    "noise boxes up to the longest answer, whose coordinates have no loss (as pix2seq; finetune "
-    "here cannot leave tokens of an answer out of the loss)",
+    "noise boxes up to the longest answer, whose coordinates have no loss. Here: finetune "
+    "--box-order random --noise-boxes N; evaluate --grammar boxes:LABELS --confidence label",
     metrics=("coco",),
     epochs=50,
     batch_size=None,
