@@ -10,6 +10,7 @@ import tyro
 from paligemma_jax.commands.options import File, dumps, flag
 
 Format = Annotated[Literal["coco", "yolo", "voc", "labelme"], tyro.conf.Positional, flag("FORMAT")]
+Labels = Annotated[tuple[str, ...], flag("LABEL [LABEL ...]", "those of its image")]
 Files = Annotated[tuple[str, ...], flag("FILE [FILE ...]")]
 
 
@@ -19,6 +20,7 @@ def convert_annotations(
     output: str,
     images: str = ".",
     task: Literal["detect", "segment"] = "detect",
+    labels: Labels = (),
     codec: File = None,
     json: bool = False,
 ) -> None:
@@ -33,12 +35,14 @@ def convert_annotations(
         output: JSONL file to write. A picture of five rows is written beside it, to check.
         images: Directory of the images.
         task: Write rows of boxes (detect) or of boxes and masks (segment).
+        labels: Labels that each row asks for, in this order. Objects with other labels are
+            dropped; images without these labels get a row with an empty answer.
         codec: Mask codec (vae-oid.npz) to encode masks with; required by --task segment.
         json: Print a summary as one JSON object instead of a line of text.
     """
     from paligemma_jax.data.annotations import convert
 
-    result = convert(name, files, images, output, task, codec)
+    result = convert(name, files, images, output, task, codec, labels)
     if json:
         print(dumps({**asdict(result), "picture": str(result.picture)}))
         return

@@ -1,7 +1,8 @@
 """Convert annotated boxes and masks to rows that PaliGemma learns to detect and segment from.
 
 A row has all objects of an image: `detect cat ; dog` as prefix, `<loc...> cat ; <loc...> dog` as
-suffix, and for `evaluate` the boxes in pixels with their labels.
+suffix, and for `evaluate` the boxes in pixels with their labels. The prefix names the labels of the
+image, or the same labels in every row.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def convert(
     output: str | Path,
     task: Task = "detect",
     codec: str | Path | None = None,
+    labels: Sequence[str] = (),
 ) -> AnnotationResult:
     """Convert annotations to a JSONL file, and draw five of its rows as a PNG file beside it.
 
@@ -77,6 +79,9 @@ def convert(
         output: The JSONL to write. Paths in it are relative to it.
         task: Whether rows ask for boxes or for masks.
         codec: File of the mask codec, to segment.
+        labels: Every row asks for these, in this order. Other objects are dropped, and images
+            without these labels get a row with an empty answer. By default a row asks for the
+            labels of its objects, and images without objects get no row.
 
     Raises:
         ValueError: Annotations are damaged, images are missing or have another size, or there are
@@ -90,11 +95,13 @@ def convert(
     check_images(str(item.file) for item in annotated)
     dropped: Counter[str] = Counter()
     rows: list[DataRow] = []
+    wanted = [_clean(label) for label in labels]
     for item in progress_bar(annotated, "annotations", unit="image", leave=False):
-        detections = _detections(item, dropped, mask_codec)
-        if detections:
-            rows.append(_row(item, detections, task))
-    if not rows:
+        detections = _detections(item, dropped, mask_codec, wanted)
+        absent = wanted and not any(_clean(thing.label) in wanted for thing in item.objects)
+        if detections or absent:
+            rows.append(_row(item, detections, task, wanted))
+    if not any(row.get("labels") for row in rows):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise ValueError(f"no objects in {len(annotated)} images ({reasons or 'none annotated'})")
     write_rows(output, rows)
@@ -105,12 +112,14 @@ def convert(
     return AnnotationResult(len(rows), objects, dict(dropped), len(annotated) - len(rows), picture)
 
 
-def _row(item: AnnotatedImage, detections: Sequence[Detection], task: Task) -> DataRow:
+def _row(
+    item: AnnotatedImage, detections: Sequence[Detection], task: Task, wanted: Sequence[str]
+) -> DataRow:
     size = image_size(item.file)
     labels = [detection.label for detection in detections]
     row: DataRow = {
         "image": str(item.file),
-        "prefix": f"{task} {' ; '.join(dict.fromkeys(labels))}",
+        "prefix": f"{task} {' ; '.join(wanted or dict.fromkeys(labels))}",
         "suffix": location_text(detections, size),
         "boxes": [detection.box for detection in detections],
         "labels": labels,
@@ -119,9 +128,13 @@ def _row(item: AnnotatedImage, detections: Sequence[Detection], task: Task) -> D
 
 
 def _detections(
-    item: AnnotatedImage, dropped: Counter[str], codec: MaskCodec | None
+    item: AnnotatedImage, dropped: Counter[str], codec: MaskCodec | None, wanted: Sequence[str]
 ) -> list[Detection]:
-    """The objects of an image that can be written; others are counted in `dropped`."""
+    """The objects of an image that can be written; others are counted in `dropped`.
+
+    Args:
+        wanted: Labels to keep; none keeps all.
+    """
     size = image_size(item.file)
     if item.size not in (None, size):
         raise ValueError(
@@ -137,13 +150,14 @@ def _detections(
         except ValueError as error:
             raise ValueError(f"{item.source}: {error}") from None
         box = _clip(thing.box or (mask_box(mask) if mask is not None else (0, 0, 0, 0)), size)
-        problem = thing.problem or _problem(box, size)
+        label = _clean(thing.label)
+        other = "with other labels" if wanted and label not in wanted else ""
+        problem = other or thing.problem or _problem(box, size)
         if codec is not None and not problem:
             problem = "without a mask" if mask is None or not mask.any() else ""
         if problem:
             dropped[problem] += 1
             continue
-        label = " ".join(thing.label.replace(";", ",").replace("<", " ").split())
         detections.append(Detection(label, box))
         if mask is not None:
             crops.append(_crop(mask, box))
@@ -152,6 +166,11 @@ def _detections(
     filled = [*crops, *[crops[0]] * (-len(crops) % 8)]  # so that few programs are compiled
     codes = codec.encode(np.stack(filled)).tolist()
     return [replace(x, codes=tuple(row)) for x, row in zip(detections, codes, strict=False)]
+
+
+def _clean(label: str) -> str:
+    """The label without characters that separate objects or start a location."""
+    return " ".join(label.replace(";", ",").replace("<", " ").split())
 
 
 def _mask(thing: AnnotatedObject, size: Size) -> np.ndarray:

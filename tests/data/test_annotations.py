@@ -109,6 +109,29 @@ def test_every_format_gives_the_same_row(files, tmp_path, name):
     assert picture.width == 456 and len(set(picture.getdata())) > 3
 
 
+def test_every_row_asks_for_the_same_labels(files, tmp_path):
+    """Other objects are dropped. An image without the labels gets an empty answer."""
+    output = tmp_path / "rows.jsonl"
+    labels = ["bird", "dog; big"]
+    result = convert("coco", files["coco"], tmp_path / "photos", output, labels=labels)
+    some, none = [json.loads(line) for line in output.read_text().splitlines()]
+    assert some["prefix"] == none["prefix"] == "detect bird ; dog, big"
+    assert some["labels"] == ["dog, big"] and some["suffix"] == ROW["suffix"].split(" ; ")[1]
+    assert (none["suffix"], none["boxes"], none["labels"]) == ("", [], [])
+    assert (result.rows, result.objects, result.empty_images) == (2, 1, 0)
+    assert result.dropped["with other labels"] == 2
+    with pytest.raises(ValueError, match="no objects in 2 images .* with other labels"):
+        convert("coco", files["coco"], tmp_path / "photos", output, labels=["bird"])
+
+
+def test_images_whose_objects_cannot_be_written_are_no_negatives(files, tmp_path):
+    crowd = {"image_id": 8, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 1}
+    files["coco"][0].write_text(json.dumps(coco(*COCO["annotations"], crowd)))
+    output = tmp_path / "rows.jsonl"
+    result = convert("coco", files["coco"], tmp_path / "photos", output, labels=["cat"])
+    assert (result.rows, result.empty_images) == (1, 1)
+
+
 def test_masks_are_written_and_drawn(files, tmp_path):
     file = resolve("tiny").codec_file
     output = tmp_path / "rows.jsonl"
