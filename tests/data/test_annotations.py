@@ -120,7 +120,7 @@ def test_every_row_asks_for_the_same_labels(files, tmp_path):
     assert (none["suffix"], none["boxes"], none["labels"]) == ("", [], [])
     assert (result.rows, result.objects, result.empty_images) == (2, 1, 0)
     assert result.dropped["with other labels"] == 2
-    with pytest.raises(ValueError, match="no objects in 2 images .* with other labels"):
+    with pytest.raises(ValueError, match=r"no objects in 2 images .* with other labels"):
         convert("coco", files["coco"], tmp_path / "photos", output, labels=["bird"])
 
 
