@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from paligemma_jax.commands.against import compare_with_engine, compare_with_file, fail
 from paligemma_jax.commands.options import (
     Attention,
     Count,
@@ -37,7 +37,7 @@ Texts = Annotated[
 ]
 
 Trained = Annotated[str | None, flag("DIR", "none")]
-Against = Annotated[str | None, flag("DIR or transformers==VERSION", "MODEL itself")]
+Against = Annotated[str | None, flag("DIR, FILE or transformers==VERSION", "MODEL itself")]
 
 
 def parity(
@@ -75,7 +75,7 @@ def parity(
             28b-896, pg1-3b-224, ...).
         dtype: float32, or bfloat16 to compare the errors of both models against float32.
         numerics: transformers or big_vision. For big_vision, transformers is adapted as the
-            report describes.
+            report describes. With --against FILE, any profile.
         image: Image files: one for each prompt, or one for all of them.
         prompt: Prompts.
         suffix: Answers to compute the logits of, one for each prompt.
@@ -85,7 +85,8 @@ def parity(
         depth: Number of layers of each tower, for a preset.
         against: Hugging Face directory or adapter for transformers to load in place of MODEL, such
             as the original of a converted or fine-tuned copy. Or another release, as
-            transformers==4.57.1, which is installed in an environment of its own.
+            transformers==4.57.1, which is installed in an environment of its own. Or a .npz of
+            logits and inputs, to compare with in its dtype.
         python: Python of an environment that has the release of --against.
         identify: A .npz of logits and inputs: name the program that computed them from MODEL.
         attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
@@ -100,7 +101,6 @@ def parity(
         html: Write a report with figures to this file.
         json: Print one JSON object instead of the table.
     """
-    engine = against is not None and "==" in against and not Path(against).exists()
     given = {
         "--image": image,
         "--prompt": prompt,
@@ -127,11 +127,16 @@ def parity(
         return _train(case, dtype, float64, html, json)
     if run or data or lora:
         raise ValueError("--run, --data and --lora need --train STEPS")
-    if engine:
+    if against and against.endswith(".npz"):
+        refused = {name: given[name] for name in given if name != "--numerics"}
+        refused |= {"--python": python, "--dtype": dtype != "float32", "--new": new != 16}
+        _refuse(f"--against {against}", refused)
+        return compare_with_file(model, against, numerics, json)
+    if against and "==" in against and not Path(against).exists():
         inputs = ("--image", "--prompt", "--suffix", "--depth")
         _refuse(f"--against {against}", {name: given[name] for name in given if name not in inputs})
         case = (model, None, image, prompt, suffix, depth)
-        return _compare_with_engine(case, str(against), dtype, new, python, json)
+        return compare_with_engine(case, against, dtype, new, python, json)
     if python:
         raise ValueError("--python needs --against transformers==VERSION")
     require_parent("--html", html)
@@ -149,7 +154,7 @@ def parity(
     if html:
         write_html(report, html)
     if report.first_divergence is not None:
-        _fail(verdict(report).splitlines()[0])
+        fail(verdict(report).splitlines()[0])
 
 
 def _refuse(flag: str, others: Mapping[str, object]) -> None:
@@ -165,22 +170,7 @@ def _identify(model: str, file: str, json: bool) -> None:
     found = identify.identify(model, file)
     print(dumps(identify.as_dict(found)) if json else identify.format_identified(found))
     if not found.found:
-        _fail(identify.verdict(found))
-
-
-def _compare_with_engine(
-    case: tuple, engine: str, dtype: str, new: int, python: str | None, json: bool
-) -> None:
-    """`case` has the arguments of `load_parity_case`."""
-    from paligemma_jax.parity.case import load_parity_case
-    from paligemma_jax.parity.engines import against
-    from paligemma_jax.parity.engines.environment import parse_engine
-
-    parse_engine(engine)  # before anything is loaded
-    report = against.compare_with_engine(load_parity_case(*case), engine, dtype, new, python)
-    print(dumps(against.as_dict(report)) if json else against.format_engine_report(report))
-    if report.first_divergence:
-        _fail(against.engine_verdict(report))
+        fail(identify.verdict(found))
 
 
 def _train(
@@ -195,7 +185,7 @@ def _train(
     if html:
         write_html(report, html)
     if not text.passed(report):
-        _fail(text.verdict(report).splitlines()[0])
+        fail(text.verdict(report).splitlines()[0])
 
 
 def _training_case(
@@ -223,8 +213,3 @@ def _training_case(
     with tempfile.TemporaryDirectory() as folder:
         rows = write_digits(folder, ("detect",), 512) / "detect.jsonl"
         return model, load_training_case(model, config, steps, str(rows), depth)
-
-
-def _fail(line: str) -> None:
-    print(f"paligemma-jax: {line}", file=sys.stderr)
-    raise SystemExit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,40 +18,11 @@ from paligemma_jax.inference.generate import encode_inputs
 from paligemma_jax.inference.scoring import forward_stages
 from paligemma_jax.model.paligemma import PaliGemma
 from paligemma_jax.parity.case import ParityCase
-from paligemma_jax.parity.compare import Error, error_limits, measure_error, without_padding
+from paligemma_jax.parity.compare import measure_error, without_padding
 from paligemma_jax.parity.engines.environment import parse_engine, python_of, run
 from paligemma_jax.parity.engines.releases import CALLS, Call, profile_of, visible_prefix
+from paligemma_jax.parity.engines.report import EngineReport, EngineRow, logits_limit
 from paligemma_jax.processing.processor import Inputs
-
-BFLOAT16_LIMIT = 0.1  # relative: two programs round differently at each step
-
-
-@dataclass(frozen=True)
-class EngineRow:
-    """The accumulated error of one stage of one call, and its limit (relative)."""
-
-    stage: str
-    error: Error
-    limit: float
-
-    @property
-    def diverges(self) -> bool:
-        return not self.error.relative <= self.limit
-
-
-@dataclass(frozen=True)
-class EngineReport:
-    """The comparison with an engine: rows in order of computation, for each call."""
-
-    engine: str
-    numerics: str
-    dtype: str
-    rows: list[EngineRow]
-    equal_tokens: float | None  # fraction of greedy tokens, if any were generated
-
-    @property
-    def first_divergence(self) -> str | None:
-        return next((row.stage for row in self.rows if row.diverges), None)
 
 
 def compare_with_engine(
@@ -88,46 +59,13 @@ def compare_with_engine(
             rows += _call_rows(model, case, call, outputs, dtype)
         if new:
             prefill, decode = _decode_after(model, case.prompts, outputs["tokens"])
-            limit = _limit(model, "logits", dtype)
+            limit = logits_limit(model.config, dtype)
             for name, value in (("prefill", prefill), ("decode", decode)):
                 rows.append(EngineRow(name, measure_error(value, outputs[name]), limit))
             steps = np.concatenate([prefill[:, None], decode], axis=1)
             steps[..., list(model.config.eos_token_ids)] = -np.inf  # as the engine is run
             equal = float((steps.argmax(axis=-1) == outputs["tokens"]).mean())
     return EngineReport(engine, numerics, dtype, rows, equal)
-
-
-def format_engine_report(report: EngineReport) -> str:
-    """The report as text."""
-    lines = [
-        f"against {report.engine}, {report.dtype}, with the numerics of {report.numerics}",
-        "Errors are accumulated since the inputs. relative: norm of the difference / norm of the "
-        "reference.",
-        "",
-        f"{'stage':40} {'max':>8} {'relative':>9} {'limit':>8}",
-    ]
-    for row in report.rows:
-        mark = "  DIVERGES" if row.diverges else ""
-        numbers = f"{row.error.max:8.1e} {row.error.relative:9.1e} {row.limit:8.1e}"
-        lines.append(f"{row.stage:40} {numbers}{mark}")
-    if report.equal_tokens is not None:
-        lines += ["", f"{report.equal_tokens:.0%} of the greedy tokens are equal"]
-    return "\n".join([*lines, "", engine_verdict(report)])
-
-
-def engine_verdict(report: EngineReport) -> str:
-    """The result in one sentence."""
-    if report.first_divergence:
-        return f"{report.engine}: {report.first_divergence} diverges first"
-    return f"{report.engine}: every stage is within tolerance of the profile {report.numerics}"
-
-
-def as_dict(report: EngineReport) -> dict:
-    """Plain data, for --json."""
-    return asdict(report) | {
-        "first_divergence": report.first_divergence,
-        "verdict": engine_verdict(report),
-    }
 
 
 def _checkpoint(case: ParityCase, job: Path) -> Path:
@@ -162,14 +100,9 @@ def _call_rows(
         if expected is not None:
             ours = without_padding(name, np.asarray(value, np.float32), inputs)
             theirs = without_padding(name, expected.reshape(value.shape), inputs)
-            error, limit = measure_error(ours, theirs), _limit(model, name, dtype)
+            error, limit = measure_error(ours, theirs), logits_limit(model.config, dtype)
             rows.append(EngineRow(f"{call}/{name}", error, limit))
     return rows
-
-
-def _limit(model: PaliGemma, stage: str, dtype: str) -> float:
-    layers = model.config.vision.num_hidden_layers + model.config.decoder.num_hidden_layers
-    return BFLOAT16_LIMIT if dtype == "bfloat16" else error_limits(stage, layers, False)[0]
 
 
 def _decode_after(

@@ -13,6 +13,7 @@ from paligemma_jax.model.config import PaliGemmaConfig
 from paligemma_jax.processing.processor import Inputs
 
 FLOATS, INTEGERS = "f", "iub"  # kinds of numpy's dtypes
+EMPTY = np.empty(0)
 # Names in files of logits, with those of transformers.
 ALIASES = {
     "tokens": ("tokens", "input_ids"),
@@ -87,7 +88,8 @@ def _read_arrays(file: Path) -> dict[str, np.ndarray]:
         with np.load(file, allow_pickle=False) as content:
             if not isinstance(content, np.lib.npyio.NpzFile):
                 raise ValueError(f"{file} must be a .npz with logits, tokens and images")
-            return dict(content)
+            known = {"logits"}.union(*ALIASES.values())  # a checkpoint's arrays would be large
+            return {name: content[name] if name in known else EMPTY for name in content.files}
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist") from None
     except DAMAGED as error:
@@ -100,7 +102,8 @@ def _required(file: Path, arrays: dict[str, np.ndarray], name: str) -> np.ndarra
     names = ALIASES.get(name, (name,))
     found = next((arrays[alias] for alias in names if alias in arrays), None)
     if found is None:
-        present = ", ".join(sorted(arrays)) or "nothing"
+        listed = sorted(arrays)
+        present = ", ".join(listed[:8] + ["..."] * (len(listed) > 8)) or "nothing"
         raise ValueError(f"{file} must have {' or '.join(names)}, got {present}")
     return found
 
