@@ -37,7 +37,7 @@ Texts = Annotated[
 ]
 
 Trained = Annotated[str | None, flag("DIR", "none")]
-Against = Annotated[str | None, flag("DIR, FILE or transformers==VERSION", "MODEL itself")]
+Against = Annotated[str | None, flag("DIR, FILE or NAME==VERSION", "MODEL itself")]
 
 
 def parity(
@@ -84,10 +84,10 @@ def parity(
         gradients: Compare the gradient of every parameter too. Both models must fit in memory.
         depth: Number of layers of each tower, for a preset.
         against: Hugging Face directory or adapter for transformers to load in place of MODEL, such
-            as the original of a converted or fine-tuned copy. Or another release, as
-            transformers==4.57.1, which is installed in an environment of its own. Or a .npz of
-            logits and inputs, to compare with in its dtype.
-        python: Python of an environment that has the release of --against.
+            as the original of a converted or fine-tuned copy. Or another program, as
+            transformers==4.57.1, keras-hub==0.32.0 or big_vision=CHECKOUT, which is run in an
+            environment of its own. Or a .npz of logits and inputs, to compare with in its dtype.
+        python: Python of an environment that has the program of --against.
         identify: A .npz of logits and inputs: name the program that computed them from MODEL.
         attention: Form of attention: fused (scores stay on the chip; on TPUs and GPUs) or plain.
             Attention weights are compared in the plain form only.
@@ -128,17 +128,19 @@ def parity(
     if run or data or lora:
         raise ValueError("--run, --data and --lora need --train STEPS")
     if against and against.endswith(".npz"):
-        refused = {name: given[name] for name in given if name != "--numerics"}
+        refused = {name: given[name] for name in given if name not in ("--numerics", "--html")}
         refused |= {"--python": python, "--dtype": dtype != "float32", "--new": new != 16}
         _refuse(f"--against {against}", refused)
-        return compare_with_file(model, against, numerics, json)
-    if against and "==" in against and not Path(against).exists():
-        inputs = ("--image", "--prompt", "--suffix", "--depth")
-        _refuse(f"--against {against}", {name: given[name] for name in given if name not in inputs})
+        require_parent("--html", html)
+        return compare_with_file(model, against, numerics, html, json)
+    if against and "=" in against and not Path(against).exists():
+        taken = ("--image", "--prompt", "--suffix", "--depth", "--html")
+        _refuse(f"--against {against}", {name: given[name] for name in given if name not in taken})
+        require_parent("--html", html)
         case = (model, None, image, prompt, suffix, depth)
-        return compare_with_engine(case, against, dtype, new, python, json)
+        return compare_with_engine(case, against, dtype, new, python, html, json)
     if python:
-        raise ValueError("--python needs --against transformers==VERSION")
+        raise ValueError("--python needs --against NAME==VERSION or big_vision=CHECKOUT")
     require_parent("--html", html)
     from paligemma_jax.parity.html import write_html
     from paligemma_jax.parity.report import as_dict, format_report, verdict

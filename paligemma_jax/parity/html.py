@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 
 from convert.files import user_path
@@ -109,12 +109,22 @@ def render_page(report: Report) -> str:
     for heading, (draw, text) in FIGURES.items():
         if not plots.can_draw(draw, report):
             continue
-        image = f"data:image/png;base64,{base64.b64encode(draw(report)).decode()}"
-        figure = f'<div class="figure"><img alt="{heading}" src="{image}"></div>'
-        sections.append(f"<h2>{heading}</h2><p>{text}</p>{figure}")
+        sections.append(render_figure(heading, text, draw(report)))
     if report.tokens and report.tokens.texts:
         sections.append(f"<h2>Greedy answers</h2>{_answers_table(report)}")
     sections.append(f"<h2>All stages</h2><p>{escape(note(report))}</p>{_stages_table(report)}")
+    return render_document(title, sections)
+
+
+def render_figure(heading: str, text: str, png: bytes) -> str:
+    """A section with a figure, embedded in the page."""
+    image = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    figure = f'<div class="figure"><img alt="{heading}" src="{image}"></div>'
+    return f"<h2>{heading}</h2><p>{text}</p>{figure}"
+
+
+def render_document(title: str, sections: Iterable[str]) -> str:
+    """A page in the style of all reports. The title and the sections are HTML."""
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     head = f"{meta}<title>{title}</title><style>{STYLE}</style>"
     return f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>\n"

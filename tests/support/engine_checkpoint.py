@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import huggingface
+from paligemma_jax.checkpoints.synthetic import synthetic_inputs
+from paligemma_jax.inference.scoring import forward
 from paligemma_jax.model.config import DecoderConfig, PaliGemmaConfig, VisionConfig
-from paligemma_jax.parity.case import random_case
+from paligemma_jax.parity.case import ParityCase, random_case
 from paligemma_jax.parity.random_weights import random_checkpoint
 
 CONFIG = PaliGemmaConfig(
@@ -34,9 +38,48 @@ CONFIG = PaliGemmaConfig(
 )
 
 
-def write_checkpoint(directory):
-    huggingface.write(directory, random_checkpoint(CONFIG))
+# big_vision scales by a head's size, or by the width over the number of heads.
+BIG_VISION_CONFIG = replace(CONFIG, decoder=replace(CONFIG.decoder, query_pre_attn_scalar=14))
+
+
+def write_checkpoint(directory, config=CONFIG):
+    huggingface.write(directory, random_checkpoint(config))
     return directory
+
+
+def image_first_case(config, new):
+    """Two rows of an image, 8 tokens of prompt and `new` of answer."""
+    inputs = synthetic_inputs(config, 2, 8 + new, 0)
+    targets = np.broadcast_to(np.arange(inputs.tokens.shape[1]) >= 16 + 8, inputs.tokens.shape)
+    inputs = replace(inputs, prefix=~targets, targets=targets)
+    names = ("tokens", "valid", "prefix", "targets")
+    prompts = replace(inputs, **{name: getattr(inputs, name)[:, : 16 + 8] for name in names})
+    return ParityCase(random_checkpoint(config), inputs, prompts)
+
+
+def image_first_outputs(model, case, tokens):
+    """Logits of a teacher-forced pass, and after the prompt and each of `tokens` [B, N]."""
+    inputs, prompts = case.inputs, case.prompts
+    found = {"labels/logits": forward(model, inputs)}
+    features = model.encode_images(jnp.asarray(inputs.images))
+    prompt = (prompts.tokens, features, prompts.valid, prompts.prefix)
+    slots = prompts.tokens.shape[1] + tokens.shape[1]
+    prefill = jax.jit(type(model).prefill, static_argnames="slots")
+    found["prefill"], cache = prefill(model, *prompt, slots=slots)
+    step, steps = jax.jit(type(model).decode_step), []
+    for token in tokens.T[:-1]:
+        logits, cache = step(model, jnp.asarray(token), cache)
+        steps.append(logits)
+    found["decode"] = jnp.stack(steps, axis=1)
+    rows = model.config.image_token_id  # other programs' tables end before the image token
+    return {name: np.asarray(value)[..., :rows] for name, value in found.items()}
+
+
+def identifiable(file, case, logits):
+    """Write logits and inputs as `--identify` reads them."""
+    names = ("tokens", "valid", "targets", "images")
+    np.savez(file, logits=logits, **{name: getattr(case.inputs, name) for name in names})
+    return str(file)
 
 
 def golden_inputs(file):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 
 import numpy as np
 
-from paligemma_jax.parity.html import STYLE, write_page
+from paligemma_jax.parity.html import render_document, render_figure, write_page
 from paligemma_jax.parity.plots import FAILURE, FLOOR, make_figure, to_png
 from paligemma_jax.parity.report import format_number
 from paligemma_jax.parity.training.local import LocalError
@@ -55,15 +54,10 @@ def render_page(report: TrainingReport) -> str:
         f"<h1>{title}</h1><p>{paragraphs}</p>",
         f'<div class="verdict {result}">{escape(verdict(report))}</div>',
     ]
-    for heading, (png, text) in figures.items():
-        image = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-        figure = f'<div class="figure"><img alt="{heading}" src="{image}"></div>'
-        sections.append(f"<h2>{heading}</h2><p>{text}</p>{figure}")
+    sections += [render_figure(heading, text, png) for heading, (png, text) in figures.items()]
     sections.append(f"<h2>Largest errors of single steps</h2>{_worst_table(report)}")
     sections.append(f"<h2>Steps</h2>{_steps_table(report)}")
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"{meta}<title>{title}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en>{head}{''.join(sections)}</html>\n"
+    return render_document(title, sections)
 
 
 def draw_losses(report: TrainingReport) -> bytes:

@@ -72,6 +72,17 @@ def test_pads_are_left_out(compare, tmp_path):
     assert code == 0 and "100.00% of 58 tokens" in out
 
 
+def test_the_page_names_profile_and_divergence(compare, tmp_path):
+    page = tmp_path / "page.html"
+    code, _, _ = compare("--against", FLOAT32, "--numerics", "transformers-5.0", "--html", page)
+    html = page.read_text()
+    assert code == 0 and 'class="verdict good"' in html and "<li>no final softcap<" in html
+    code, _, _ = compare("--against", FLOAT32, "--html", page)
+    html = page.read_text()
+    assert code == 1 and 'class="verdict bad"' in html and "This is the default profile" in html
+    assert html.count("data:image/png;base64,") == 1 and "http" not in html
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

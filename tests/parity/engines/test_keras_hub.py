@@ -1,7 +1,7 @@
 """The profile "keras" against keras-hub's own outputs.
 
-They are those of `tests/support/run_keras_hub.py` for this checkpoint and these inputs, with every
-fifth of the teacher-forced logits.
+The golden has the outputs of `paligemma_jax/parity/engines/run_keras_hub.py` in float32 for
+`image_first_case(CONFIG, 6)`. `pytest -m engines` computes them again.
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.engine_checkpoint import CONFIG, write_checkpoint
+from support.engine_checkpoint import (
+    CONFIG,
+    identifiable,
+    image_first_case,
+    image_first_outputs,
+    write_checkpoint,
+)
 from support.paths import GOLDEN
 
 from paligemma_jax.checkpoints.load import load_model
-from paligemma_jax.checkpoints.synthetic import synthetic_inputs
 from paligemma_jax.model.numerics import NUMERICS
+from paligemma_jax.parity.case import load_parity_case
+from paligemma_jax.parity.engines.against import compare_with_engine, run_engine
+from paligemma_jax.parity.engines.environment import parse_engine
+from paligemma_jax.parity.engines.identify import identify
 
 KERAS = GOLDEN / "engines" / "keras.npz"
 NEW = 6
@@ -45,25 +53,7 @@ def golden() -> dict[str, np.ndarray]:
 def distances(checkpoint: Path, profile: str, golden) -> dict[str, float]:
     """The largest difference of each output."""
     model = load_model(checkpoint, "float32", profile)
-    inputs = synthetic_inputs(CONFIG, 2, 8 + NEW, 0)
-    tokens, everywhere = jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid)
-    length = tokens.shape[1] - NEW
-    prefix = jnp.broadcast_to(jnp.arange(tokens.shape[1]) < length, tokens.shape)
-    images = jnp.asarray(inputs.images)
-    outputs = {"labels/logits": model(tokens, images, everywhere, prefix)}
-    prompt = everywhere[:, :length]
-    features = model.encode_images(images)
-    outputs["prefill"], cache = model.prefill(
-        tokens[:, :length], features, prompt, prompt, length + NEW
-    )
-    steps = []
-    for token in golden["tokens"].T[:-1]:
-        logits, cache = model.decode_step(jnp.asarray(token), cache)
-        steps.append(logits)
-    outputs["decode"] = jnp.stack(steps, axis=1)
-    rows = golden["prefill"].shape[-1]  # keras-hub's table ends before the image token
-    outputs = {name: np.asarray(value)[..., :rows] for name, value in outputs.items()}
-    outputs["labels/logits"] = outputs["labels/logits"][..., ::5]
+    outputs = image_first_outputs(model, image_first_case(CONFIG, NEW), golden["tokens"])
     return {name: float(np.abs(value - golden[name]).max()) for name, value in outputs.items()}
 
 
@@ -88,3 +78,28 @@ def test_window_looks_both_ways(checkpoint, golden, monkeypatch):
     """Image and prompt attend to no key a window ahead of them, unlike in transformers 4.47."""
     monkeypatch.setitem(NUMERICS, "other", replace(NUMERICS["keras"], window="all"))
     assert distances(checkpoint, "other", golden)["labels/logits"] > 0.1
+
+
+def test_keras_hub_is_identified(checkpoint, golden, tmp_path):
+    case = image_first_case(CONFIG, NEW)
+    file = identifiable(tmp_path / "logits.npz", case, golden["labels/logits"])
+    found = identify(str(checkpoint), file)
+    assert found.found and found.profiles == ["keras"]
+
+
+@pytest.mark.engines
+def test_the_golden_is_what_keras_hub_computes(golden, tmp_path):
+    case, engine = image_first_case(CONFIG, NEW), parse_engine("keras-hub==0.32.0")
+    _, outputs = run_engine(case, engine, "float32", NEW, None, tmp_path)
+    for name in ("labels/logits", "tokens", "prefill", "decode"):
+        np.testing.assert_allclose(outputs[name], golden[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("release", ["0.19.3", "0.32.0"])
+def test_a_release_on_rows_of_different_lengths(release, dtype):
+    case = load_parity_case("tiny")
+    report = compare_with_engine(case, f"keras-hub=={release}", dtype, NEW)
+    assert report.first_divergence is None and report.numerics == "keras"
+    assert dtype == "bfloat16" or report.equal_tokens == 1

@@ -3,9 +3,10 @@ so that it runs in an environment without this project.
 
     KERAS_BACKEND=jax python run_keras_hub.py JOB
 
-A job is that of `run_transformers.py`, with prompt_length in place of the prompts. keras-hub has
-one call only. It knows no image tokens: it places one image before each row's text, and pads at
-its end. Its table has rows for text only, so that V is the id of the image token.
+A job is that of `run_transformers.py`. keras-hub has one call only. It knows no image tokens: it
+places one image before each row's text, and pads at its end. Its table has rows for text only, so
+that V is the id of the image token. Each row is decoded alone: beside a shorter row, keras-hub
+gives a longer one other logits.
 
 The result is outputs.npz: labels/logits float32[B, T, V], with targets as the response, and with
 `new` tokens, those of `generate_step`: tokens int32[B, new], prefill float32[B, V] and decode
@@ -52,7 +53,7 @@ def load(checkpoint: Path, dtype: str) -> keras_hub.models.PaliGemmaCausalLM:
     """Build the model as the converter of the published presets does, and set all weights."""
     config = json.loads((checkpoint / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
-    second = text["model_type"] == "gemma2"
+    second = text.get("model_type") == "gemma2"
     gemma2 = dict(
         query_head_dim_normalize=text.get("query_pre_attn_scalar") == text["head_dim"],
         use_post_ffw_norm=True,
@@ -80,7 +81,7 @@ def load(checkpoint: Path, dtype: str) -> keras_hub.models.PaliGemmaCausalLM:
         **(gemma2 if second else {}),
     )
     weights = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
+    for file in sorted(checkpoint.glob("model*.safetensors")):
         weights |= load_file(file)
     pairs = [*vision_weights(backbone), *decoder_weights(backbone, second)]
     unused = weights.keys() - {name for _, name in pairs} - {"language_model.lm_head.weight"}
@@ -153,16 +154,16 @@ def layout(weight: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
     return weight
 
 
-def text_only(inputs, count: int, image_token: int) -> dict[str, np.ndarray]:
-    """keras-hub's inputs: text after the image, with pads at the end."""
-    tokens, valid = inputs["tokens"], inputs["valid"].astype(np.int32)
-    if (tokens[:, :count] != image_token).any() or (np.diff(valid, axis=1) > 0).any():
-        raise SystemExit("keras-hub needs the image first and pads at the end of each row")
+def text_only(inputs, prefix: str, count: int) -> dict[str, np.ndarray]:
+    """keras-hub's inputs: text after the `count` tokens of the image, with pads at the end."""
+    tokens, valid, targets = (
+        inputs[f"{prefix}{name}"][:, count:] for name in ("tokens", "valid", "targets")
+    )
     return {
         "images": inputs["images"],
-        "token_ids": tokens[:, count:],
-        "padding_mask": valid[:, count:],
-        "response_mask": inputs["targets"][:, count:].astype(np.int32),
+        "token_ids": tokens,
+        "padding_mask": valid.astype(np.int32),
+        "response_mask": targets.astype(np.int32),
     }
 
 
@@ -176,32 +177,37 @@ def forward(model, batch) -> np.ndarray:
     return as_numpy(logits)
 
 
-def generate(model, batch, new: int) -> dict[str, np.ndarray]:
-    """Greedy tokens of `generate_step`, with a sampler that keeps the logits."""
+def generate(model, batch, new: int, eos: list[int]) -> dict[str, np.ndarray]:
+    """Greedy tokens of `generate_step`, row by row."""
+    rows = []
+    for row in range(len(batch["token_ids"])):
+        length = batch["padding_mask"][row].sum()
+        cut = {name: value[row : row + 1] for name, value in batch.items()}
+        cut |= {name: cut[name][:, :length] for name in ("token_ids", "padding_mask")}
+        rows.append(generate_row(model, cut, new, eos))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def generate_row(model, batch, new: int, eos: list[int]) -> dict[str, np.ndarray]:
+    """Greedy tokens of one row without pads, with a sampler that keeps the logits."""
     steps = []
 
-    def sampler(*, next, prompt, cache, index, mask, **_):
+    def sampler(*, next, prompt, cache, index, **_):
         for place in range(int(index), prompt.shape[1]):
             logits, _, cache = next(prompt, cache, place)
             steps.append(as_numpy(logits))
-            token = ops.cast(ops.argmax(logits, axis=-1), prompt.dtype)
-            kept = ops.where(ops.cast(mask, bool)[:, place], prompt[:, place], token)
-            prompt = ops.slice_update(prompt, [0, place], kept[:, None])
+            allowed = steps[-1].copy()
+            allowed[:, eos] = -np.inf
+            token = ops.cast(allowed.argmax(axis=-1)[:, None], prompt.dtype)
+            prompt = ops.slice_update(prompt, [0, place], token)
         return prompt
 
     model.sampler = sampler
     room = {k: np.pad(batch[k], ((0, 0), (0, new))) for k in ("token_ids", "padding_mask")}
     output = model.generate_step({**room, "images": batch["images"]})
-    # It starts at the end of the shortest prompt, and reads the rest of the others token by token.
-    ends = batch["padding_mask"].sum(1)
-    chosen = rows_from(np.stack(steps, 1), ends - ends.min(), new)
-    tokens = rows_from(np.asarray(output["token_ids"]), ends, new).astype(np.int32)
-    return {"tokens": tokens, "prefill": chosen[:, 0], "decode": chosen[:, 1:]}
-
-
-def rows_from(array: np.ndarray, starts: np.ndarray, count: int) -> np.ndarray:
-    """`count` values of each row, from a place of its own."""
-    return np.stack([array[row, start : start + count] for row, start in enumerate(starts)])
+    logits = np.stack(steps, axis=1)
+    tokens = np.asarray(output["token_ids"])[:, -new:].astype(np.int32)
+    return {"tokens": tokens, "prefill": logits[:, 0], "decode": logits[:, 1:]}
 
 
 def as_numpy(tensor) -> np.ndarray:
@@ -212,15 +218,12 @@ def main(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     with np.load(folder / "inputs.npz") as file:
         inputs = dict(file)
-    checkpoint = Path(job["checkpoint"])
-    image_token = json.loads((checkpoint / "config.json").read_text())["image_token_index"]
-    model = load(checkpoint, job["dtype"])
+    model = load(Path(job["checkpoint"]), job["dtype"])
     count = model.backbone.image_sequence_length
-    outputs = {"labels/logits": forward(model, text_only(inputs, count, image_token))}
+    outputs = {"labels/logits": forward(model, text_only(inputs, "", count))}
     if job["new"]:
-        length = inputs["prompt_length"].item()
-        prompts = {k: v[:, :length] if v.ndim == 2 else v for k, v in inputs.items()}
-        outputs |= generate(model, text_only(prompts, count, image_token), job["new"])
+        prompts = text_only(inputs, "prompt_", count)
+        outputs |= generate(model, prompts, job["new"], job["eos"])
     np.savez(folder / "outputs.npz", **outputs)  # pyright: ignore[reportArgumentType]
 
 
