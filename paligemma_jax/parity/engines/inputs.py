@@ -29,7 +29,7 @@ def image_first(case: ParityCase, engine: str) -> ParityCase:
             )
     inputs, prompts = right_padded(case.inputs), right_padded(case.prompts)
     count = config.vision.num_patches
-    is_image = inputs.tokens == config.image_token_id
+    is_image = (inputs.tokens == config.image_token_id) & inputs.valid
     if not is_image[:, :count].all() or is_image[:, count:].any():
         raise ValueError(f"{engine} takes one image for each prompt, before its text")
     return replace(case, inputs=inputs, prompts=prompts)

@@ -91,6 +91,11 @@ def test_the_page_names_profile_and_divergence(compare, tmp_path):
         (("--against", FLOAT32, "--dtype", "bfloat16"), "cannot be combined with --dtype"),
         (("--against", FLOAT32, "--prompt", "ocr"), "cannot be combined with --prompt"),
         (("--against", FLOAT32, "--numerics", "jax"), "numerics must be one of"),
+        (("--against", FLOAT32, "--html", "missing/page.html"), "missing"),
+        (("--against", "big_vision=missing"), "must be a checkout of big_vision with"),
+        (("--against", "keras-hub==0.32.0", "--gradients"), "cannot be combined with --gradients"),
+        (("--against", "torch==2.13.0"), "keras-hub==VERSION or big_vision=DIR, got 'torch==2.13"),
+        (("--python", "python"), "--python needs --against NAME==VERSION or big_vision=CHECKOUT"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(compare, arguments, message):

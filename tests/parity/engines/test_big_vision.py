@@ -82,6 +82,7 @@ def test_each_field_shows(checkpoint, golden, field, monkeypatch):
     assert {name for name, distance in measured.items() if distance > 0.1} == outputs, measured
 
 
+@pytest.mark.thorough
 def test_big_vision_is_identified(checkpoint, golden, tmp_path):
     """Releases that compute the same, rounding apart, are named with it."""
     case = image_first_case(BIG_VISION_CONFIG, NEW)
@@ -103,11 +104,18 @@ def test_models_and_inputs_that_it_cannot_compute_are_refused():
 
 
 def test_pads_are_moved_to_the_end():
-    inputs = load_parity_case("tiny").inputs
-    moved = image_first(load_parity_case("tiny"), "keras-hub").inputs
-    assert not inputs.valid[1, 0] and moved.valid[1, 0] and not moved.valid[1, -1]
-    assert (inputs.tokens[inputs.valid] == moved.tokens[moved.valid]).all()
-    assert (inputs.targets[inputs.valid] == moved.targets[moved.valid]).all()
+    case = image_first_case(BIG_VISION_CONFIG, NEW)
+    valid = np.ones_like(case.inputs.valid)
+    valid[1, :3] = False  # the row starts with three pads, in place of its last tokens
+    names = ("tokens", "targets", "prefix")
+    rows = {name: np.array(getattr(case.inputs, name)) for name in names}
+    for array in rows.values():
+        array[1, 3:] = array[1, :-3].copy()
+    left = replace(case.inputs, valid=valid, **rows)
+    moved = image_first(replace(case, inputs=left), "keras-hub").inputs
+    assert moved.valid[1, 0] and not moved.valid[1, -3:].any() and moved.valid[:, :-3].all()
+    for name, array in rows.items():
+        assert (array[valid] == getattr(moved, name)[moved.valid]).all()
 
 
 def test_a_checkout_is_needed(tmp_path):

@@ -80,6 +80,7 @@ def test_window_looks_both_ways(checkpoint, golden, monkeypatch):
     assert distances(checkpoint, "other", golden)["labels/logits"] > 0.1
 
 
+@pytest.mark.thorough
 def test_keras_hub_is_identified(checkpoint, golden, tmp_path):
     case = image_first_case(CONFIG, NEW)
     file = identifiable(tmp_path / "logits.npz", case, golden["labels/logits"])
