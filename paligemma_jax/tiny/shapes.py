@@ -17,8 +17,9 @@ WIDTH, HEIGHT = 240, 180
 MAX_SHAPES = 4
 SIZES = 0.2, 0.45  # of a shape, in heights of the image
 OVERLAP = 0.1  # largest part of a box that another one may cover
-CONTRAST = 0.35  # least distance of a shape's color from the background's, in RGB from 0 to 1
-SCALE = 4  # shapes are drawn larger by this factor, so that their edges are smooth
+CONTRAST = 0.25  # least difference in luminance of shape and background, from 0 to 1
+LUMINANCE = 0.299, 0.587, 0.114  # of red, green and blue
+SCALE = 3  # shapes are drawn larger by this factor, so that their edges are smooth
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,10 @@ def _covered(a: Box, b: Box) -> float:
 
 
 def _color(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random color that can be told from the background."""
+    """A random color that is lighter or darker than the background."""
     while True:
         color = rng.uniform(0, 1, 3)
-        if np.linalg.norm(color - background) >= CONTRAST:
+        if abs(np.dot(color - background, LUMINANCE)) >= CONTRAST:
             return color
 
 
