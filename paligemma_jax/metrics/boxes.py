@@ -157,6 +157,25 @@ def ap75(predictions: Objects, references: Objects) -> Scores:
     return _average_precision(predictions, references, THRESHOLDS[5:6])
 
 
+@partial(Metric, title="word F1 at 0.5", compares="detections")
+def word_f1(predictions: Objects, references: Objects) -> Scores:
+    """The F1 of words read with their places: a word is right if its text equals that of a
+    reference whose box it overlaps with an IoU of at least 0.5.
+
+    This is end-to-end word spotting of the HierText protocol (arXiv:2203.15143) on boxes that are
+    parallel to the image; the published one compares polygons, and ignores illegible words. Words
+    of all images count together. The label of a box is its word, and case counts.
+    """
+    pairs = zip(predictions, references, strict=True)
+    hits = np.array([sum(hit for _, hit in matches(*pair)) for pair in pairs], float)
+    sizes = np.array([len(a) + len(b) for a, b in zip(predictions, references, strict=True)], float)
+
+    def total(weights: np.ndarray) -> float:
+        return float(2 * weights @ hits / max(weights @ sizes, 1))
+
+    return Scores(np.where(sizes > 0, 2 * hits / np.maximum(sizes, 1), 1.0), total, sizes > 0)
+
+
 # ---- RefCOCO: one object per case; the prediction is None if the answer has none
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from paligemma_jax.metrics import answers, boxes, calibration, captions
+from paligemma_jax.metrics import answers, boxes, calibration, captions, tables, texts
 from paligemma_jax.metrics.scores import Metric
 
 GROUPS: dict[str, dict[str, Metric]] = {
@@ -25,11 +25,19 @@ METRICS: dict[str, Metric] = {
     "tallyqa": answers.tallyqa,
     "rsvqa": answers.rsvqa,
     **GROUPS["pope"],
+    "rouge_l": texts.rouge_l,
+    "cer": texts.cer,
+    "ser": texts.ser,
+    "ler": texts.ler,
+    "mmvp_pairs": texts.mmvp_pairs,
+    "teds": tables.teds,
+    "s_teds": tables.s_teds,
     "cider": captions.cider,
     "bleu": captions.bleu,
     "characters": captions.characters,
     "sentences": captions.sentences,
     **GROUPS["coco"],
+    "word_f1": boxes.word_f1,
     "box_calibration": calibration.box_calibration,
     "box_accuracy": boxes.box_accuracy,
     "box_iou": boxes.box_iou,

@@ -41,3 +41,14 @@ def test_scores_that_are_probabilities_have_no_error():
         chosen = (scores > low / 10) & (scores <= (low + 1) / 10)
         expected += chosen.mean() * abs(scores[chosen].mean() - right[chosen].mean())
     assert error(predictions, references) == pytest.approx(expected, abs=1e-9)
+
+
+def test_words_are_right_with_their_text_and_place():
+    words = METRICS["word_f1"]
+    reference = [[Detection("Stop", RIGHT), Detection("sign", WRONG)]]
+    assert words([[Detection("Stop", RIGHT, 0.5), Detection("sign", WRONG, 0.5)]], reference) == 1
+    assert words([[Detection("stop", RIGHT, 0.5), Detection("sign", WRONG, 0.5)]], reference) == 0.5
+    assert words([[Detection("Stop", RIGHT, 0.5)]], reference) == pytest.approx(2 / 3)
+    # Words of all images count together.
+    both = words([[Detection("Stop", RIGHT)], []], [reference[0], [Detection("a", RIGHT)]])
+    assert both == pytest.approx(2 * 1 / 4)
