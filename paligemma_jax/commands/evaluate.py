@@ -59,9 +59,9 @@ def evaluate(
         data: Rows, JSONL: image (a path relative to the file, or a list of paths), prefix, and the
             reference: answers (a list of strings) or suffix; for boxes and masks also boxes
             (left, top, right, bottom in pixels) with labels, and mask (an image file).
-        metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope cider bleu characters
-            sentences coco (AP, AP50, AP75) box_calibration box_accuracy box_iou mask_iou; one or
-            several.
+        metric: vqa exact_match relaxed_accuracy anls tallyqa rsvqa pope mmvp_pairs cider bleu
+            rouge_l characters sentences cer ser ler teds s_teds coco (AP, AP50, AP75) word_f1
+            box_calibration box_accuracy box_iou mask_iou; one or several.
         output: Directory for answers.jsonl, scores.jsonl, result.json, report.html and report.md.
         grammar: Grammar that answers follow, as for generate: boxes:cat,dog, choices:yes,no, ...
         max_new_tokens: Maximum length of an answer in tokens.

@@ -73,7 +73,6 @@ ZERO_SHOT = {
         prompt="answer en {}",
         resolutions=LOW,
         metrics=("mmvp_pairs",),
-        missing_metrics=("mmvp_pairs",),
         sources=(
             Source("model", "report 1, B.36", "big_vision README"),
             Source("prompt", "report 1, B.36"),
