@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert import peft
@@ -209,6 +211,7 @@ def _with_adapter(model: torch.nn.Module, case: TrainingCase, ours: PaliGemma) -
     from paligemma_jax.model.tree import parameters
 
     pattern = case.config.saved_pattern
+    ours = jax.tree.map(lambda x: x.astype(jnp.float32), ours)  # files have no float64
     saved = {p: np.asarray(x) for p, x in parameters(ours).items() if matches(pattern, p)}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "adapter"

@@ -46,8 +46,8 @@ RATE = dict(learning_rate=1e-3, warmup=2, clip=0.5, weight_decay=0.1)
 VECTORS = ("scale", "bias")
 
 
-def make_case(steps: int, **options) -> TrainingCase:
-    return training_case(random_rows(CONFIG, 16), replace(DEFAULTS, **RATE | options), steps)
+def make_case(steps: int, rows: int = 16, **options) -> TrainingCase:
+    return training_case(random_rows(CONFIG, rows), replace(DEFAULTS, **RATE | options), steps)
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,9 @@ def test_both_train_alike(options):
     assert np.ptp(compared.losses, axis=0).min() > 0
 
 
-def test_both_agree_in_float64():
-    compared = run.compare("random", make_case(3), float64=True)
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_both_agree_in_float64(train):
+    compared = run.compare("random", make_case(3, train=train), float64=True)
     assert compared.float64 is not None
     np.testing.assert_allclose(*compared.float64.T, rtol=1e-12)
     page = render_page(compared)
@@ -225,15 +226,20 @@ def test_the_reference_follows_the_loss_of_transformers(case):
     assert reference.step(batch).loss == pytest.approx(expected, rel=1e-6)
 
 
+THOUSAND = dict(steps=1000, rows=512, learning_rate=1e-4, warmup=20, clip=1.0)
+
+
 @pytest.mark.slow
-def test_a_thousand_steps():
-    """In float32 within 1e-3 of the reference's losses, or float64 shows that it is rounding."""
-    compared = run.compare("random", make_case(1000), float64=True)
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_thousand_steps(train):
+    compared = run.compare("random", make_case(train=train, **THOUSAND), float64=True)
     assert report.passed(compared), report.format_report(compared)
-    assert report.parts_at(compared.float64) is None
+    ours, theirs = compared.losses.T
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)  # the goal is 1e-3
+    np.testing.assert_allclose(*compared.float64.T, rtol=1e-7)
 
 
 @pytest.mark.slow
 def test_a_thousand_steps_in_bfloat16():
-    compared = run.compare("random", make_case(1000), "bfloat16")
+    compared = run.compare("random", make_case(**THOUSAND), "bfloat16")
     assert report.passed(compared), report.format_report(compared)
