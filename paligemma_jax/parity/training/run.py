@@ -117,6 +117,8 @@ def trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
 
     config = replace(checkpoint.config, dtype=dtype, attention="plain")
     model = prepare_model(with_parameters(abstract_model(config), read), case.config)
+    # A new adapter is in float32.
+    model = jax.tree.map(lambda x: x.astype(parameter_dtype), model)
     return unstack_model(model) if case.config.layers == "stack" else model
 
 
