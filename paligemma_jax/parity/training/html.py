@@ -105,7 +105,7 @@ def draw_local(report: TrainingReport) -> bytes:
         axes.plot(steps, np.maximum(errors, 1e-6), lw=0.8, label=row.quantity)
     axes.axhline(1, ls="--", color=FAILURE, lw=1)
     axes.set(yscale="log", xlabel="step", ylabel="local error over its limit")
-    axes.legend(frameon=False, fontsize=8, ncol=4)
+    axes.legend(frameon=False, fontsize=8, ncol=7, loc="upper center", bbox_to_anchor=(0.5, 1.1))
     return to_png(figure)
 
 
