@@ -88,6 +88,9 @@ def evaluate(
     # All checks come before the model is loaded.
     if task.recipe == TINY:
         given = {"--data": data, "--metric": metric, "--answers": answers, "--against": against}
+        given |= {"--split": task.split, "--size": task.size, "--resolution": task.resolution}
+        given |= {"--grammar": grammar, "--max-new-tokens": max_new_tokens, "--beams": beams}
+        given |= {"--by": by != "type", "--cases": cases != 12, "--bootstrap": bootstrap != 1000}
         return _evaluate_tiny(source, output, detection, batch_size, resume, json, given)
     if data is None:
         raise ValueError(f"--data is missing: the rows to answer, or --recipe {TINY}")

@@ -125,11 +125,10 @@ class BoxFlags:
 
     views: Literal[1, 5, 9] = 1
     """Views of each image, shifted by a few pixels, whose boxes are fused: more exact, with scores
-    that are probabilities, at as many times the cost."""
+    that are probabilities, at several times the cost."""
     nms: Number = None
     """Drop boxes that overlap a better one of their label by more than this (intersection over
     union)."""
-
     confidence: Literal["box", "label"] = "box"
     """Score of a box: the probability of the tokens of box and label, or of the label alone, for
     models trained with --noise-boxes."""

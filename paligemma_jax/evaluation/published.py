@@ -39,10 +39,28 @@ class ComparedResult:
     better: str  # direction of improvement: "higher", "lower" or ""
     source: str
 
+    @property
+    def figure(self) -> Figure:
+        """The published value."""
+        return Figure(self.mean, self.deviation, self.confirmed)
+
+    def cells(self, marked: bool = False) -> list[str]:
+        """Measured value, published value, difference and z for tables.
+
+        Args:
+            marked: Mark a published value that no second source confirms.
+        """
+        return [
+            f"{self.value:.1f}",
+            str(self.figure) if marked else self.figure.value,
+            f"{self.difference:+.1f}",
+            "–" if self.z is None else f"{self.z:+.1f}",
+        ]
+
     def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation}"
-        z = "no z" if self.z is None else f"z {self.z:+.1f}"
-        return f"{self.value:.1f}, published {self.mean}{spread}: {self.difference:+.1f}, {z}"
+        value, published, difference, z = self.cells()
+        z = "no z" if self.z is None else f"z {z}"
+        return f"{value}, published {published}: {difference}, {z}"
 
 
 @dataclass(frozen=True)

@@ -111,15 +111,7 @@ def markdown(
 
 def published_cells(result: ComparedResult) -> list[str]:
     """Metric, split, measured value, published value, difference and z, as text."""
-    deviation = "" if result.deviation is None else f" ± {result.deviation}"
-    return [
-        METRICS[result.metric].title,
-        result.split,
-        f"{result.value:.1f}",
-        f"{result.mean}{deviation}",
-        f"{result.difference:+.1f}",
-        "–" if result.z is None else f"{result.z:+.1f}",
-    ]
+    return [METRICS[result.metric].title, result.split, *result.cells()]
 
 
 def _published(published: Published) -> list[str]:

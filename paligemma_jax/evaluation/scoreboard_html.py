@@ -47,18 +47,8 @@ def html(board: Board, title: str) -> str:
 
 
 def _cells(entry: Entry) -> list[str]:
-    result = entry.result
-    deviation = "" if result.deviation is None else f" ± {result.deviation}"
-    return [
-        entry.task,
-        f"{entry.size}-{entry.resolution}",
-        result.split,
-        entry.title,
-        f"{result.value:.1f}",
-        f"{result.mean}{deviation}{'' if result.confirmed else '?'}",
-        f"{result.difference:+.1f}",
-        "–" if result.z is None else f"{result.z:+.1f}",
-    ]
+    model, result = f"{entry.size}-{entry.resolution}", entry.result
+    return [entry.task, model, result.split, entry.title, *result.cells(marked=True)]
 
 
 def _table(entries: tuple[Entry, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from paligemma_jax.metrics.scores import Metric, Scores, mean_fraction
+from paligemma_jax.processing.locations import score_of
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # IoU
 RECALLS = np.linspace(0, 1, 101)
@@ -49,10 +50,6 @@ def _area(boxes: np.ndarray) -> np.ndarray:
     return np.prod(np.maximum(boxes[..., 2:] - boxes[..., :2], 0), axis=-1)
 
 
-def _score(detection: LabelledBox) -> float:
-    return 1.0 if detection.score is None else detection.score
-
-
 def _hits(
     detections: Sequence[LabelledBox], references: Sequence[LabelledBox], thresholds: np.ndarray
 ) -> np.ndarray:
@@ -77,11 +74,11 @@ def matches(
     pairs = []
     for label in dict.fromkeys(item.label for item in detections):
         found = sorted(
-            (item for item in detections if item.label == label), key=_score, reverse=True
+            (item for item in detections if item.label == label), key=score_of, reverse=True
         )
         objects = [item for item in references if item.label == label]
         (hits,) = _hits(found, objects, np.array([threshold]))
-        pairs += zip(map(_score, found), hits.tolist(), strict=True)
+        pairs += zip(map(score_of, found), hits.tolist(), strict=True)
     return pairs
 
 
@@ -92,12 +89,12 @@ def _average_precision(predictions: Objects, references: Objects, thresholds: np
         counts = np.zeros(len(references))
         for i, (detections, objects) in enumerate(zip(predictions, references, strict=True)):
             detections = [item for item in detections if item.label == label]
-            detections = sorted(detections, key=_score, reverse=True)[:MAX_DETECTIONS]
+            detections = sorted(detections, key=score_of, reverse=True)[:MAX_DETECTIONS]
             objects = [item for item in objects if item.label == label]
             counts[i] = len(objects)
             hits.append(_hits(detections, objects, thresholds))
             matched[i] += hits[-1].sum() / len(thresholds)
-            scores += map(_score, detections)
+            scores += map(score_of, detections)
             images += [i] * len(detections)
         order = np.argsort(-np.array(scores, float), kind="stable")
         hits = np.concatenate(hits, axis=1)[:, order]

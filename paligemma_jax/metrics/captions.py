@@ -6,14 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from paligemma_jax.metrics.packages import load_package
 from paligemma_jax.metrics.scores import Metric, References, Scores, Texts, mean, ratio
-
-if TYPE_CHECKING:
-    from sacrebleu.metrics.bleu import BLEU
 
 # ---- Tokens of the COCO caption evaluation: Stanford's PTBTokenizer (-lowerCase), no punctuation
 
@@ -112,23 +109,10 @@ def _length_penalty(prediction: NGrams, reference: NGrams) -> float:
     return float(np.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * SIGMA**2)))
 
 
-def load_sacrebleu() -> type[BLEU]:
-    """Import sacrebleu's `BLEU`.
-
-    Raises:
-        ValueError: Sacrebleu is not installed.
-    """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError:
-        raise ValueError("BLEU needs sacrebleu: pip install 'paligemma-jax[eval]'") from None
-    return BLEU
-
-
 @partial(Metric, title="BLEU", percent=False)
 def bleu(predictions: Texts, references: References) -> Scores:
     """Corpus BLEU of sacrebleu (its 13a tokens), from 0 to 100."""
-    metric = load_sacrebleu()
+    metric = load_package("sacrebleu.metrics.bleu", "BLEU").BLEU
     sentence = metric(effective_order=True)
     scores = [
         sentence.sentence_score(caption, list(captions))

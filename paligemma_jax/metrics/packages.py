@@ -6,15 +6,14 @@ from importlib import import_module
 from types import ModuleType
 
 
-def load_package(name: str, metric: str) -> ModuleType:
-    """Import a module of the extra `eval`.
+def load_package(module: str, metric: str) -> ModuleType:
+    """Import a module of a package in the extra `eval`.
 
     Raises:
-        ValueError: It is not installed.
+        ValueError: The package is not installed.
     """
     try:
-        return import_module(name)
+        return import_module(module)
     except ImportError:
-        raise ValueError(
-            f"{metric} requires the eval extra: pip install 'paligemma-jax[eval]'"
-        ) from None
+        package = module.partition(".")[0]
+        raise ValueError(f"{metric} needs {package}: pip install 'paligemma-jax[eval]'") from None

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from paligemma_jax.metrics import answers, boxes, calibration, captions, tables, texts
+from paligemma_jax.metrics.packages import load_package
 from paligemma_jax.metrics.scores import Metric
 
 GROUPS: dict[str, dict[str, Metric]] = {
@@ -45,6 +46,12 @@ METRICS: dict[str, Metric] = {
 }
 
 
+# Modules of the extra `eval` by the metrics that need them.
+TABLES = ("apted", "lxml.html", "rapidfuzz.distance")
+MODULES = {"bleu": ("sacrebleu.metrics.bleu",), "teds": TABLES, "s_teds": TABLES}
+MODULES |= dict.fromkeys(("cer", "ser", "ler"), ("rapidfuzz.distance",))
+
+
 def metric_names(names: Iterable[str]) -> list[str]:
     """Expand groups of metrics and drop repeated names.
 
@@ -59,6 +66,8 @@ def metric_names(names: Iterable[str]) -> list[str]:
             raise ValueError(f"--metric must be one of {choices}; got {name}{hint}")
     if not names:
         raise ValueError(f"--metric needs at least one of {choices}; or pass --recipe")
-    if "bleu" in names:
-        captions.load_sacrebleu()
-    return list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, [name])))
+    metrics = list(dict.fromkeys(metric for name in names for metric in GROUPS.get(name, [name])))
+    for metric in metrics:  # before anything is answered
+        for module in MODULES.get(metric, ()):
+            load_package(module, METRICS[metric].title)
+    return metrics

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from paligemma_jax.processing.locations import Detection, Detections, box_iou
+from paligemma_jax.processing.locations import Detection, Detections, box_iou, score_of
 
 RANKING = 0.01  # exponent of a score that only has to decide between equal shares
 SAME = 0.5  # intersection over union from which two boxes of a label are of one object
@@ -22,7 +22,7 @@ def suppress(detections: Detections, iou: float) -> Detections:
         iou: Intersection over union above which two boxes overlap, from 0 to 1.
     """
     kept: list[Detection] = []
-    for detection in sorted(detections, key=_score, reverse=True):
+    for detection in sorted(detections, key=score_of, reverse=True):
         rivals = (other for other in kept if other.label == detection.label)
         if all(box_iou(other.box, detection.box) <= iou for other in rivals):
             kept.append(detection)
@@ -70,11 +70,7 @@ def _overlap(members: Sequence[Detection], detection: Detection) -> float:
 
 def _merge(members: Sequence[Detection], views: int) -> Detection:
     left, top, right, bottom = np.median([member.box for member in members], axis=0).tolist()
-    best = max(members, key=_score)
-    mean = sum(map(_score, members)) / len(members)
+    best = max(members, key=score_of)
+    mean = sum(map(score_of, members)) / len(members)
     score = len(members) / views * mean**RANKING
     return replace(best, box=(left, top, right, bottom), score=score)
-
-
-def _score(detection: Detection) -> float:
-    return 1.0 if detection.score is None else detection.score

@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -53,6 +53,18 @@ class Detection:
     score: float | None = None
     codes: tuple[int, ...] = ()  # the 16 codes of its mask, if it has one
     mask: Bool[np.ndarray, "height width"] | None = field(default=None, compare=False, repr=False)
+
+
+class Scored(Protocol):
+    """A detection of any kind."""
+
+    @property
+    def score(self) -> float | None: ...
+
+
+def score_of(detection: Scored) -> float:
+    """The score to rank by: 1 for a detection without one."""
+    return 1.0 if detection.score is None else detection.score
 
 
 class Detections(list[Detection]):

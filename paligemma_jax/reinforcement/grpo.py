@@ -47,6 +47,13 @@ class GRPO(GRPOConfig):
                     f"{flag(name)} must be 0 with --objective grpo, which samples answers without "
                     f"dropout, got {rate}"
                 )
+        for name in ("box_order", "noise_boxes"):
+            value = getattr(config, name)
+            if value != getattr(FinetuneConfig, name):
+                raise ValueError(
+                    f"{flag(name)} must be left out with --objective grpo, which trains on sampled "
+                    f"answers, got {value}"
+                )
         reward = resolve_reward(self.reward)
         for i in range(len(rows) if isinstance(rows, list) else 1):
             example = example_at(rows, i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 import paligemma_jax as pg
 from paligemma_jax.checkpoints.source import TINY
 from paligemma_jax.inference import views
+from paligemma_jax.inference.options import DecodingOptions
 from paligemma_jax.inference.views import BoxOptions
 from paligemma_jax.metrics.registry import METRICS
 from paligemma_jax.processing.locations import Detection
@@ -104,3 +106,19 @@ def test_the_command_evaluates_views(command, digits, tmp_path):
 def test_options_out_of_range(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         tiny.detect(PHOTO, "3", **options)
+
+
+def test_without_views_all_prompts_are_batched_together(tiny):
+    """So many prompts go to an engine, and their answers come batch by batch."""
+    prompts = tiny.processor.encode(PHOTO, [f"detect {i % 10}" for i in range(24)])
+    options = DecodingOptions(max_new_tokens=16)
+    with mock.patch.object(views, "answer_batches", side_effect=views.answer_batches) as spy:
+        batches = list(tiny.batches(prompts, options, boxes=BoxOptions(nms=0.5), batch_size=4))
+    assert spy.call_count == 1 and len(batches) > 1
+    assert sorted(i for batch in batches for i in batch) == list(range(24))
+
+
+def test_answers_are_fused_when_all_views_are_answered():
+    batches = [{4: "e", 0: "a"}, {3: "d"}, {1: "b", 2: "c"}]
+    groups = list(views._complete_groups(batches, [0, 0, 1, 2, 2]))
+    assert groups == [{2: ["d", "e"]}, {0: ["a", "b"], 1: ["c"]}]

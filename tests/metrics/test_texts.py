@@ -9,12 +9,13 @@ antoniorv6/SMT at 8ffde90. Rouge-L is compared live.
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from support.paths import GOLDEN
 
-from paligemma_jax.metrics.registry import METRICS
+from paligemma_jax.metrics.registry import METRICS, metric_names
 
 CASES = json.loads((GOLDEN / "metrics_texts.json").read_text(encoding="utf-8"))
 
@@ -88,3 +89,15 @@ def test_both_answers_of_a_pair_must_be_right():
     assert pairs(["a", "b", "a", "b"], ["a", "b", "a", "a"]) == 0.5
     with pytest.raises(ValueError, match="needs pairs of rows, got 3 rows"):
         pairs(["a"] * 3, ["a"] * 3)
+
+
+@pytest.mark.parametrize(
+    "metric,package", [("bleu", "sacrebleu"), ("cer", "rapidfuzz"), ("teds", "apted")]
+)
+def test_a_missing_package_is_named_before_anything_is_answered(monkeypatch, metric, package):
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    message = rf"needs {package}: pip install 'paligemma-jax\[eval\]'"
+    with pytest.raises(ValueError, match=message):
+        metric_names([metric])

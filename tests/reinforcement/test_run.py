@@ -104,6 +104,10 @@ def test_the_reference_of_lora_is_the_model_without_the_adapter():
         (["--objective", "grpo", "--group", "1"], "--group must be an integer of at least 2"),
         (["--objective", "grpo", "--kl", "-1"], "--kl must be at least 0 and finite, got -1.0"),
         (["--objective", "grpo", "--reward", "iou"], "row 1: rewards of boxes require a suffix"),
+        (
+            ["--objective", "grpo", "--noise-boxes", "9"],
+            "--noise-boxes must be left out with --objective grpo",
+        ),
         (["--objective", "grpo", "--dropout", "0.1"], "--dropout must be 0 with --objective grpo"),
         (
             ["--objective", "grpo", "--numerics", "big_vision"],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import huggingface
+from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.checkpoints.synthetic import synthetic_inputs
 from paligemma_jax.inference.scoring import forward
 from paligemma_jax.model.config import DecoderConfig, PaliGemmaConfig, VisionConfig
@@ -73,6 +74,13 @@ def image_first_outputs(model, case, tokens):
     found["decode"] = jnp.stack(steps, axis=1)
     rows = model.config.image_token_id  # other programs' tables end before the image token
     return {name: np.asarray(value)[..., :rows] for name, value in found.items()}
+
+
+def golden_distances(checkpoint, profile, case, golden):
+    """The largest difference of each output of a profile from the golden outputs of an engine."""
+    model = load_model(checkpoint, "float32", profile)
+    outputs = image_first_outputs(model, case, golden["tokens"])
+    return {name: float(np.abs(value - golden[name]).max()) for name, value in outputs.items()}
 
 
 def identifiable(file, case, logits):

@@ -26,7 +26,13 @@ def test_each_task_is_evaluated(tmp_path):
     assert len(table) == 12 and len({line.index(" ", 9) for line in table}) > 1
 
 
-@pytest.mark.parametrize("flag,value", [("--data", "rows.jsonl"), ("--metric", "cider")])
+@pytest.mark.parametrize(
+    "flag,value",
+    [
+        *(("--data", "rows.jsonl"), ("--metric", "cider"), ("--grammar", "boxes:3")),
+        *(("--beams", 2), ("--max-new-tokens", 8), ("--split", "val"), ("--cases", 3)),
+    ],
+)
 def test_it_makes_its_own_data(command, flag, value):
     code, _, error = command("evaluate", "--recipe", "tiny", flag, value)
     assert code == 2 and f"--recipe tiny makes its own data: leave out {flag}" in error

@@ -25,9 +25,13 @@ class Figure:
     deviation: float | None  # standard deviation over fine-tuning runs
     confirmed: bool  # by a second source
 
+    @property
+    def value(self) -> str:
+        """The mean with its deviation, if there is one."""
+        return str(self.mean) if self.deviation is None else f"{self.mean} ± {self.deviation}"
+
     def __str__(self) -> str:
-        spread = "" if self.deviation is None else f" ± {self.deviation}"
-        return f"{self.mean}{spread}{'' if self.confirmed else '?'}"
+        return f"{self.value}{'' if self.confirmed else '?'}"
 
 
 @dataclass(frozen=True)

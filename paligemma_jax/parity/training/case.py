@@ -31,7 +31,7 @@ DEFAULTS = FinetuneConfig(
 # Settings of a run that a comparison leaves out: both programs would draw other random numbers, or
 # would not get the same pixels.
 LEFT_OUT = {"dropout": 0.0, "lora_dropout": 0.0, "flip": 0.0, "crop": 1.0, "color": 0.0}
-UNSUPPORTED = ("quantize", "soft_prompt", "ema", "features")
+UNSUPPORTED = ("quantize", "soft_prompt", "ema", "features", "box_order", "noise_boxes")
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def _loss_error(ours: float, reference: ReferenceStep) -> LocalError:
 def _gradient_error(ours: Parameters, reference: ReferenceStep) -> LocalError:
     exact = reference.exact
     if exact:
-        total = math.sqrt(sum(_square(ours[path], exact[path]) for path in ours))
-        own = math.sqrt(sum(_square(reference.gradient[path], exact[path]) for path in ours))
+        total = math.sqrt(sum(squared_error(ours[path], exact[path]) for path in ours))
+        own = math.sqrt(sum(squared_error(reference.gradient[path], exact[path]) for path in ours))
         return LocalError("gradient", "", total / own, STEP_RATIO)
     limit = GRADIENT_LIMIT * max(1.0, SMALL_LOSS / max(reference.loss, 1e-30))
     floor = NEGLIGIBLE * reference.norm
@@ -149,7 +149,8 @@ def _gradient_error(ours: Parameters, reference: ReferenceStep) -> LocalError:
     def errors() -> Iterator[tuple[str, float, float]]:
         for path, theirs in reference.gradient.items():
             scale = float(np.linalg.norm(theirs)) + floor
-            yield path, math.sqrt(_square(ours[path], theirs)) / scale if scale else 0.0, limit
+            error = math.sqrt(squared_error(ours[path], theirs))
+            yield path, error / scale if scale else 0.0, limit
 
     return _worst("gradient", errors())
 
@@ -162,7 +163,7 @@ def _update_errors(
     for path, expected in theirs.items():
         change = expected if before is None else expected - before[path]
         scale = float(np.linalg.norm(change.astype(np.float64)))
-        error = math.sqrt(_square(ours[path], expected))
+        error = math.sqrt(squared_error(ours[path], expected))
         if before is not None:
             rounding = float(np.finfo(expected.dtype).eps * np.linalg.norm(expected))
             scale += rounding / UPDATE_LIMIT
@@ -176,6 +177,7 @@ def _worst(quantity: str, errors: Iterator[tuple[str, float, float]]) -> LocalEr
     return LocalError(quantity, path, error, limit, diverging)
 
 
-def _square(a: Array | np.ndarray, b: np.ndarray) -> float:
+def squared_error(a: Array | np.ndarray, b: np.ndarray) -> float:
+    """The squared norm of the difference, in float64."""
     difference = np.asarray(a, np.float64).reshape(-1) - b.astype(np.float64).reshape(-1)
     return float(difference @ difference)

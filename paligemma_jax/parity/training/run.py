@@ -17,7 +17,12 @@ from paligemma_jax.model.stack import unstack_model
 from paligemma_jax.model.tree import with_parameters
 from paligemma_jax.parity.reference import available_memory, weight_bytes
 from paligemma_jax.parity.training.case import TrainingCase
-from paligemma_jax.parity.training.local import GradientComparison, LocalError, UpdateComparison
+from paligemma_jax.parity.training.local import (
+    GradientComparison,
+    LocalError,
+    UpdateComparison,
+    squared_error,
+)
 from paligemma_jax.parity.training.reference import TorchRun, Values
 from paligemma_jax.training.prepare import prepare_model
 from paligemma_jax.training.trainer import Parameters, Trainer
@@ -123,8 +128,8 @@ def trainable_model(case: TrainingCase, dtype: str) -> PaliGemma:
 
 
 def _distance(step: int, ours: Parameters, theirs: Values, start: Values) -> Distance:
-    apart = {path: _square(ours[path], theirs[path]) for path in theirs}
-    moved = {path: _square(start[path], theirs[path]) for path in theirs}
+    apart = {path: squared_error(ours[path], theirs[path]) for path in theirs}
+    moved = {path: squared_error(start[path], theirs[path]) for path in theirs}
     total = sum(moved.values())
 
     def relative(path: str) -> float:
@@ -133,11 +138,6 @@ def _distance(step: int, ours: Parameters, theirs: Values, start: Values) -> Dis
     worst = max(theirs, key=relative)
     overall = (sum(apart.values()) / total) ** 0.5 if total else 0.0
     return Distance(step, overall, worst, relative(worst))
-
-
-def _square(a: jax.Array | np.ndarray, b: np.ndarray) -> float:
-    difference = np.asarray(a, np.float64).reshape(-1) - b.astype(np.float64).reshape(-1)
-    return float(difference @ difference)
 
 
 def _other_orders(case: TrainingCase, first: np.ndarray) -> np.ndarray:

@@ -16,14 +16,13 @@ import pytest
 from support.engine_checkpoint import (
     BIG_VISION_CONFIG,
     CONFIG,
+    golden_distances,
     identifiable,
     image_first_case,
-    image_first_outputs,
     write_checkpoint,
 )
 from support.paths import GOLDEN
 
-from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.model.numerics import NUMERICS
 from paligemma_jax.parity.case import load_parity_case, random_case
 from paligemma_jax.parity.engines.against import compare_with_engine, run_engine
@@ -60,11 +59,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def distances(checkpoint: Path, profile: str, golden) -> dict[str, float]:
-    """The largest difference of each output."""
-    model = load_model(checkpoint, "float32", profile)
-    case = image_first_case(BIG_VISION_CONFIG, NEW)
-    outputs = image_first_outputs(model, case, golden["tokens"])
-    return {name: float(np.abs(value - golden[name]).max()) for name, value in outputs.items()}
+    return golden_distances(checkpoint, profile, image_first_case(BIG_VISION_CONFIG, NEW), golden)
 
 
 def test_profile_is_big_vision(checkpoint, golden):

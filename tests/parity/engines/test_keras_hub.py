@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from support.engine_checkpoint import (
     CONFIG,
+    golden_distances,
     identifiable,
     image_first_case,
-    image_first_outputs,
     write_checkpoint,
 )
 from support.paths import GOLDEN
 
-from paligemma_jax.checkpoints.load import load_model
 from paligemma_jax.model.numerics import NUMERICS
 from paligemma_jax.parity.case import load_parity_case
 from paligemma_jax.parity.engines.against import compare_with_engine, run_engine
@@ -51,10 +50,7 @@ def golden() -> dict[str, np.ndarray]:
 
 
 def distances(checkpoint: Path, profile: str, golden) -> dict[str, float]:
-    """The largest difference of each output."""
-    model = load_model(checkpoint, "float32", profile)
-    outputs = image_first_outputs(model, image_first_case(CONFIG, NEW), golden["tokens"])
-    return {name: float(np.abs(value - golden[name]).max()) for name, value in outputs.items()}
+    return golden_distances(checkpoint, profile, image_first_case(CONFIG, NEW), golden)
 
 
 @pytest.mark.thorough

@@ -66,6 +66,8 @@ def test_wrong_flags_are_one_sentence(command, tmp_path, monkeypatch, arguments,
     "options,message",
     [
         (dict(optimizer="muon"), "--train compares AdamW only, got --optimizer muon"),
+        (dict(noise_boxes=6), "--train cannot compare runs with --noise-boxes, got 6"),
+        (dict(box_order="random"), "--train cannot compare runs with --box-order, got random"),
         (dict(quantize="int8", train="lora"), "--train cannot compare runs with --quantize"),
     ],
 )
